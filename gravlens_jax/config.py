@@ -1,0 +1,185 @@
+"""What a run is: frozen dataclasses that validate themselves, and their exact form in JSON.
+
+Every field is a command-line option of `scripts/train.py`; the comment beside it is the option's help.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+CLASSES = ("no", "sphere", "vort")  # a label is an index into this
+SPLITS = ("train", "val", "test")
+
+
+class InputError(ValueError):
+    """A mistake of the user's: names what was got, what was expected and what to do."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises InputError(message) unless `condition` holds."""
+    if not condition:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class SimulationConfig:
+    """The images to simulate when no data are given."""
+
+    preset: Literal["ct1"] = "ct1"  # population of lenses: see gravlens_jax/simulate.py
+    train: int = 18_000  # training images, all classes together
+    val: int = 1_800  # validation images
+    test: int = 3_000  # test images
+    seed: int = 0  # of the images, not of the training
+
+    def __post_init__(self):
+        for split in SPLITS:
+            check(getattr(self, split) >= 0, f"{split}={getattr(self, split)}: a number of images cannot be negative")
+        check(0 <= self.seed < 2**31, f"seed={self.seed}: expected 0 <= seed < 2^31")
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """How an image in [0, 1] becomes the network's input; it travels with the network."""
+
+    crop: int = 100  # central pixels kept, height and width
+    pool: int = 2  # side of the pixel blocks that are averaged
+    stretch: Literal["linear", "sqrt"] = "sqrt"  # sqrt makes the photon noise uniform
+    mean: float = 0.28  # subtracted after the stretch
+    std: float = 0.16  # divided by after that
+
+    def __post_init__(self):
+        check(self.crop >= 1 and self.pool >= 1, f"crop={self.crop}, pool={self.pool}: both must be at least 1")
+        check(self.crop % self.pool == 0, f"crop={self.crop} is not a multiple of pool={self.pool}")
+        check(self.std > 0, f"std={self.std}: expected a positive number")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of training images that keep their class."""
+
+    flip: bool = True  # mirror each axis with probability 1/2
+    max_rotation: float = 0.0  # degrees, either way
+    max_shift: float = 0.0  # fraction of the image, either way
+
+    def __post_init__(self):
+        check(self.max_rotation >= 0, f"max_rotation={self.max_rotation}: expected degrees >= 0")
+        check(0 <= self.max_shift < 1, f"max_shift={self.max_shift}: expected a fraction in [0, 1)")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The residual network."""
+
+    depth: int = 20  # 6n + 2 layers
+    width: int = 16  # filters of the first stage; doubled twice
+    projection: bool = False  # 1x1 convolution in shortcuts that change shape, instead of zero padding
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and statistics stay float32
+
+    def __post_init__(self):
+        check(
+            self.depth >= 8 and self.depth % 6 == 2,
+            f"depth={self.depth}: expected 6n + 2 layers, such as 8, 14, 20, 32, 44 or 56",
+        )
+        check(self.width >= 1, f"width={self.width}: expected at least 1 filter")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """L2 + Adam; warm-up and decay by step, times a plateau reduction by epoch."""
+
+    learning_rate: float = 4e-3  # peak
+    l2: float = 1e-4  # added to the gradient before Adam (not decoupled), on every parameter
+    warmup_steps: int = 200  # linear from 0
+    decay: Literal["constant", "cosine"] = "cosine"  # after the warm-up; cosine ends at 0 with the last step
+    plateau_factor: float = 0.1  # of the learning rate when the validation loss stops falling
+    plateau_patience: int = 3  # epochs without improvement that are tolerated (PyTorch's meaning)
+
+    def __post_init__(self):
+        check(self.learning_rate > 0, f"learning_rate={self.learning_rate}: expected a positive number")
+        check(self.l2 >= 0, f"l2={self.l2}: expected a number >= 0")
+        check(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps}: expected a number >= 0")
+        check(0 < self.plateau_factor < 1, f"plateau_factor={self.plateau_factor}: expected a number in (0, 1)")
+        check(self.plateau_patience >= 0, f"plateau_patience={self.plateau_patience}: expected a number >= 0")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the outcome of a run."""
+
+    run_dir: str = "runs/default"  # where checkpoints, metrics and the report go
+    data: str | None = None  # folder with train.npz, val.npz and test.npz; simulated into data/ if not given
+    seed: int = 0  # of initial parameters, order and augmentation
+    epochs: int = 6  # passes over the training images
+    batch_size: int = 64  # images per step, over all devices
+    simulation: SimulationConfig = field(default_factory=SimulationConfig)
+    input: InputConfig = field(default_factory=InputConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self):
+        check(0 <= self.seed < 2**31, f"seed={self.seed}: expected 0 <= seed < 2^31")
+        check(self.epochs >= 1, f"epochs={self.epochs}: expected at least 1")
+        check(self.batch_size >= 1, f"batch_size={self.batch_size}: expected at least 1")
+
+
+PRESETS = {
+    "default": Config(),
+    "smoke": Config(
+        run_dir="runs/smoke",
+        epochs=4,
+        batch_size=16,
+        simulation=SimulationConfig(train=480, val=120, test=120),
+        input=InputConfig(crop=100, pool=4),
+        model=ModelConfig(depth=8, width=8),
+        optim=OptimConfig(warmup_steps=20),
+    ),
+    # GravLensNet's recipe: https://github.com/harish-jhr/GravLensNet
+    "published": Config(
+        run_dir="runs/published",
+        epochs=20,
+        batch_size=200,
+        simulation=SimulationConfig(train=30_000, val=3_750, test=3_750),
+        input=InputConfig(crop=150, pool=1, stretch="linear", mean=0.0, std=1.0),
+        augment=AugmentConfig(flip=False, max_rotation=90.0, max_shift=0.1),
+        optim=OptimConfig(learning_rate=1e-4, warmup_steps=0, decay="constant"),
+    ),
+}
+
+
+def to_json(config: Any) -> str:
+    """Returns a config dataclass as indented JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_dict(cls: type, values: Any, where: str = "config") -> Any:
+    """Returns a `cls` dataclass from plain values; missing or unknown fields and wrong types raise InputError.
+
+    Args:
+      cls: one of the dataclasses above.
+      values: what `json.loads(to_json(config))` returns.
+      where: what to call the whole in errors.
+    """
+    check(isinstance(values, dict), f"{where}: expected an object, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    for name in values.keys() ^ hints.keys():
+        check(False, f"{where}: field {name!r} is {'unknown' if name in values else 'missing'}")
+    return cls(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        check(value in options, f"{where}: expected one of {options}, got {value!r}")
+        return value
+    allowed = options if isinstance(hint, types.UnionType) else (hint,)
+    if float in allowed and type(value) is int:
+        value = float(value)
+    check(type(value) in allowed, f"{where}: expected {hint}, got {value!r}")
+    return value

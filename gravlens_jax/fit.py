@@ -1,0 +1,198 @@
+"""Training from the config to the report: data -> steps -> checkpoints -> report, in that order."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from gravlens_jax import checkpoint, data, mesh
+from gravlens_jax.config import SPLITS, Config, check
+from gravlens_jax.evaluate import evaluate_run
+from gravlens_jax.model import check_images, make_model
+from gravlens_jax.optim import learning_rate_schedule, make_optimizer
+from gravlens_jax.progress import progress_bar, track
+from gravlens_jax.simulate import simulate_dataset
+from gravlens_jax.steps import Metrics, TrainState, end_epoch, eval_step, init_state, train_step
+
+
+def fit(config: Config, resume: bool = False) -> dict[str, Any]:
+    """Trains, saves and evaluates a run; returns the metrics of its best checkpoint on the test split.
+
+    Args:
+      config: the run. Its directory must be new, or with `resume` hold a run of exactly this config.
+      resume: go on after the last complete epoch.
+
+    Raises:
+      InputError: a mistake in the config, the data or the run directory.
+      FloatingPointError: the loss is not finite; the checkpoints of earlier epochs stay.
+    """
+    run_dir = Path(config.run_dir)
+    if resume:
+        _check_same(checkpoint.read_run(run_dir).config, config)
+    else:
+        checkpoint.check_unused(run_dir)
+    devices = mesh.data_mesh()
+    mesh.check_batch_size(config.batch_size, devices)
+    datasets = data.load_splits(data_folder(config))
+    train, val = datasets["train"], datasets["val"]
+    check_images(train.images.shape, config.input)
+    steps_per_epoch = len(train.labels) // config.batch_size
+    check(
+        steps_per_epoch > 0,
+        f"train.npz holds {len(train.labels)} images, fewer than batch_size={config.batch_size}; give more or lower it",
+    )
+    if not resume:
+        checkpoint.create_run(run_dir, checkpoint.RunInfo(config, train.classes, train.images.shape[1:]))
+
+    total_steps = config.epochs * steps_per_epoch
+    model = make_model(config.model, config.input, train.classes)
+    tx = make_optimizer(config.optim, total_steps)
+    schedule = learning_rate_schedule(config.optim, total_steps)
+    step_fn = jax.jit(
+        partial(train_step, model=model, tx=tx, config=config.augment, seed=config.seed),
+        donate_argnums=0,
+        out_shardings=mesh.replicated(devices),
+    )
+    eval_fn = jax.jit(partial(eval_step, model=model))
+    end_epoch_fn = jax.jit(partial(end_epoch, config=config.optim), out_shardings=mesh.replicated(devices))
+    state = mesh.replicate(init_state(config.seed, model, tx, config.optim), devices)
+
+    with checkpoint.open_checkpoints(run_dir) as manager, progress_bar("steps") as bar:
+        state = checkpoint.restore_state(manager, state) or state
+        epochs_done = int(state.step) // steps_per_epoch
+        metrics_path = run_dir / "metrics.jsonl"
+        _drop_lines_after(metrics_path, epochs_done)
+        print(
+            f"{run_dir}: {len(train.labels):,} training images, epochs {epochs_done + 1} to {config.epochs} "
+            f"of {steps_per_epoch} steps, {devices.size} x {jax.devices()[0].device_kind}"
+        )
+        task = bar.add_task("", total=total_steps, completed=int(state.step), text="")
+        for epoch in range(epochs_done, config.epochs):
+            start = time.perf_counter()
+            first_step = epoch * steps_per_epoch
+            scale = float(state.plateau.scale)
+
+            def show(step: int, sums: dict[str, float], epoch=epoch, start=start, scale=scale) -> None:
+                bar.update(
+                    task,
+                    completed=step,
+                    description=f"epoch {epoch + 1}/{config.epochs}",
+                    text=f"{sums['count'] / (time.perf_counter() - start):,.0f} images/s "
+                    f"loss {sums['loss'] / sums['count']:.3f} accuracy {sums['correct'] / sums['count']:.3f} "
+                    f"lr {float(schedule(step - 1)) * scale:.1e}",
+                )
+
+            batches = data.prefetch(data.train_batches(train, config.batch_size, config.seed, epoch))
+            state, sums = _train_epoch(step_fn, state, batches, devices, first_step, show)
+            train_seconds = time.perf_counter() - start
+            val_sums = _sum_batches(eval_fn, state, data.prefetch(data.eval_batches(val, config.batch_size)), devices)
+            val_loss = val_sums["loss"] / val_sums["count"]
+            step = first_step + steps_per_epoch
+            _check_finite(val_loss, "validation loss", step)
+            state = end_epoch_fn(state, val_loss)
+            line = {
+                "epoch": epoch + 1,
+                "step": step,
+                "train_loss": sums["loss"] / sums["count"],
+                "train_accuracy": sums["correct"] / sums["count"],
+                "val_loss": val_loss,
+                "val_accuracy": val_sums["correct"] / val_sums["count"],
+                "learning_rate": float(schedule(step - 1)) * scale,
+                "images_per_second": sums["count"] / train_seconds,
+                "wall_seconds": time.perf_counter() - start,
+            }
+            # The line first: if the run is killed in between, resuming drops it and repeats the epoch.
+            with open(metrics_path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            checkpoint.save_state(manager, state, val_loss)
+            print(
+                f"epoch {epoch + 1}/{config.epochs}  train loss {line['train_loss']:.4f} "
+                f"accuracy {line['train_accuracy']:.4f}  val loss {val_loss:.4f} accuracy {line['val_accuracy']:.4f}  "
+                f"lr {line['learning_rate']:.1e}  {line['images_per_second']:,.0f} images/s  "
+                f"{line['wall_seconds']:.0f} s",
+                flush=True,
+            )
+    return evaluate_run(run_dir, datasets["test"], "best", run_dir / "report")
+
+
+def data_folder(config: Config) -> Path:
+    """Returns the folder of the run's images; simulates them first if the config names none and they are not there."""
+    if config.data is not None:
+        return Path(config.data)
+    s = config.simulation
+    for split in SPLITS:
+        check(getattr(s, split) > 0, f"--simulation.{split} is 0; training needs images of every split")
+    folder = Path("data") / f"{s.preset}-{s.train}-{s.val}-{s.test}-seed{s.seed}"
+    return simulate_dataset(folder, s, track)
+
+
+def _train_epoch(
+    step_fn: Callable,
+    state: TrainState,
+    batches: Iterable[dict],
+    devices: Mesh,
+    first_step: int,
+    show: Callable[[int, dict[str, float]], None],
+) -> tuple[TrainState, dict[str, float]]:
+    """Returns the state and the summed metrics after one pass over `batches`."""
+    sums, step, pending = {"loss": 0.0, "correct": 0.0, "count": 0.0}, first_step, None
+
+    def take(metrics: Metrics, step: int) -> None:
+        for name, value in metrics.items():
+            sums[name] += float(value)
+        _check_finite(sums["loss"], "training loss", step)
+        show(step, sums)
+
+    for batch in batches:
+        state, metrics = step_fn(state, mesh.shard_batch(batch, devices))
+        if pending is not None:
+            take(pending, step)  # of the step before: reading it does not hold up the one just started
+        pending, step = metrics, step + 1
+    take(pending, step)
+    return state, sums
+
+
+def _sum_batches(eval_fn: Callable, state: TrainState, batches: Iterable[dict], devices: Mesh) -> dict[str, float]:
+    sums = {"loss": 0.0, "correct": 0.0, "count": 0.0}
+    for batch in batches:
+        for name, value in eval_fn(state, mesh.shard_batch(batch, devices)).items():
+            sums[name] += float(value)
+    return sums
+
+
+def _check_finite(loss: float, name: str, step: int) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"{name} is {loss} at step {step}; the checkpoints of earlier epochs are intact. Look for NaN pixels in the "
+            f"data, or start again with a lower --optim.learning-rate"
+        )
+
+
+def _check_same(saved: Config, given: Config) -> None:
+    old, new = (dict(_flat(asdict(config))) for config in (saved, given))
+    for name in old:
+        option = "--" + name.replace("_", "-")
+        check(
+            old[name] == new[name] or name == "run_dir",
+            f"{option} is {new[name]} but the run to resume has {old[name]}; leave the option out, or start a new run "
+            f"with another --run-dir",
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in values.items():
+        yield from _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+
+
+def _drop_lines_after(metrics_path: Path, epochs: int) -> None:
+    """Keeps the first `epochs` lines of metrics.jsonl, which belong to saved epochs."""
+    if metrics_path.exists():
+        lines = metrics_path.read_text().splitlines(keepends=True)[:epochs]
+        checkpoint.write_atomically(metrics_path, "".join(lines))

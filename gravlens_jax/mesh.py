@@ -1,0 +1,39 @@
+"""One axis, "data", over all devices: parameters are on every device, a batch is spread over them."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gravlens_jax.config import check
+
+
+def data_mesh() -> Mesh:
+    """Returns the mesh of all devices."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Returns the batch on the devices, its first axis split evenly. Give new arrays: JAX may use their memory."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raises InputError unless the devices can share a batch evenly."""
+    n = mesh.size
+    check(
+        batch_size % n == 0,
+        f"batch_size={batch_size} is not divisible by {n} devices; try {max(n, batch_size // n * n)}",
+    )
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Returns the tree of arrays with a copy on every device."""
+    return jax.device_put(tree, replicated(mesh))

@@ -1,0 +1,65 @@
+"""What a classifier is worth: accuracy, cross-entropy, confusion, ROC, AUC, calibration. Pure, NumPy in and out."""
+
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import confusion_matrix, roc_auc_score, roc_curve
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Returns float64 probabilities (n, classes)."""
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+    return exponentials / exponentials.sum(1, keepdims=True)
+
+
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    """Returns the expected calibration error: mean |accuracy - confidence| over `bins` equal confidence bins.
+
+    Guo et al. 2017, arXiv 1706.04599, eq. 3.
+    """
+    confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(index, correct - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def roc_curves(probabilities: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, tuple | None]:
+    """Returns class -> (false positive rates, true positive rates, AUC), one class against the rest.
+
+    None for a class that all or none of the labels are.
+    """
+    curves = {}
+    for k, name in enumerate(classes):
+        positive = labels == k
+        curves[name] = None
+        if 0 < positive.sum() < len(labels):
+            false_positive, true_positive, _ = roc_curve(positive, probabilities[:, k])
+            curves[name] = false_positive, true_positive, float(roc_auc_score(positive, probabilities[:, k]))
+    return curves
+
+
+def evaluate(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the metrics of a set of predictions, ready for JSON.
+
+    Args:
+      logits: float (n, classes), n >= 1.
+      labels: int (n,).
+      classes: names.
+
+    Returns:
+      n, accuracy, loss (mean cross-entropy), auc (class -> value, None where undefined), macro_auc (None unless all
+      are defined), ece, confusion (rows are the truth), classes.
+    """
+    probabilities = softmax(logits)
+    own = probabilities[np.arange(len(labels)), labels]
+    auc = {name: curve and curve[2] for name, curve in roc_curves(probabilities, labels, classes).items()}
+    return {
+        "n": len(labels),
+        "accuracy": float(np.mean(probabilities.argmax(1) == labels)),
+        "loss": float(-np.mean(np.log(np.maximum(own, np.finfo(np.float64).tiny)))),
+        "auc": auc,
+        "macro_auc": None if None in auc.values() else float(np.mean(list(auc.values()))),
+        "ece": calibration_error(probabilities, labels),
+        "confusion": confusion_matrix(labels, probabilities.argmax(1), labels=range(len(classes))).tolist(),
+        "classes": list(classes),
+    }

@@ -1,0 +1,35 @@
+"""Progress on a terminal; plain lines where the output is none."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def progress_bar(unit: str) -> Progress:
+    """Returns a rich progress bar with a count, a free text and the time left; silent where there is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(),
+        TextColumn(unit + " {task.fields[text]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+        disable=not sys.stdout.isatty(),
+        speed_estimate_period=120,
+    )
+
+
+def track(items: Iterable, name: str, total: int) -> Iterator[Any]:
+    """Yields `items` (arrays of images, or one file each) and shows how many of `total` images are done."""
+    start, done = time.perf_counter(), 0
+    with progress_bar("images") as bar:
+        task = bar.add_task(name, total=total, text="")
+        for item in items:
+            yield item
+            done += len(item) if hasattr(item, "shape") else 1
+            rate = done / (time.perf_counter() - start)
+            bar.update(task, completed=done, text=f"{rate:,.0f}/s")
+    print(f"{name}: {done:,} images in {time.perf_counter() - start:.0f} s")

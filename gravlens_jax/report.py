@@ -1,0 +1,123 @@
+"""Figures of a run, from saved arrays alone; never imports jax."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from gravlens_jax.metrics import evaluate, roc_curves, softmax
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito: safe for colour-blind eyes
+DPI = 130
+
+
+def draw(
+    out: Path,
+    images: np.ndarray,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    history: Path | None = None,
+) -> None:
+    """Writes roc.png, confusion.png, examples.png and, if there is a history, history.png into the folder `out`.
+
+    Args:
+      out: an existing folder.
+      images: (n, height, width).
+      logits: float (n, classes).
+      labels: int (n,).
+      classes: names.
+      history: metrics.jsonl of the run.
+    """
+    draw_roc(out / "roc.png", logits, labels, classes)
+    draw_confusion(out / "confusion.png", logits, labels, classes)
+    draw_examples(out / "examples.png", images, logits, labels, classes)
+    if history is not None and history.exists():
+        draw_history(out / "history.png", [json.loads(line) for line in history.read_text().splitlines()])
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def draw_history(path: Path, lines: list[dict]) -> None:
+    """Loss, accuracy and learning rate over the epochs; `lines` as in metrics.jsonl."""
+    if not lines:
+        return
+    epochs = [line["epoch"] for line in lines]
+    figure = Figure((10, 3), dpi=DPI, layout="constrained")
+    for axes, quantity in zip(figure.subplots(1, 3), ("loss", "accuracy", "learning_rate"), strict=True):
+        if quantity == "learning_rate":
+            axes.semilogy(epochs, [max(line[quantity], 1e-12) for line in lines], "o-", color="0.3", ms=3)
+        else:
+            for split, colour in (("train", COLOURS[0]), ("val", COLOURS[1])):
+                values = [line[f"{split}_{quantity}"] for line in lines]
+                axes.plot(epochs, values, "o-", color=colour, ms=3, label={"val": "validation"}.get(split, split))
+            axes.legend(frameon=False)
+        axes.set(xlabel="epoch", title=quantity.replace("_", " "))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def draw_roc(path: Path, logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> None:
+    """One ROC curve for each class against the rest."""
+    figure = Figure((4.2, 4), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    for k, (name, curve) in enumerate(roc_curves(softmax(logits), labels, classes).items()):
+        if curve is not None:
+            axes.plot(curve[0], curve[1], color=COLOURS[k % len(COLOURS)], label=f"{name}: AUC {curve[2]:.3f}")
+    axes.plot([0, 1], [0, 1], ":", color="0.6", label="chance")
+    axes.set(
+        xlabel="false positive rate", ylabel="true positive rate", title=f"{len(labels):,} images", aspect="equal"
+    )
+    axes.legend(loc="lower right", frameon=False)
+    axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def draw_confusion(path: Path, logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> None:
+    """The confusion matrix: counts, and colours by the fraction of the true class."""
+    values = evaluate(logits, labels, classes)
+    counts = np.array(values["confusion"])
+    fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    figure = Figure((4.2, 3.8), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    shown = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        fraction = fractions[row, column]
+        colour = "white" if fraction > 0.6 else "black"
+        axes.text(column, row, f"{count:,}\n{fraction:.1%}", ha="center", va="center", color=colour)
+    ticks = range(len(classes))
+    axes.set(xticks=ticks, yticks=ticks, xticklabels=classes, yticklabels=classes, xlabel="predicted", ylabel="true")
+    axes.set_title(f"accuracy {values['accuracy']:.1%}")
+    figure.colorbar(shown, ax=axes, label="fraction of the true class", shrink=0.85)
+    _save(figure, path)
+
+
+def draw_examples(
+    path: Path, images: np.ndarray, logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], columns: int = 6
+) -> None:
+    """A row of images for each class with truth, prediction and its probability; wrong ones in red, shown last."""
+    probabilities = softmax(logits)
+    predicted = probabilities.argmax(1)
+    figure = Figure((1.5 * columns, 1.75 * len(classes)), dpi=DPI, layout="constrained")
+    grid = figure.subplots(len(classes), columns, squeeze=False)
+    for label, row in enumerate(grid):
+        right = np.flatnonzero((labels == label) & (predicted == label))
+        wrong = np.flatnonzero((labels == label) & (predicted != label))[: columns // 2]
+        chosen = np.concatenate([right[: columns - len(wrong)], wrong])
+        for axes in row:
+            axes.axis("off")
+        for axes, index in zip(row, chosen, strict=False):
+            axes.imshow(np.sqrt(images[index] - images[index].min()), cmap="inferno")
+            guess = predicted[index]
+            axes.set_title(
+                f"{classes[label]} → {classes[guess]} {probabilities[index, guess]:.2f}",
+                fontsize=8,
+                color="black" if guess == label else "#C00000",
+            )
+    figure.suptitle("truth → prediction and its probability", fontsize=9)
+    _save(figure, path)

@@ -1,0 +1,53 @@
+"""Trains a network and reports on it; without arguments it simulates its own images first."""
+
+import argparse
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from gravlens_jax import cli
+from gravlens_jax.checkpoint import read_run
+from gravlens_jax.config import PRESETS, Config
+from gravlens_jax.fit import fit
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Trains a network and reports on it; without arguments it simulates its own images first.
+
+    examples:
+      python scripts/train.py
+      python scripts/train.py --data packed --run-dir runs/real --epochs 20
+      python scripts/train.py --run-dir runs/real --resume
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    preset: Literal["default", "smoke", "published"] = "default"  # what every other option starts from
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on with --run-dir after its last complete epoch
+
+
+def parse_arguments(arguments: list[str]) -> Arguments:
+    """Reads the command line; what it leaves out comes from the preset, or from the run that is resumed."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=PRESETS, default="default")
+    first.add_argument("--run-dir", "--run_dir")
+    first.add_argument("--resume", action="store_true")
+    known, _ = first.parse_known_args(arguments)
+    config = PRESETS[known.preset]
+    if known.resume:
+        run_dir = known.run_dir or config.run_dir
+        config = replace(read_run(Path(run_dir)).config, run_dir=run_dir)
+    return tyro.cli(Arguments, default=Arguments(config, known.preset), args=arguments)
+
+
+def main() -> None:
+    """Runs the command line."""
+    arguments = parse_arguments(sys.argv[1:])
+    fit(arguments.config, arguments.resume)
+
+
+if __name__ == "__main__":
+    cli.run(main)
