@@ -62,13 +62,13 @@ def create_run(run_dir: Path, info: RunInfo) -> None:
 def read_run(run_dir: Path) -> RunInfo:
     """Reads config.json of a run directory."""
     path = Path(run_dir) / "config.json"
-    check(path.is_file(), f"{run_dir} is not a run: it has no config.json; expected a directory made by scripts/train.py")
+    check(path.is_file(), f"{run_dir} is not a run (no config.json); expected a directory made by scripts/train.py")
     try:
         values = json.loads(path.read_text())
         classes, shape = tuple(values["classes"]), tuple(values["image_shape"])
         assert all(isinstance(c, str) for c in classes) and [type(s) for s in shape] == [int, int]
     except (json.JSONDecodeError, KeyError, TypeError, AssertionError) as error:
-        raise InputError(f"{path} is damaged ({error!r}); expected JSON with config, classes and image_shape") from error
+        raise InputError(f"{path} is damaged: {error!r}; expected config, classes and image_shape in JSON") from error
     return RunInfo(from_dict(Config, values["config"], str(path)), classes, shape)
 
 
@@ -81,7 +81,11 @@ def open_checkpoints(run_dir: Path) -> ocp.CheckpointManager:
         best_mode="min",
         enable_async_checkpointing=False,  # the files are small, and an error is raised where it happens
     )
-    return ocp.CheckpointManager(Path(run_dir).resolve() / "checkpoints", options=options)
+    return ocp.CheckpointManager(_folder(run_dir), options=options)
+
+
+def _folder(run_dir: Path) -> Path:
+    return Path(run_dir).resolve() / "checkpoints"  # Orbax wants an absolute path
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -111,13 +115,13 @@ def _restore(manager: ocp.CheckpointManager, step: int, abstract: dict[str, Any]
     except (ValueError, KeyError, FileNotFoundError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"{manager.directory / str(step)} does not hold the network that config.json describes, or is damaged: {reason}"
+            f"{manager.directory / str(step)} is damaged, or not of the network that config.json describes: {reason}"
         ) from error
 
 
 def save_variables(run_dir: Path, variables: Any) -> None:
     """Saves a network that was trained elsewhere as the only checkpoint, step 0, of a run."""
-    with open_checkpoints(run_dir) as manager:
+    with ocp.CheckpointManager(_folder(run_dir)) as manager:
         manager.save(0, args=ocp.args.Composite(variables=ocp.args.StandardSave(variables)))
 
 

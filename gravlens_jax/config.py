@@ -8,7 +8,6 @@ import json
 import types
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 CLASSES = ("no", "sphere", "vort")  # a label is an index into this
@@ -48,8 +47,8 @@ class InputConfig:
     crop: int = 100  # central pixels kept, height and width
     pool: int = 2  # side of the pixel blocks that are averaged
     stretch: Literal["linear", "sqrt"] = "sqrt"  # sqrt makes the photon noise uniform
-    mean: float = 0.28  # subtracted after the stretch
-    std: float = 0.16  # divided by after that
+    mean: float = 0.29  # subtracted after the stretch
+    std: float = 0.19  # divided by after that
 
     def __post_init__(self):
         check(self.crop >= 1 and self.pool >= 1, f"crop={self.crop}, pool={self.pool}: both must be at least 1")

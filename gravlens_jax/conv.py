@@ -33,9 +33,7 @@ def _forward(x, kernel, strides, padding):
 
 def _backward(strides, padding, residuals, grad):
     x, kernel = residuals
-    plain = partial(
-        jax.lax.conv_general_dilated, window_strides=strides, padding=padding, dimension_numbers=DIMENSIONS
-    )
+    plain = partial(jax.lax.conv_general_dilated, window_strides=strides, padding=padding, dimension_numbers=DIMENSIONS)
     (grad_x,) = jax.linear_transpose(lambda x: plain(x, kernel), x)(grad)
 
     def library(x, grad):
@@ -56,16 +54,15 @@ def _weight_gradient(x, grad, kernel, strides, padding):
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     group = math.gcd(n, 4)
 
+    def window(x, i, j):
+        rows = slice(i, i + (out_height - 1) * strides[0] + 1, strides[0])
+        columns = slice(j, j + (out_width - 1) * strides[1] + 1, strides[1])
+        return x[:, rows, columns]
+
     def add(total, images):
         x, grad = images
-        patches = jnp.concatenate(
-            [
-                x[:, i : i + (out_height - 1) * strides[0] + 1 : strides[0], j : j + (out_width - 1) * strides[1] + 1 : strides[1]]
-                for i in range(kernel_height)
-                for j in range(kernel_width)
-            ],
-            axis=-1,
-        )
+        patches = [window(x, i, j) for i in range(kernel_height) for j in range(kernel_width)]
+        patches = jnp.concatenate(patches, axis=-1)
         patches = patches.reshape(-1, kernel_height * kernel_width * channels)
         product = jax.lax.dot_general(
             grad.reshape(-1, filters), patches, (((0,), (0,)), ((), ())), preferred_element_type=total.dtype

@@ -10,9 +10,10 @@ import numpy as np
 from gravlens_jax import report
 from gravlens_jax.checkpoint import Which, load_run, read_run, write_atomically
 from gravlens_jax.config import check
-from gravlens_jax.data import Dataset, load_folder, load_image, open_npz
+from gravlens_jax.folders import load_folder, load_image
 from gravlens_jax.metrics import evaluate
 from gravlens_jax.model import predict, predict_logits
+from gravlens_jax.npz import Dataset, open_npz
 
 
 def load_labelled(path: Path, classes: tuple[str, ...]) -> Dataset:

@@ -170,8 +170,8 @@ def _sum_batches(eval_fn: Callable, state: TrainState, batches: Iterable[dict], 
 def _check_finite(loss: float, name: str, step: int) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(
-            f"{name} is {loss} at step {step}; the checkpoints of earlier epochs are intact. Look for NaN pixels in the "
-            f"data, or start again with a lower --optim.learning-rate"
+            f"{name} is {loss} at step {step}; the checkpoints of earlier epochs are intact. Look for NaN pixels in "
+            f"the data, or start again with a lower --optim.learning-rate"
         )
 
 

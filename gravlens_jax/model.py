@@ -1,9 +1,7 @@
 """The network: a residual network of depth 6n + 2 (He et al., arXiv 1512.03385, section 4.2) in Flax Linen.
 
-    model = ResNet20()
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 50, 50, 1)))
-    logits = model.apply(variables, x)                   # x: prepared images
-    probabilities = predict(model, variables, images)    # images: as they are on disk
+`model.apply(variables, x)` takes prepared images and returns logits; `predict(model, variables, images)` takes images
+as they are on disk, prepares them as the network wants them, and returns probabilities.
 """
 
 from functools import partial
@@ -55,6 +53,7 @@ class ResNet(nn.Module):
             conv_general_dilated=conv_general_dilated,
         )
         conv3 = partial(conv, kernel_size=(3, 3), padding=((1, 1), (1, 1)))
+        conv1 = partial(conv, kernel_size=(1, 1), padding=((0, 0), (0, 0)), strides=(2, 2))
         # momentum weighs the old statistics: 0.9 here is PyTorch's 0.1.
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype)
 
@@ -64,10 +63,11 @@ class ResNet(nn.Module):
             for block in range((self.depth - 2) // 6):
                 name = f"stage{stage + 1}_block{block + 1}"
                 stride = 2 if stage and not block else 1
-                y = nn.relu(norm(name=f"{name}_norm1")(conv3(filters, strides=(stride, stride), name=f"{name}_conv1")(x)))
+                y = conv3(filters, strides=(stride, stride), name=f"{name}_conv1")(x)
+                y = nn.relu(norm(name=f"{name}_norm1")(y))
                 y = norm(name=f"{name}_norm2")(conv3(filters, name=f"{name}_conv2")(y))
                 if stride == 2 and self.projection:
-                    x = conv(filters, kernel_size=(1, 1), strides=(2, 2), padding=((0, 0), (0, 0)), name=f"{name}_projection")(x)
+                    x = conv1(filters, name=f"{name}_projection")(x)
                     x = norm(name=f"{name}_projection_norm")(x)
                 elif stride == 2:
                     x = jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (filters // 4, filters // 4)))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -38,6 +39,21 @@ def draw(
         draw_history(out / "history.png", [json.loads(line) for line in history.read_text().splitlines()])
 
 
+def table(values: dict[str, Any], where: Path) -> str:
+    """Returns the metrics of `metrics.evaluate` as a small text table, and where the report is."""
+    auc = values["auc"] | {"macro": values["macro_auc"]}
+    confusion = zip(values["classes"], values["confusion"], strict=True)
+    recall = {name: f"{row[k] / max(1, sum(row)):.3f}" for k, (name, row) in enumerate(confusion)}
+    lines = [
+        f"{values['n']:,} images, {values['checkpoint']} checkpoint",
+        f"  accuracy {values['accuracy']:.4f}   loss {values['loss']:.4f}   calibration error {values['ece']:.4f}",
+        "  recall   " + "   ".join(f"{name} {value}" for name, value in recall.items()),
+        "  AUC      " + "   ".join(f"{name} {'-' if v is None else f'{v:.4f}'}" for name, v in auc.items()),
+        f"report: {where}",
+    ]
+    return "\n".join(lines)
+
+
 def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure).print_png(str(path))
 
@@ -70,9 +86,7 @@ def draw_roc(path: Path, logits: np.ndarray, labels: np.ndarray, classes: tuple[
         if curve is not None:
             axes.plot(curve[0], curve[1], color=COLOURS[k % len(COLOURS)], label=f"{name}: AUC {curve[2]:.3f}")
     axes.plot([0, 1], [0, 1], ":", color="0.6", label="chance")
-    axes.set(
-        xlabel="false positive rate", ylabel="true positive rate", title=f"{len(labels):,} images", aspect="equal"
-    )
+    axes.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{len(labels):,} images", aspect="equal")
     axes.legend(loc="lower right", frameon=False)
     axes.grid(alpha=0.3)
     _save(figure, path)

@@ -6,7 +6,7 @@ public images; it is never that data set itself. Image i of a split is a functio
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,7 +20,7 @@ import numpy as np
 
 from gravlens_jax import lens
 from gravlens_jax.config import CLASSES, SPLITS, SimulationConfig, check
-from gravlens_jax.data import open_npz, write_npz
+from gravlens_jax.npz import open_npz, write_npz
 
 BLOCK = 8  # images of one class per compiled call; fixed, so that an image never depends on how many are asked for
 MAX_SUBHALOS = 64  # padding; a Poisson(25) draw exceeds it with probability 1e-11
@@ -196,7 +196,7 @@ def simulate_images(n: int, seed: int, split: str, priors: Priors) -> Iterator[n
             pending += [pool.submit(make, start) for start in islice(starts, 1)]
 
 
-def simulate_dataset(out: Path, config: SimulationConfig, progress: Callable[..., Iterable] = lambda items, *_: items) -> Path:
+def simulate_dataset(out: Path, config: SimulationConfig, progress: Callable = lambda items, *_: items) -> Path:
     """Simulates `out/{train,val,test}.npz`, those that are not there already; returns `out`.
 
     Args:

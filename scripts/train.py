@@ -12,6 +12,7 @@ from gravlens_jax import cli
 from gravlens_jax.checkpoint import read_run
 from gravlens_jax.config import PRESETS, Config
 from gravlens_jax.fit import fit
+from gravlens_jax.report import table
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ def parse_arguments(arguments: list[str]) -> Arguments:
 def main() -> None:
     """Runs the command line."""
     arguments = parse_arguments(sys.argv[1:])
-    fit(arguments.config, arguments.resume)
+    values = fit(arguments.config, arguments.resume)
+    run_dir = Path(arguments.config.run_dir)
+    print(f"test split: {table(values, run_dir / 'report')}\nrun: {run_dir}")
 
 
 if __name__ == "__main__":

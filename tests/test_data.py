@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+
+from gravlens_jax.config import CLASSES, InputError
+from gravlens_jax.data import epoch_order, eval_batches, load_splits, prefetch, train_batches
+from gravlens_jax.npz import Dataset, write_npz
+
+
+def dataset(n):
+    images = np.arange(n, dtype=np.uint16)[:, None, None] * np.ones((2, 3), np.uint16)
+    return Dataset(images, np.arange(n, dtype=np.int32) % 3, CLASSES, {})
+
+
+@pytest.mark.parametrize("n, batch_size", [(8, 4), (9, 4), (1, 4), (3, 3)])
+def test_padded_batches_count_every_example_once(n, batch_size):
+    batches = list(eval_batches(dataset(n), batch_size))
+    assert {batch["images"].shape for batch in batches} == {(batch_size, 2, 3)}
+    seen = np.concatenate([batch["images"][batch["mask"], 0, 0] for batch in batches])
+    np.testing.assert_array_equal(seen, np.arange(n))
+
+
+def test_training_batches_follow_the_epoch_order_and_drop_the_rest():
+    batches = list(train_batches(dataset(10), 4, seed=5, epoch=2))
+    seen = np.concatenate([batch["images"][:, 0, 0] for batch in batches])
+    np.testing.assert_array_equal(seen, epoch_order(10, 5, 2)[:8])
+    np.testing.assert_array_equal(np.concatenate([batch["labels"] for batch in batches]), seen % 3)
+
+
+def test_epoch_order_is_a_permutation_that_depends_on_seed_and_epoch():
+    order = epoch_order(50, 0, 0)
+    np.testing.assert_array_equal(np.sort(order), np.arange(50))
+    np.testing.assert_array_equal(order, epoch_order(50, 0, 0))
+    assert (order != epoch_order(50, 0, 1)).any() and (order != epoch_order(50, 1, 0)).any()
+    assert epoch_order(10, 3, 1).tolist() == [4, 1, 2, 8, 5, 0, 7, 9, 6, 3]  # runs must stay resumable across versions
+
+
+def test_batches_are_new_arrays():
+    data = dataset(4)
+    next(train_batches(data, 4, 0, 0))["images"][:] = 7
+    assert data.images.max() == 3
+
+
+def test_prefetch_keeps_order_and_passes_errors_on():
+    assert list(prefetch(iter(range(1, 20)))) == list(range(1, 20))
+
+    def broken():
+        yield 1
+        raise InputError("broken")
+
+    with pytest.raises(InputError, match="broken"):
+        list(prefetch(broken()))
+
+
+def test_splits_must_belong_together(tmp_path):
+    for split, size in (("train", 4), ("val", 5), ("test", 4)):
+        images = np.zeros((3, size, size), np.uint8)
+        write_npz(tmp_path / f"{split}.npz", [images], images.shape, images.dtype, np.arange(3), CLASSES, {})
+    with pytest.raises(InputError, match=r"val\.npz has classes .* and images of \(5, 5\) pixels"):
+        load_splits(tmp_path)

@@ -1,0 +1,114 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gravlens_jax import lens
+
+PROFILES = {
+    "sis": lambda x, y: lens.deflect_sis(x, y, 1.2),
+    "shear": lambda x, y: lens.deflect_shear(x, y, 0.2, 0.3),
+    "points": lambda x, y: lens.deflect_points(
+        x, y, jnp.array([[0.3, -0.2], [0.0, 0.5], [9.0, 9.0]]), jnp.array([0.04, 0.01, 0.0])
+    ),
+    "string": lambda x, y: lens.deflect_string(x, y, jnp.array([0.2, -0.1]), 0.7, 2.0, 0.07),
+}
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def flux(profile, radius, n=4000):
+    """Returns the flux of the deflection out of a circle around the origin."""
+    angles = 2 * math.pi * (jnp.arange(n) + 0.5) / n
+    x, y = radius * jnp.cos(angles), radius * jnp.sin(angles)
+    ax, ay = profile(x, y)
+    return float(jnp.mean(ax * x + ay * y) * 2 * math.pi)
+
+
+@pytest.mark.parametrize("name, expected", [("points", 0.05), ("string", 0.07), ("sis", 1.2 * 3.0)])
+def test_flux_through_a_circle_is_that_of_the_mass_inside(name, expected):
+    # Gauss's law; an isothermal sphere holds theta_E * r. Trapezoids on a circle converge exponentially.
+    assert flux(PROFILES[name], 3.0) == pytest.approx(2 * math.pi * expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_half_the_divergence_is_kappa(name):
+    x, y = jnp.array([0.9, -0.4, 0.1]), jnp.array([0.2, 0.7, -1.1])
+
+    def divergence(x, y):
+        jacobian = jax.jacfwd(lambda p: jnp.stack(PROFILES[name](p[0], p[1])))(jnp.stack([x, y]))
+        return jnp.trace(jacobian)
+
+    kappa = 1.2 / (2 * jnp.hypot(x, y)) if name == "sis" else jnp.zeros(3)  # the others have no mass at these places
+    np.testing.assert_allclose(jax.vmap(divergence)(x, y) / 2, kappa, atol=1e-9)
+
+
+def test_string_is_the_sum_of_many_point_masses():
+    x, y = lens.pixel_grid(12, 0.4)
+    n, length, angle = 100_000, 2.0, 0.7
+    along = length * ((np.arange(n) + 0.5) / n - 0.5)
+    px, py = 0.2 + along * np.cos(angle), -0.1 + along * np.sin(angle)
+    dx, dy = np.asarray(x)[..., None] - px, np.asarray(y)[..., None] - py
+    k = 0.07 / n / (dx**2 + dy**2)
+    ax, ay = PROFILES["string"](x, y)
+    np.testing.assert_allclose(ax, (k * dx).sum(-1), atol=1e-8)
+    np.testing.assert_allclose(ay, (k * dy).sum(-1), atol=1e-8)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_gradients_are_finite_on_and_off_the_centre(name):
+    def sum_of_deflections(x, y):
+        ax, ay = PROFILES[name](x, y)
+        return ax + ay
+
+    for x, y in [(0.0, 0.0), (0.3, -0.2), (0.2, -0.1), (1.0, 1.0), (0.2 + math.cos(0.7), -0.1 + math.sin(0.7))]:
+        assert all(math.isfinite(float(g)) for g in jax.grad(sum_of_deflections, (0, 1))(x, y))
+
+
+@pytest.mark.parametrize("axis_ratio", [0.4, 1.0])
+@pytest.mark.parametrize("x, y", [(0.0, 0.0), (0.3, 0.0), (-0.1, 0.7)])
+def test_sersic_gradients_are_finite(axis_ratio, x, y):
+    gradients = jax.grad(lens.sersic_light, tuple(range(6)))(x, y, 1.5, 0.5, axis_ratio, 0.2)
+    assert all(math.isfinite(float(g)) for g in gradients)
+
+
+def test_half_the_sersic_light_is_inside_the_effective_radius():
+    x, y = lens.pixel_grid(1500, 0.02)
+    light = lens.sersic_light(x, y, 1.5, 0.5, 0.6, 0.4)
+    u, v = np.cos(0.4) * x + np.sin(0.4) * y, np.cos(0.4) * y - np.sin(0.4) * x
+    inside = 0.6 * u**2 + v**2 / 0.6 < 0.5**2
+    assert float(light[inside].sum() / light.sum()) == pytest.approx(0.5, abs=2e-3)  # pixels on the ellipse's edge
+
+
+def test_einstein_radius_of_the_published_code():
+    theta_E = math.sqrt(lens.einstein_radius_squared(1e12, 0.5, 1.0))
+    assert theta_E == pytest.approx(1.28145, abs=1e-4)  # its constants of nature are rounded to a few 1e-5
+
+
+def test_luminosity_distance():
+    # Flat LambdaCDM, H0 = 70, Om = 0.3: the textbook integral by 100,000 midpoints.
+    z = (np.arange(100_000) + 0.5) / 100_000
+    comoving = lens.SPEED_OF_LIGHT_KM_S / 70 * np.mean(1 / np.sqrt(0.3 * (1 + z) ** 3 + 0.7))
+    assert float(lens.luminosity_distance(1.0)) == pytest.approx(2 * comoving, rel=1e-9)
+
+
+def test_pixel_grid_has_plus_y_in_row_0_and_supersamples():
+    x, y = lens.pixel_grid(2, 1.0, 2)
+    np.testing.assert_allclose(x[0], [-0.75, -0.25, 0.25, 0.75])
+    np.testing.assert_allclose(y[:, 0], [0.75, 0.25, -0.25, -0.75])
+    np.testing.assert_allclose(lens.bin_pixels(x, 2), lens.pixel_grid(2, 1.0)[0])
+
+
+def test_blur_is_a_normalised_gaussian():
+    image = jnp.zeros((31, 31)).at[15, 15].set(1.0)
+    rows = np.arange(-5, 6)
+    kernel = np.exp(-(rows[:, None] ** 2 + rows**2) / (2 * 1.74**2))
+    expected = np.zeros((31, 31))
+    expected[10:21, 10:21] = kernel / kernel.sum()
+    np.testing.assert_allclose(lens.blur(image, 1.74, 11), expected, atol=1e-12)

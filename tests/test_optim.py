@@ -1,0 +1,65 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gravlens_jax.config import OptimConfig
+from gravlens_jax.optim import init_plateau, learning_rate_schedule, make_optimizer, update_plateau
+
+
+def pytorch_plateau(losses, patience, factor=0.1):
+    """torch.optim.lr_scheduler.ReduceLROnPlateau (mode min, threshold 1e-4 relative, no cooldown), from its manual."""
+    best, bad, scale, scales = float("inf"), 0, 1.0, []
+    for loss in losses:
+        if loss < best * (1 - 1e-4):
+            best, bad = loss, 0
+        else:
+            bad += 1
+        if bad > patience:
+            scale, bad = scale * factor, 0
+        scales.append(scale)
+    return scales
+
+
+@pytest.mark.parametrize("patience", [0, 1, 3])
+@pytest.mark.parametrize("seed", range(5))
+def test_plateau_is_pytorch_s(patience, seed):
+    losses = np.random.default_rng(seed).uniform(0.5, 1, 25).astype(np.float32)
+    config = OptimConfig(plateau_patience=patience, learning_rate=1.0)
+    state, scales = init_plateau(config, {"w": jnp.zeros(())}), []
+    update = jax.jit(lambda state, loss: update_plateau(state, loss, config))
+    for loss in losses:
+        state = update(state, loss)
+        scales.append(float(state.scale))
+    expected = np.maximum(pytorch_plateau(losses.tolist(), patience), 1e-8)
+    np.testing.assert_allclose(scales, expected, rtol=1e-5)
+
+
+def test_l2_goes_into_the_gradient_before_adam():
+    config = OptimConfig(learning_rate=0.1, l2=0.01, warmup_steps=0, decay="constant")
+    tx = make_optimizer(config, 10)
+    w = jnp.array([2.0, -1.0])
+    opt_state, expected, m, v = tx.init(w), np.array([2.0, -1.0]), 0, 0
+    for t in range(1, 6):
+        gradient = np.array([0.3, -0.2]) * t
+        updates, opt_state = tx.update(jnp.float32(gradient), opt_state, w)
+        w = w + updates
+        gradient = gradient + 0.01 * expected  # Kingma & Ba, algorithm 1, on the regularised loss
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        expected = expected - 0.1 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    np.testing.assert_allclose(w, expected, rtol=1e-5)
+
+
+def test_schedule_warms_up_linearly_and_ends_at_0():
+    schedule = learning_rate_schedule(OptimConfig(learning_rate=1.0, warmup_steps=4, decay="cosine"), 12)
+    rates = [float(schedule(step)) for step in range(13)]
+    np.testing.assert_allclose(rates[:5], [0.25, 0.5, 0.75, 1.0, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(rates[4:], 0.5 * (1 + np.cos(np.pi * np.arange(9) / 8)), atol=1e-6)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 50])
+def test_constant_schedule_and_any_warm_up(warmup_steps):
+    config = OptimConfig(learning_rate=0.5, warmup_steps=warmup_steps, decay="constant")
+    schedule = learning_rate_schedule(config, 10)
+    assert float(schedule(0)) == pytest.approx(0.5 / max(1, warmup_steps))
+    assert float(schedule(100)) == 0.5
