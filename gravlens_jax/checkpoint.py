@@ -81,11 +81,13 @@ def open_checkpoints(run_dir: Path) -> ocp.CheckpointManager:
         best_mode="min",
         enable_async_checkpointing=False,  # the files are small, and an error is raised where it happens
     )
-    return ocp.CheckpointManager(_folder(run_dir), options=options)
+    return _manager(run_dir, options)
 
 
-def _folder(run_dir: Path) -> Path:
-    return Path(run_dir).resolve() / "checkpoints"  # Orbax wants an absolute path
+def _manager(run_dir: Path, options: ocp.CheckpointManagerOptions | None = None) -> ocp.CheckpointManager:
+    handlers = {name: ocp.StandardCheckpointHandler() for name in ("variables", "training")}
+    folder = Path(run_dir).resolve() / "checkpoints"  # Orbax wants an absolute path
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -111,8 +113,18 @@ def restore_state(manager: ocp.CheckpointManager, like: TrainState) -> TrainStat
 def _restore(manager: ocp.CheckpointManager, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     args = {name: ocp.args.StandardRestore(item) for name, item in abstract.items()}
     try:
+        # Compared here, since Orbax casts another dtype silently and tells of another shape in a page of text.
+        stored = manager.item_metadata(step)["variables"]
+        found, expected = (
+            {jax.tree_util.keystr(path): (tuple(x.shape), str(x.dtype)) for path, x in jax.tree.leaves_with_path(tree)}
+            for tree in (dict(stored), abstract["variables"])
+        )
+        differing = sorted(dict(found.items() ^ expected.items()))
+        if differing:
+            name = differing[0]
+            raise ValueError(f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}")
         return manager.restore(step, args=ocp.args.Composite(**args))
-    except (ValueError, KeyError, FileNotFoundError) as error:
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"{manager.directory / str(step)} is damaged, or not of the network that config.json describes: {reason}"
@@ -121,7 +133,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, abstract: dict[str, Any]
 
 def save_variables(run_dir: Path, variables: Any) -> None:
     """Saves a network that was trained elsewhere as the only checkpoint, step 0, of a run."""
-    with ocp.CheckpointManager(_folder(run_dir)) as manager:
+    with _manager(run_dir) as manager:
         manager.save(0, args=ocp.args.Composite(variables=ocp.args.StandardSave(variables)))
 
 

@@ -1,0 +1,155 @@
+"""The scripts as a user runs them, each in a process of its own."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gravlens_jax.checkpoint import load_run
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    *("--preset", "smoke", "--simulation.train", "96", "--simulation.val", "24", "--simulation.test", "24"),
+    *("--model.width", "4", "--input.crop", "48", "--input.pool", "4"),
+]
+ENVIRONMENT = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+
+
+def start(folder, script, *arguments):
+    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(folder, script, *arguments, status=0):
+    process = start(folder, script, *arguments)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, out + err
+    assert "Traceback" not in err
+    return out if status == 0 else err
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with simulated data in data/ and a finished run in runs/a."""
+    folder = tmp_path_factory.mktemp("work")
+    out = run(folder, "train.py", *SMALL, "--run-dir", "runs/a")
+    assert "epoch 4/4" in out and "test split: 24 images" in out
+    return folder
+
+
+def test_a_run_directory_holds_everything(folder):
+    names = {str(f.relative_to(folder / "runs/a")) for f in (folder / "runs/a").rglob("*")}
+    assert {"config.json", "metrics.jsonl", "report/metrics.json", "report/predictions.npz"} <= names
+    for figure in ("history", "roc", "confusion", "examples"):
+        assert (folder / f"runs/a/report/{figure}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    values = json.loads((folder / "runs/a/report/metrics.json").read_text())
+    keys = {"n", "accuracy", "loss", "auc", "macro_auc", "ece", "confusion", "classes", "checkpoint"}
+    assert values.keys() == keys and values["n"] == 24 and values["checkpoint"] == "best"
+    lines = [json.loads(line) for line in (folder / "runs/a/metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    best = min(lines, key=lambda line: line["val_loss"])["step"]
+    assert {f.name for f in (folder / "runs/a/checkpoints").iterdir()} == {str(best), "24"}
+
+
+def test_a_killed_run_resumes_to_exactly_the_same_parameters(folder):
+    process = start(folder, "train.py", *SMALL, "--run-dir", "runs/b")
+    metrics = folder / "runs/b/metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    out = run(folder, "train.py", "--run-dir", "runs/b", "--resume")
+    assert "epoch 4/4" in out and "epoch 1/4" not in out
+    for checkpoint in ("best", "final"):
+        (_, a), (_, b) = (load_run(folder / "runs" / name, checkpoint) for name in "ab")
+        for module in a["params"]:
+            for name, value in a["params"][module].items():
+                np.testing.assert_array_equal(value, b["params"][module][name])
+    assert len(metrics.read_text().splitlines()) == 4
+
+
+def test_evaluate_reproduces_the_report_and_writes_where_told(folder):
+    data = next((folder / "data").iterdir()) / "test.npz"
+    run(folder, "evaluate.py", "runs/a", data, "--out", "again")
+    again, report = (json.loads((folder / d / "metrics.json").read_text()) for d in ("again", "runs/a/report"))
+    assert again == report
+    with np.load(folder / "again/predictions.npz") as predictions:
+        assert predictions["logits"].shape == (24, 3) and predictions["logits"].dtype == np.float32
+        assert predictions["labels"].dtype == np.int32
+
+
+def test_predict_prints_csv_for_npy_npz_and_folders(folder):
+    rng = np.random.default_rng(0)
+    for name in ("images/x.npy", "images/sub/y.npy"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(folder / name, rng.random((1, 150, 150)))
+    np.savez(folder / "two.npz", images=rng.random((2, 150, 150)))
+    rows = list(csv.DictReader(io.StringIO(run(folder, "predict.py", "runs/a", "images", "two.npz"))))
+    assert [row["file"] for row in rows] == ["images/sub/y.npy", "images/x.npy", "two.npz[0]", "two.npz[1]"]
+    for row in rows:
+        probabilities = {name: float(row[f"p_{name}"]) for name in ("no", "sphere", "vort")}
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
+        assert row["class"] == max(probabilities, key=probabilities.get)
+
+
+def test_simulate_then_pack_like_folders(folder):
+    run(folder, "simulate.py", "sim", "--train", "0", "--val", "6", "--test", "3")
+    assert sorted(f.name for f in (folder / "sim").iterdir()) == ["test.npz", "val.npz"]
+
+
+@pytest.mark.parametrize(
+    "script, arguments, message",
+    [
+        ("train.py", [*SMALL, "--run-dir", "runs/a"], "runs/a already holds a run; continue it with --resume"),
+        ("train.py", ["--run-dir", "runs/none", "--resume"], "runs/none is not a run"),
+        ("train.py", ["--run-dir", "runs/a", "--resume", "--epochs", "9"], "--epochs is 9 but the run to resume has 4"),
+        ("train.py", ["--model.depth", "21"], "depth=21: expected 6n + 2 layers"),
+        ("train.py", ["--colour", "red"], "--colour"),
+        ("train.py", ["--data", "nowhere", "--run-dir", "runs/c"], "no such file"),
+        ("train.py", [*SMALL, "--batch-size", "100", "--run-dir", "runs/c"], "fewer than batch_size=100"),
+        ("train.py", [*SMALL, "--input.crop", "160", "--run-dir", "runs/c"], "the network's input is a crop of 160"),
+        ("evaluate.py", ["runs/a", "nowhere.npz"], "no such file"),
+        ("evaluate.py", ["runs/none", "nowhere.npz"], "runs/none is not a run"),
+        ("evaluate.py", ["runs/a", "runs"], "expected one folder for each of the classes"),
+        ("predict.py", ["runs/a", "nowhere.npy"], "nowhere.npy: no such file or folder"),
+        ("predict.py", ["runs/a", "runs/a/config.json"], "expected a .npy or .npz file or a folder"),
+        ("predict.py", ["runs/a", "small.npy"], "16 x 16 pixels, but runs/a was trained on 150 x 150"),
+        ("predict.py", ["runs/a", "nan.npy"], "NaN or infinite pixels"),
+        ("simulate.py", ["sim2", "--train", "-3"], "train=-3: a number of images cannot be negative"),
+        ("pack.py", ["nowhere", "out"], "has neither train/ nor val/"),
+        ("pack.py", ["nowhere", "out", "--classes", "a,a"], "expected at least two different names"),
+        ("import_torch.py", ["nowhere.npz", "runs/d"], "nowhere.npz: no such file"),
+    ],
+)
+def test_mistakes_end_with_status_2_and_one_paragraph(folder, script, arguments, message):
+    np.save(folder / "small.npy", np.zeros((16, 16)))
+    np.save(folder / "nan.npy", np.full((150, 150), np.nan))
+    err = run(folder, script, *arguments, status=2)
+    assert message in " ".join(err.split())
+    assert not (folder / "runs/c").exists() and not (folder / "runs/d").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_best(folder):
+    arguments = [*SMALL, "--run-dir", "runs/e", "--optim.learning-rate", "1e30", "--optim.warmup-steps", "0"]
+    err = run(folder, "train.py", *arguments, status=1)
+    assert "is nan at step" in err or "is inf at step" in err
+    assert not list((folder / "runs/e/checkpoints").glob("[0-9]*"))
+
+
+@pytest.mark.parametrize(
+    "script", ["train.py", "evaluate.py", "predict.py", "simulate.py", "pack.py", "import_torch.py"]
+)
+def test_help(tmp_path, script):
+    assert "usage" in run(tmp_path, script, "--help")
