@@ -29,7 +29,7 @@ class SimulationConfig:
     """The images to simulate when no data are given."""
 
     preset: Literal["ct1"] = "ct1"  # population of lenses: see gravlens_jax/simulate.py
-    train: int = 18_000  # training images, all classes together
+    train: int = 27_000  # training images, all classes together
     val: int = 1_800  # validation images
     test: int = 3_000  # test images
     seed: int = 0  # of the images, not of the training
@@ -90,7 +90,7 @@ class ModelConfig:
 class OptimConfig:
     """L2 + Adam; warm-up and decay by step, times a plateau reduction by epoch."""
 
-    learning_rate: float = 4e-3  # peak
+    learning_rate: float = 3e-3  # peak
     l2: float = 1e-4  # added to the gradient before Adam (not decoupled), on every parameter
     warmup_steps: int = 200  # linear from 0
     decay: Literal["constant", "cosine"] = "cosine"  # after the warm-up; cosine ends at 0 with the last step
@@ -112,8 +112,8 @@ class Config:
     run_dir: str = "runs/default"  # where checkpoints, metrics and the report go
     data: str | None = None  # folder with train.npz, val.npz and test.npz; simulated into data/ if not given
     seed: int = 0  # of initial parameters, order and augmentation
-    epochs: int = 6  # passes over the training images
-    batch_size: int = 64  # images per step, over all devices
+    epochs: int = 3  # passes over the training images
+    batch_size: int = 32  # images per step, over all devices
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     input: InputConfig = field(default_factory=InputConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)

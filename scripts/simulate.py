@@ -10,14 +10,16 @@ from gravlens_jax.config import SimulationConfig
 from gravlens_jax.progress import track
 from gravlens_jax.simulate import simulate_dataset
 
+DEFAULT = SimulationConfig()
+
 
 def main(
     out: tyro.conf.Positional[Path],
     preset: Literal["ct1"] = "ct1",
-    train: int = 18_000,
-    val: int = 1_800,
-    test: int = 3_000,
-    seed: int = 0,
+    train: int = DEFAULT.train,
+    val: int = DEFAULT.val,
+    test: int = DEFAULT.test,
+    seed: int = DEFAULT.seed,
 ) -> None:
     """Simulates labelled lens images into OUT/train.npz, OUT/val.npz and OUT/test.npz.
 
