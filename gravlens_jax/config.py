@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 CLASSES = ("no", "sphere", "vort")  # a label is an index into this
 SPLITS = ("train", "val", "test")
+PriorPreset = Literal["ct1", "model_a", "paper", "deeplensesim_i"]
 
 
 class InputError(ValueError):
@@ -28,7 +29,7 @@ def check(condition: bool, message: str) -> None:
 class SimulationConfig:
     """The images to simulate when no data are given."""
 
-    preset: Literal["ct1"] = "ct1"  # population of lenses: see gravlens_jax/simulate.py
+    preset: PriorPreset = "ct1"  # population of lenses: see gravlens_jax/priors.py
     train: int = 27_000  # training images, all classes together
     val: int = 1_800  # validation images
     test: int = 3_000  # test images

@@ -9,6 +9,7 @@ Ciotti & Bertin 1999, A&A 352, 447 (Sersic b_n).
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,36 @@ def deflect_sis(x: jax.Array, y: jax.Array, theta_E: jax.Array) -> Pair:
     """Returns the deflection theta_E (x, y) / r of a singular isothermal sphere at the origin."""
     k = theta_E * jax.lax.rsqrt(x * x + y * y + SOFTENING**2)
     return k * x, k * y
+
+
+def deflect_sie(x: jax.Array, y: jax.Array, theta_E: jax.Array, axis_ratio: jax.Array, angle: jax.Array) -> Pair:
+    """Returns the deflection of a singular isothermal ellipsoid at the origin.
+
+    With the major axis along x, psi^2 = q^2 x^2 + y^2 and f^2 = 1 - q^2:
+    theta_E sqrt(q) / f (atan(f x / psi), atanh(f y / psi)). Kormann, Schneider & Bartelmann 1994, A&A 284, 285.
+
+    Args:
+      x, y: float, any shape, arcsec.
+      theta_E: arcsec.
+      axis_ratio: q, minor over major axis, in (0, 1]; 1 is `deflect_sis`.
+      angle: radians, direction of the major axis.
+    """
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    u, v = cos * x + sin * y, cos * y - sin * x
+    f_squared = 1 - axis_ratio**2
+    psi = jnp.sqrt(axis_ratio**2 * u * u + v * v + SOFTENING**2)
+    # atan(f t) / f and atanh(f t) / f are smooth in f^2, through f = 0: written as t times a function of (f t)^2.
+    k = theta_E * jnp.sqrt(axis_ratio) / psi
+    along = k * u * _arc_over_argument(f_squared * (u / psi) ** 2, jnp.arctan, -1)
+    across = k * v * _arc_over_argument(f_squared * (v / psi) ** 2, jnp.arctanh, 1)
+    return cos * along - sin * across, sin * along + cos * across
+
+
+def _arc_over_argument(s: jax.Array, function: Callable, sign: int) -> jax.Array:
+    """Returns function(sqrt(s)) / sqrt(s), by its series 1 + sign s / 3 + s^2 / 5 + sign s^3 / 7 where s is small."""
+    small = s < 1e-3
+    root = jnp.sqrt(jnp.where(small, 1e-3, s))
+    return jnp.where(small, 1 + sign * s / 3 + s**2 / 5 + sign * s**3 / 7, function(root) / root)
 
 
 def deflect_shear(x: jax.Array, y: jax.Array, gamma: jax.Array, phi: jax.Array) -> Pair:

@@ -40,6 +40,7 @@ def write_npz(
     labels: np.ndarray,
     classes: tuple[str, ...],
     info: dict,
+    arrays: dict[str, np.ndarray] | None = None,
 ) -> None:
     """Streams images into an uncompressed .npz; the file appears under its name only when it is complete.
 
@@ -51,11 +52,13 @@ def write_npz(
       labels: int (n,).
       classes: the names of labels 0, 1, ...
       info: what JSON can hold.
+      arrays: more to store, name -> array.
     """
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     small = {"labels": np.asarray(labels, np.int32), "classes": np.array(classes), "info": np.array(json.dumps(info))}
+    small |= arrays or {}
     try:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             for name, array in small.items():

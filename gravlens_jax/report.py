@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from gravlens_jax.metrics import evaluate, roc_curves, softmax
@@ -134,4 +135,36 @@ def draw_examples(
                 color="black" if guess == label else "#C00000",
             )
     figure.suptitle("truth → prediction and its probability", fontsize=9)
+    _save(figure, path)
+
+
+def draw_population(
+    path: Path, images: np.ndarray, deflections: np.ndarray, classes: tuple[str, ...], width: float
+) -> None:
+    """Pairs of an image and the deflection by its lens's substructure alone, a row for each class.
+
+    Args:
+      path: where to write the PNG.
+      images: (classes, columns, height, width).
+      deflections: float, same shape, arcsec.
+      classes: names.
+      width: arcsec, of the whole image.
+    """
+    rows, columns = images.shape[:2]
+    figure = Figure((3.1 * columns + 0.9, 1.6 * rows + 0.3), dpi=75, layout="constrained")
+    grid = figure.subplots(rows, 2 * columns, squeeze=False)
+    extent = (-width / 2, width / 2, -width / 2, width / 2)
+    for (row, column), axes in np.ndenumerate(grid):
+        axes.set(xticks=[], yticks=[])
+        if column % 2 == 0:
+            axes.imshow(np.sqrt(images[row, column // 2]), cmap="inferno", extent=extent)
+        else:
+            shown = axes.imshow(
+                np.maximum(deflections[row, column // 2], 1e-6), cmap="viridis", extent=extent, norm=LogNorm(0.01, 0.3)
+            )
+        if row == 0:
+            axes.set_title("image" if column % 2 == 0 else "substructure", fontsize=9)
+        if column == 0:
+            axes.set_ylabel(classes[row], fontsize=11)
+    figure.colorbar(shown, ax=grid, label="deflection by substructure [arcsec]", shrink=0.8, pad=0.01, extend="both")
     _save(figure, path)

@@ -1,38 +1,59 @@
 """Simulates labelled lens images."""
 
+import argparse
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import tyro
 
 from gravlens_jax import cli
-from gravlens_jax.config import SimulationConfig
+from gravlens_jax.config import CLASSES, PriorPreset, SimulationConfig, check
+from gravlens_jax.priors import PRESETS, Priors
 from gravlens_jax.progress import track
-from gravlens_jax.simulate import simulate_dataset
+from gravlens_jax.report import draw_population
+from gravlens_jax.simulate import example_lenses, simulate_dataset
 
 DEFAULT = SimulationConfig()
 
 
-def main(
-    out: tyro.conf.Positional[Path],
-    preset: Literal["ct1"] = "ct1",
-    train: int = DEFAULT.train,
-    val: int = DEFAULT.val,
-    test: int = DEFAULT.test,
-    seed: int = DEFAULT.seed,
-) -> None:
+@dataclass(frozen=True)
+class Arguments:
     """Simulates labelled lens images into OUT/train.npz, OUT/val.npz and OUT/test.npz.
 
-    Args:
-        out: folder to write to; files that are there already from the same arguments are kept.
-        preset: population of lenses; ct1 re-simulates the public DeepLense images.
-        train: number of training images, all classes together; 0 for no such file.
-        val: number of validation images.
-        test: number of test images.
-        seed: of the images.
+    examples:
+      python scripts/simulate.py data/mine --train 3000 --val 300 --test 300 --prior.shear-max 0.1
+      python scripts/simulate.py data/few --train 9 --val 0 --test 0 --parameters --figure few.png
     """
-    print(simulate_dataset(out, SimulationConfig(preset, train, val, test, seed), track))
+
+    out: tyro.conf.Positional[Path]  # folder to write to; files that are there from the same arguments are kept
+    prior: Priors
+    preset: PriorPreset = DEFAULT.preset  # population that --prior options start from; ct1 re-simulates public images
+    train: int = DEFAULT.train  # number of training images, all classes together; 0 for no such file
+    val: int = DEFAULT.val  # number of validation images
+    test: int = DEFAULT.test  # number of test images
+    seed: int = DEFAULT.seed  # of the images
+    parameters: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # store each lens's parameters in the files too
+    figure: Path | None = None  # PNG to draw: examples of each class beside the deflection of their substructure
+
+
+def main() -> None:
+    """Runs the command line."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=PRESETS, default=DEFAULT.preset)
+    preset = first.parse_known_args()[0].preset
+    # tyro takes the defaults of the chosen preset; `out` has none and must be given.
+    default = Arguments(out=tyro.MISSING, prior=PRESETS[preset], preset=preset)
+    a = tyro.cli(Arguments, default=default, args=sys.argv[1:])
+    check(a.train + a.val + a.test > 0 or a.figure is not None, "0 images asked for: nothing to do")
+    simulate_dataset(a.out, SimulationConfig(a.preset, a.train, a.val, a.test, a.seed), track, a.prior, a.parameters)
+    print(a.out)
+    if a.figure is not None:
+        width = a.prior.num_pixels * a.prior.pixel_scale
+        draw_population(a.figure, *example_lenses(a.seed, a.prior, columns=3), CLASSES, width)
+        print(a.figure)
 
 
 if __name__ == "__main__":
-    cli.run_function(main)
+    cli.run(main)

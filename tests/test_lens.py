@@ -7,13 +7,23 @@ import pytest
 
 from gravlens_jax import lens
 
+
+def points(x, y):
+    centres, strengths = [[0.3, -0.2], [0.0, 0.5], [9.0, 9.0]], [0.04, 0.01, 0.0]
+    dtype = jnp.result_type(x)
+    return lens.deflect_points(x, y, jnp.array(centres, dtype), jnp.array(strengths, dtype))
+
+
+def string(x, y):
+    return lens.deflect_string(x, y, jnp.array([0.2, -0.1], jnp.result_type(x)), 0.7, 2.0, 0.07)
+
+
 PROFILES = {
     "sis": lambda x, y: lens.deflect_sis(x, y, 1.2),
+    "sie": lambda x, y: lens.deflect_sie(x, y, 1.2, 0.7, 0.4),
     "shear": lambda x, y: lens.deflect_shear(x, y, 0.2, 0.3),
-    "points": lambda x, y: lens.deflect_points(
-        x, y, jnp.array([[0.3, -0.2], [0.0, 0.5], [9.0, 9.0]]), jnp.array([0.04, 0.01, 0.0])
-    ),
-    "string": lambda x, y: lens.deflect_string(x, y, jnp.array([0.2, -0.1]), 0.7, 2.0, 0.07),
+    "points": points,
+    "string": string,
 }
 
 
@@ -45,7 +55,9 @@ def test_half_the_divergence_is_kappa(name):
         jacobian = jax.jacfwd(lambda p: jnp.stack(PROFILES[name](p[0], p[1])))(jnp.stack([x, y]))
         return jnp.trace(jacobian)
 
-    kappa = 1.2 / (2 * jnp.hypot(x, y)) if name == "sis" else jnp.zeros(3)  # the others have no mass at these places
+    u, v = math.cos(0.4) * x + math.sin(0.4) * y, math.cos(0.4) * y - math.sin(0.4) * x
+    kappas = {"sis": 1.2 / (2 * jnp.hypot(x, y)), "sie": 1.2 / (2 * jnp.sqrt(0.7 * u**2 + v**2 / 0.7))}
+    kappa = kappas.get(name, jnp.zeros(3))  # the others have no mass at these places
     np.testing.assert_allclose(jax.vmap(divergence)(x, y) / 2, kappa, atol=1e-9)
 
 
@@ -69,6 +81,30 @@ def test_gradients_are_finite_on_and_off_the_centre(name):
 
     for x, y in [(0.0, 0.0), (0.3, -0.2), (0.2, -0.1), (1.0, 1.0), (0.2 + math.cos(0.7), -0.1 + math.sin(0.7))]:
         assert all(math.isfinite(float(g)) for g in jax.grad(sum_of_deflections, (0, 1))(x, y))
+
+
+@pytest.mark.parametrize("axis_ratio", [0.2, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("x, y", [(0.0, 0.0), (0.3, 0.0), (0.0, 0.3), (-0.1, 0.7)])
+def test_sie_gradients_are_finite_and_its_limit_is_the_sphere(axis_ratio, x, y):
+    def length(x, y, theta_E, axis_ratio, angle):
+        ax, ay = lens.deflect_sie(x, y, theta_E, axis_ratio, angle)
+        return ax + 2 * ay
+
+    gradients = jax.grad(length, tuple(range(5)))(x, y, 1.2, axis_ratio, 0.4)
+    assert all(math.isfinite(float(g)) for g in gradients)
+    if axis_ratio == 1:
+        np.testing.assert_allclose(
+            lens.deflect_sie(x, y, 1.2, axis_ratio, 0.4), lens.deflect_sis(x, y, 1.2), rtol=1e-9, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("name", PROFILES)
+def test_both_precisions_are_kept_and_agree(name, dtype):
+    x, y = lens.pixel_grid(30, 0.25)
+    single = PROFILES[name](x.astype(dtype), y.astype(dtype))
+    assert single[0].dtype == single[1].dtype == dtype
+    np.testing.assert_allclose(single, PROFILES[name](x, y), atol=2e-5)
 
 
 @pytest.mark.parametrize("axis_ratio", [0.4, 1.0])
