@@ -27,6 +27,7 @@ from gravlens_jax.npz import open_npz, write_npz
 from gravlens_jax.priors import PRESETS, Priors
 
 MAX_COUNTS = 60_000  # images are stored as uint16
+CPU_BLOCK, ACCELERATOR_BLOCK = 4, 128  # images of one class per compiled call
 
 
 def sample_lens(key: jax.Array, priors: Priors, substructure: str) -> dict[str, jax.Array]:
@@ -146,15 +147,17 @@ def _render_block(seed, split, indices, *, priors: Priors, substructure: str, no
     return jax.vmap(one)(indices)
 
 
-def _simulate_chunk(start: int, stop: int, block: int, seed: int, split: int, priors: Priors) -> np.ndarray:
-    """Images start to stop, at most 3 * block of them, with their photon noise, uint16."""
+def _simulate_chunk(
+    start: int, stop: int, block: int, seed: int, split: int, priors: Priors, classes: tuple[str, ...]
+) -> np.ndarray:
+    """Images start to stop, at most `block` of each class, with their photon noise, uint16."""
     images = np.empty((stop - start, priors.num_pixels, priors.num_pixels), np.uint16)
     # NumPy's Poisson variates are exact too and several times faster than JAX's on a CPU; elsewhere noise stays on the
     # device.
     on_device = jax.default_backend() != "cpu"
-    for label, substructure in enumerate(CLASSES):
+    for label, substructure in enumerate(classes):
         # Always a whole block, so that an image's bits never depend on how many others are asked for.
-        indices = start + label + len(CLASSES) * np.arange(block, dtype=np.int32)
+        indices = start + label + len(classes) * np.arange(block, dtype=np.int32)
         rendered = np.asarray(
             _render_block(seed, split, indices, priors=priors, substructure=substructure, noise=on_device)
         )
@@ -174,22 +177,25 @@ def labels_of(n: int) -> np.ndarray:
     return np.arange(n, dtype=np.int32) % len(CLASSES)
 
 
-def simulate_images(n: int, seed: int, split: str, priors: Priors) -> Iterator[np.ndarray]:
+def simulate_images(
+    n: int, seed: int, split: str, priors: Priors, classes: tuple[str, ...] = CLASSES
+) -> Iterator[np.ndarray]:
     """Yields `n` images in order, in chunks of uint16 (chunk, num_pixels, num_pixels) photon counts.
 
     Counts are stored as they are: half the size of float32 and nothing lost; `augment.to_unit` scales each image to
     [0, 1], as the public images are. On a CPU every core works on a chunk of its own.
 
     Args:
-      n: number of images, at least 1; image i has label i mod 3.
+      n: number of images, at least 1.
       seed: non-negative.
       split: "train", "val" or "test"; splits never share an image.
       priors: the population.
+      classes: the substructures that images 0, 1, ... have in turn.
     """
     check(n >= 1, f"n={n}: expected at least 1 image")
-    block = 8 if jax.default_backend() == "cpu" else 128
-    chunk = len(CLASSES) * block
-    make = partial(_simulate_chunk, block=block, seed=seed, split=SPLITS.index(split), priors=priors)
+    block = CPU_BLOCK if jax.default_backend() == "cpu" else ACCELERATOR_BLOCK
+    chunk = len(classes) * block
+    make = partial(_simulate_chunk, block=block, seed=seed, split=SPLITS.index(split), priors=priors, classes=classes)
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     starts = iter(range(0, n, chunk))
     with ThreadPoolExecutor(workers) as pool:

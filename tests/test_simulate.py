@@ -147,19 +147,37 @@ def test_labels_are_balanced():
     assert np.bincount(simulate.labels_of(100)).tolist() == [34, 33, 33]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
-@pytest.mark.parametrize("mean", [10, 50, 100, 800])
-def test_noise_is_poisson(monkeypatch, backend, mean):
-    # Sources far away leave the sky alone. The path for accelerators runs here on the CPU.
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    dark = replace(PRIORS, sky=mean / 100, source_offset_min=100.0, source_offset_max=101.0, num_pixels=32)
-    counts = images(24, priors=dark).ravel()
+def dark(mean):
+    """Lenses whose sources are far away: every pixel expects `mean` counts of sky."""
+    far = {"source_offset_min": 100.0, "source_offset_max": 101.0}
+    return replace(PRIORS, sky=mean / PRIORS.photons, num_pixels=32, supersampling=1, **far)
+
+
+def assert_poisson(counts, mean):
     probabilities = poisson.pmf(np.arange(2 * mean + 50), mean)
     likely = np.flatnonzero(probabilities * counts.size > 20)  # a chi-square needs some counts in every bin
     observed = np.bincount(counts, minlength=probabilities.size)[likely]
     observed = np.append(observed, counts.size - observed.sum())
     expected = np.append(probabilities[likely], 1 - probabilities[likely].sum()) * counts.size
     assert chisquare(observed, expected).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("mean", [10, 50, 100, 800])
+def test_noise_is_poisson(mean):
+    assert_poisson(images(24, priors=dark(mean)).ravel(), mean)
+
+
+@pytest.mark.parametrize("mean", [10, 50, 100, 800])
+def test_noise_drawn_on_an_accelerator_is_poisson(mean):
+    assert_poisson(np.asarray(jax.random.poisson(jax.random.key(0), mean, (25_000,))), mean)
+
+
+def test_the_path_for_accelerators_makes_the_same_lenses(monkeypatch, ct1):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(simulate, "ACCELERATOR_BLOCK", 2)
+    on_device = images(6, priors=PRIORS).astype(float)
+    difference = (on_device - ct1[0][:6]) / np.sqrt(on_device + ct1[0][:6])  # two draws of noise around one lens
+    np.testing.assert_allclose(np.mean(difference**2, axis=(1, 2)), 1, atol=0.06)
 
 
 @pytest.mark.parametrize("substructure", CLASSES)
