@@ -4,5 +4,22 @@ from gravlens_jax.checkpoint import load_run
 from gravlens_jax.config import CLASSES, Config, InputError
 from gravlens_jax.fit import fit
 from gravlens_jax.model import ResNet, ResNet20, predict, predict_logits
+from gravlens_jax.npz import open_npz
+from gravlens_jax.priors import Priors
+from gravlens_jax.simulate import render_lens, sample_lens
 
-__all__ = ["CLASSES", "Config", "InputError", "ResNet", "ResNet20", "fit", "load_run", "predict", "predict_logits"]
+__all__ = [
+    "CLASSES",
+    "Config",
+    "InputError",
+    "Priors",
+    "ResNet",
+    "ResNet20",
+    "fit",
+    "load_run",
+    "open_npz",
+    "predict",
+    "predict_logits",
+    "render_lens",
+    "sample_lens",
+]

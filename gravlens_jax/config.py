@@ -91,7 +91,7 @@ class ModelConfig:
 class OptimConfig:
     """L2 + Adam; warm-up and decay by step, times a plateau reduction by epoch."""
 
-    learning_rate: float = 3e-3  # peak
+    learning_rate: float = 1e-3  # peak
     l2: float = 1e-4  # added to the gradient before Adam (not decoupled), on every parameter
     warmup_steps: int = 200  # linear from 0
     decay: Literal["constant", "cosine"] = "cosine"  # after the warm-up; cosine ends at 0 with the last step

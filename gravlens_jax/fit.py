@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from gravlens_jax import checkpoint, data, mesh
@@ -70,23 +72,24 @@ def fit(config: Config, resume: bool = False) -> dict[str, Any]:
         metrics_path = run_dir / "metrics.jsonl"
         _drop_lines_after(metrics_path, epochs_done)
         print(
-            f"{run_dir}: {len(train.labels):,} training images, epochs {epochs_done + 1} to {config.epochs} "
-            f"of {steps_per_epoch} steps, {devices.size} x {jax.devices()[0].device_kind}"
+            f"{run_dir}: {epochs_done} of {config.epochs} epochs done, {len(train.labels):,} training images, "
+            f"{steps_per_epoch} steps an epoch, {devices.size} x {jax.devices()[0].device_kind}",
+            flush=True,
         )
         task = bar.add_task("", total=total_steps, completed=int(state.step), text="")
         for epoch in range(epochs_done, config.epochs):
             start = time.perf_counter()
-            first_step = epoch * steps_per_epoch
-            scale = float(state.plateau.scale)
+            first_step, step = epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch
+            learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(first_step, step)) * state.plateau.scale)
 
-            def show(step: int, sums: dict[str, float], epoch=epoch, start=start, scale=scale) -> None:
+            def show(step: int, sums: dict[str, float], epoch=epoch, start=start, rates=learning_rates) -> None:
                 bar.update(
                     task,
                     completed=step,
                     description=f"epoch {epoch + 1}/{config.epochs}",
                     text=f"{sums['count'] / (time.perf_counter() - start):,.0f} images/s "
                     f"loss {sums['loss'] / sums['count']:.3f} accuracy {sums['correct'] / sums['count']:.3f} "
-                    f"lr {float(schedule(step - 1)) * scale:.1e}",
+                    f"lr {rates[(step - 1) % len(rates)]:.1e}",
                 )
 
             batches = data.prefetch(data.train_batches(train, config.batch_size, config.seed, epoch))
@@ -94,7 +97,6 @@ def fit(config: Config, resume: bool = False) -> dict[str, Any]:
             train_seconds = time.perf_counter() - start
             val_sums = _sum_batches(eval_fn, state, data.prefetch(data.eval_batches(val, config.batch_size)), devices)
             val_loss = val_sums["loss"] / val_sums["count"]
-            step = first_step + steps_per_epoch
             _check_finite(val_loss, "validation loss", step)
             state = end_epoch_fn(state, val_loss)
             line = {
@@ -104,7 +106,7 @@ def fit(config: Config, resume: bool = False) -> dict[str, Any]:
                 "train_accuracy": sums["correct"] / sums["count"],
                 "val_loss": val_loss,
                 "val_accuracy": val_sums["correct"] / val_sums["count"],
-                "learning_rate": float(schedule(step - 1)) * scale,
+                "learning_rate": float(learning_rates.mean()),  # over the epoch
                 "images_per_second": sums["count"] / train_seconds,
                 "wall_seconds": time.perf_counter() - start,
             }
@@ -112,13 +114,7 @@ def fit(config: Config, resume: bool = False) -> dict[str, Any]:
             with open(metrics_path, "a") as file:
                 file.write(json.dumps(line) + "\n")
             checkpoint.save_state(manager, state, val_loss)
-            print(
-                f"epoch {epoch + 1}/{config.epochs}  train loss {line['train_loss']:.4f} "
-                f"accuracy {line['train_accuracy']:.4f}  val loss {val_loss:.4f} accuracy {line['val_accuracy']:.4f}  "
-                f"lr {line['learning_rate']:.1e}  {line['images_per_second']:,.0f} images/s  "
-                f"{line['wall_seconds']:.0f} s",
-                flush=True,
-            )
+            print(_epoch_text(line, config.epochs), flush=True)
     return evaluate_run(run_dir, datasets["test"], "best", run_dir / "report")
 
 
@@ -157,6 +153,14 @@ def _train_epoch(
         pending, step = metrics, step + 1
     take(pending, step)
     return state, sums
+
+
+def _epoch_text(line: dict[str, Any], epochs: int) -> str:
+    return (
+        f"epoch {line['epoch']}/{epochs}  train loss {line['train_loss']:.4f} accuracy {line['train_accuracy']:.4f}  "
+        f"val loss {line['val_loss']:.4f} accuracy {line['val_accuracy']:.4f}  lr {line['learning_rate']:.1e}  "
+        f"{line['images_per_second']:,.0f} images/s  {line['wall_seconds']:.0f} s"
+    )
 
 
 def _sum_batches(eval_fn: Callable, state: TrainState, batches: Iterable[dict], devices: Mesh) -> dict[str, float]:

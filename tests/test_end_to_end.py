@@ -104,9 +104,19 @@ def test_predict_prints_csv_for_npy_npz_and_folders(folder):
         assert row["class"] == max(probabilities, key=probabilities.get)
 
 
-def test_simulate_then_pack_like_folders(folder):
-    run(folder, "simulate.py", "sim", "--train", "0", "--val", "6", "--test", "3")
+def test_simulate_writes_what_it_is_asked_for(folder):
+    arguments = ["--train", "0", "--val", "6", "--test", "3", "--prior.shear-max", "0.1"]
+    run(folder, "simulate.py", "sim", *arguments, "--parameters", "--figure", "sim.png")
     assert sorted(f.name for f in (folder / "sim").iterdir()) == ["test.npz", "val.npz"]
+    assert (folder / "sim.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with np.load(folder / "sim/val.npz", allow_pickle=False) as archive:
+        assert archive["parameters/shear"].max() < 0.1
+
+
+def test_the_simulation_benchmark_prints_a_table_and_a_json_line(folder):
+    out = run(folder, "benchmark.py", "simulate", "--seconds", "0.1", "--repeats", "1", "--no-lenstronomy")
+    for row in json.loads(out.splitlines()[-1])["images_per_second"]:
+        assert row["code"] == "gravlens_jax" and row["all"] > 0
 
 
 @pytest.mark.parametrize(
@@ -128,6 +138,8 @@ def test_simulate_then_pack_like_folders(folder):
         ("predict.py", ["runs/a", "small.npy"], "16 x 16 pixels, but runs/a was trained on 150 x 150"),
         ("predict.py", ["runs/a", "nan.npy"], "NaN or infinite pixels"),
         ("simulate.py", ["sim2", "--train", "-3"], "train=-3: a number of images cannot be negative"),
+        ("simulate.py", ["sim2", "--train", "0", "--val", "0", "--test", "0"], "0 images asked for: nothing to do"),
+        ("simulate.py", ["sim2", "--prior.shear-min", "0.5"], "shear_min=0.5 is larger than shear_max=0.3"),
         ("pack.py", ["nowhere", "out"], "has neither train/ nor val/"),
         ("pack.py", ["nowhere", "out", "--classes", "a,a"], "expected at least two different names"),
         ("import_torch.py", ["nowhere.npz", "runs/d"], "nowhere.npz: no such file"),
@@ -149,7 +161,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_best(folder
 
 
 @pytest.mark.parametrize(
-    "script", ["train.py", "evaluate.py", "predict.py", "simulate.py", "pack.py", "import_torch.py"]
+    "script", ["train.py", "evaluate.py", "predict.py", "simulate.py", "pack.py", "import_torch.py", "benchmark.py"]
 )
 def test_help(tmp_path, script):
     assert "usage" in run(tmp_path, script, "--help")
