@@ -142,7 +142,10 @@ def _render_block(seed, split, indices, *, priors: Priors, substructure: str, no
     def one(index):
         key = _lens_key(seed, split, index)
         expected = render_lens(sample_lens(key, priors, substructure), priors)
-        return jax.random.poisson(jax.random.fold_in(key, 1), expected).astype(jnp.uint16) if noise else expected
+        if not noise:
+            return expected
+        counts = jax.random.poisson(jax.random.fold_in(key, 1), expected)
+        return jnp.minimum(counts, MAX_COUNTS).astype(jnp.uint16)  # uint16 would wrap around; the caller refuses these
 
     return jax.vmap(one)(indices)
 

@@ -228,7 +228,10 @@ def test_parameters_are_those_of_the_images(tmp_path):
         assert chi_square == pytest.approx(1, abs=0.05)  # 22,500 pixels: one standard error is 0.01
 
 
-def test_too_bright_images_are_refused():
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_too_bright_images_are_refused(monkeypatch, backend):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(simulate, "ACCELERATOR_BLOCK", 2)
     with pytest.raises(InputError, match="lower the prior `photons`"):
         images(1, priors=replace(PRIORS, photons=1e5))
 
