@@ -6,7 +6,7 @@ from gravlens_jax.fit import fit
 from gravlens_jax.model import ResNet, ResNet20, predict, predict_logits
 from gravlens_jax.npz import open_npz
 from gravlens_jax.priors import Priors
-from gravlens_jax.simulate import render_lens, sample_lens
+from gravlens_jax.render import render_lens, sample_lens
 
 __all__ = [
     "CLASSES",

@@ -15,7 +15,8 @@ from gravlens_jax import cli
 from gravlens_jax.config import CLASSES, check
 from gravlens_jax.peers import lenstronomy_image
 from gravlens_jax.priors import PRESETS
-from gravlens_jax.simulate import sample_lens, simulate_images
+from gravlens_jax.render import sample_lens
+from gravlens_jax.simulate import simulate_images
 
 PRIORS = PRESETS["ct1"]
 

@@ -8,7 +8,7 @@ import pytest
 from gravlens_jax import lens
 from gravlens_jax.peers import ellipticity, lenstronomy_image
 from gravlens_jax.priors import PRESETS
-from gravlens_jax.simulate import render_lens, sample_lens
+from gravlens_jax.render import render_lens, sample_lens
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of theirs
 pytest.importorskip("lenstronomy", exc_type=ImportError)
