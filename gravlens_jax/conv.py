@@ -1,8 +1,10 @@
-"""A 2-d convolution whose weight gradient is fast on CPUs; the same numbers as the library's, to rounding. Pure.
+"""A 2-d convolution that is fast on CPUs too; the same numbers as the library's, to rounding. Pure.
 
-XLA's CPU backend computes the weight gradient of a convolution with few channels at a fraction of the speed of the
-convolution itself. As a sum over small groups of images of (output gradient)^T (input patches), whose patches stay in
-the cache, it is 1 to 4 times as fast. Other platforms keep the library's gradient; the choice is made at lowering.
+Two things hold XLA's CPU backend back. The weight gradient of a convolution with few channels runs at a fraction of the
+convolution's own speed: here it is a sum, over small groups of images that stay in the cache, of one matrix product.
+And a convolution with more than 16 channels is given to a library that uses one core; one whose output is larger than
+its input is not: here it makes one more row, which is dropped. Other platforms keep the library's own code; the choice
+is made when the program is lowered.
 """
 
 import math
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+GROUP_ELEMENTS = 160_000  # of the output gradient in one matrix product; copies of them fill the second-level cache
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -24,7 +27,21 @@ def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: tup
       strides: along height and width.
       padding: ((top, bottom), (left, right)) zeros.
     """
+    options = {"strides": strides, "padding": padding}
+    return jax.lax.platform_dependent(x, kernel, cpu=partial(_cpu, **options), default=partial(_library, **options))
+
+
+def _library(x, kernel, strides, padding):
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=DIMENSIONS)
+
+
+def _cpu(x, kernel, strides, padding):
+    (top, bottom), sides = padding
+    height = x.shape[1]
+    same_height = strides[0] == 1 and top + bottom + 1 == kernel.shape[0]
+    if same_height and max(kernel.shape[2:]) > 16:
+        return _library(x, kernel, strides, ((top, bottom + 1), sides))[:, :height]
+    return _library(x, kernel, strides, padding)
 
 
 def _forward(x, kernel, strides, padding):
@@ -32,47 +49,63 @@ def _forward(x, kernel, strides, padding):
 
 
 def _backward(strides, padding, residuals, grad):
-    x, kernel = residuals
-    plain = partial(jax.lax.conv_general_dilated, window_strides=strides, padding=padding, dimension_numbers=DIMENSIONS)
-    (grad_x,) = jax.linear_transpose(lambda x: plain(x, kernel), x)(grad)
+    def library(x, kernel, grad):
+        plain = partial(_library, strides=strides, padding=padding)
+        (grad_x,) = jax.linear_transpose(lambda x: plain(x, kernel), x)(grad)
+        (grad_kernel,) = jax.linear_transpose(lambda kernel: plain(x, kernel), kernel)(grad)
+        return grad_x, grad_kernel
 
-    def library(x, grad):
-        return jax.linear_transpose(lambda kernel: plain(x, kernel), kernel)(grad)[0]
+    def cpu(x, kernel, grad):
+        grad_x, _ = library(x, kernel, grad)
+        if strides == (1, 1):  # then it is a convolution itself
+            mirrored = kernel[::-1, ::-1].swapaxes(2, 3)
+            rest = tuple((k - 1 - low, k - 1 - high) for k, (low, high) in zip(kernel.shape, padding, strict=False))
+            grad_x = _cpu(grad, mirrored, strides, rest)
+        return grad_x, _weight_gradient(x, kernel, grad, strides, padding)
 
-    def patches(x, grad):
-        return _weight_gradient(x, grad, kernel, strides, padding)
-
-    return grad_x, jax.lax.platform_dependent(x, grad, cpu=patches, default=library)
+    return jax.lax.platform_dependent(*residuals, grad, cpu=cpu, default=library)
 
 
 conv.defvjp(_forward, _backward)
 
 
-def _weight_gradient(x, grad, kernel, strides, padding):
+def _weight_gradient(x, kernel, grad, strides, padding):
     n, out_height, out_width, filters = grad.shape
     kernel_height, kernel_width, channels, _ = kernel.shape
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    group = math.gcd(n, 4)
-
-    def window(x, i, j):
-        rows = slice(i, i + (out_height - 1) * strides[0] + 1, strides[0])
-        columns = slice(j, j + (out_width - 1) * strides[1] + 1, strides[1])
-        return x[:, rows, columns]
-
-    def add(total, images):
-        x, grad = images
-        patches = [window(x, i, j) for i in range(kernel_height) for j in range(kernel_width)]
-        patches = jnp.concatenate(patches, axis=-1)
-        patches = patches.reshape(-1, kernel_height * kernel_width * channels)
-        product = jax.lax.dot_general(
-            grad.reshape(-1, filters), patches, (((0,), (0,)), ((), ())), preferred_element_type=total.dtype
-        )
-        return total + product, None
-
-    groups = (x.reshape(n // group, group, *x.shape[1:]), grad.reshape(n // group, group, *grad.shape[1:]))
+    wanted = GROUP_ELEMENTS // max(1, out_height * out_width * filters)
+    group = math.gcd(n, 2 ** max(0, wanted.bit_length() - 1))
+    # Kernel row i meets every strides[0]-th row of x from i on. Kernel rows of one phase, i mod strides[0], meet the
+    # same rows of x, only shifted; with the gradient shifted instead, one matrix product serves them all.
+    phases = [range(phase, kernel_height, strides[0]) for phase in range(min(strides[0], kernel_height))]
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    total, _ = jax.lax.scan(add, jnp.zeros((filters, kernel_height * kernel_width * channels), dtype), groups)
-    return total.T.reshape(kernel.shape).astype(kernel.dtype)
+
+    def add(index, totals):
+        images = jax.lax.dynamic_slice_in_dim(x, index * group, group)
+        images = jnp.pad(images, ((0, 0), *padding, (0, 0)))
+        grads = jax.lax.dynamic_slice_in_dim(grad, index * group, group)
+        span = (out_width - 1) * strides[1] + 1
+        columns = [images[:, :, j : j + span : strides[1]] for j in range(kernel_width)]
+        columns = jnp.concatenate(columns, axis=-1)
+        return [
+            total + product(columns[:, p[0] :: strides[0]], grads, len(p))
+            for p, total in zip(phases, totals, strict=True)
+        ]
+
+    def product(columns, grads, taps):
+        height = columns.shape[1]
+        grads = jnp.pad(grads, ((0, 0), (taps - 1, height - out_height), (0, 0), (0, 0)))
+        rows = [grads[:, taps - 1 - tap : taps - 1 - tap + height] for tap in range(taps)]
+        rows = jnp.concatenate(rows, axis=-1).reshape(-1, taps * filters)
+        columns = columns.reshape(-1, kernel_width * channels)
+        return jax.lax.dot_general(rows, columns, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+
+    totals = [jnp.zeros((len(p) * filters, kernel_width * channels), dtype) for p in phases]
+    totals = jax.lax.fori_loop(0, n // group, add, totals)
+    result = jnp.zeros(kernel.shape, kernel.dtype)
+    for p, total in zip(phases, totals, strict=True):
+        total = total.reshape(len(p), filters, kernel_width, channels).transpose(0, 2, 3, 1)
+        result = result.at[p[0] :: strides[0]].set(total.astype(kernel.dtype))
+    return result
 
 
 def conv_general_dilated(

@@ -15,6 +15,7 @@ import numpy as np
 from gravlens_jax.augment import prepare, to_unit
 from gravlens_jax.config import CLASSES, InputConfig, ModelConfig, check
 from gravlens_jax.conv import conv_general_dilated
+from gravlens_jax.norm import BatchNorm
 
 
 class ResNet(nn.Module):
@@ -55,7 +56,7 @@ class ResNet(nn.Module):
         conv3 = partial(conv, kernel_size=(3, 3), padding=((1, 1), (1, 1)))
         conv1 = partial(conv, kernel_size=(1, 1), padding=((0, 0), (0, 0)), strides=(2, 2))
         # momentum weighs the old statistics: 0.9 here is PyTorch's 0.1.
-        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype)
+        norm = partial(BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype)
 
         x = nn.relu(norm(name="norm0")(conv3(self.width, name="conv0")(x)))
         for stage in range(3):

@@ -9,7 +9,7 @@ from gravlens_jax.conv import DIMENSIONS, conv
 @pytest.mark.parametrize("n", [1, 3, 4])
 @pytest.mark.parametrize("size", [(6, 6), (7, 5)])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("channels, filters, kernel", [(1, 3, 3), (4, 2, 3), (2, 4, 1)])
+@pytest.mark.parametrize("channels, filters, kernel", [(1, 3, 3), (4, 2, 3), (2, 4, 1), (3, 17, 3), (2, 3, 5)])
 def test_values_and_gradients_are_the_library_s(n, size, stride, channels, filters, kernel):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
