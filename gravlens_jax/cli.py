@@ -3,11 +3,15 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import jax
 import tyro
 
 from gravlens_jax.config import InputError, check
+
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -22,6 +26,28 @@ def run(main: Callable[[], Any]) -> None:
         _stop("interrupted", 130)
     except BrokenPipeError:  # the reader of our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def use_huge_pages() -> None:
+    """Starts the program anew with huge memory pages, on a Linux that gives them to those who ask.
+
+    XLA's large temporary arrays are new memory in every step; with huge pages a training step on a CPU takes a fifth
+    less time. glibc reads this setting only when a program starts. A GLIBC_TUNABLES that is set already is respected.
+    """
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if "GLIBC_TUNABLES" not in os.environ and setting.exists() and "[madvise]" in setting.read_text():
+        os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def use_compile_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, so that the next run starts at once.
+
+    A cache that is set already (JAX_COMPILATION_CACHE_DIR) is respected.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gravlens_jax"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def run_function(function: Callable[..., Any]) -> None:

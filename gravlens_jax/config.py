@@ -115,6 +115,7 @@ class Config:
     seed: int = 0  # of initial parameters, order and augmentation
     epochs: int = 3  # passes over the training images
     batch_size: int = 32  # images per step, over all devices
+    device_data: bool = False  # hold all training images in every device's memory; many steps per call of the device
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     input: InputConfig = field(default_factory=InputConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)

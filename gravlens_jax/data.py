@@ -15,11 +15,15 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
+def epoch_rows(n: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns the rows of the full batches of an epoch, int32 (steps, batch_size)."""
+    steps = n // batch_size
+    return epoch_order(n, seed, epoch)[: steps * batch_size].astype(np.int32).reshape(steps, batch_size)
+
+
 def train_batches(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> Iterator[dict[str, np.ndarray]]:
     """Yields the full batches of an epoch, new host arrays: images (batch, height, width) and labels (batch,)."""
-    order = epoch_order(len(dataset.labels), seed, epoch)
-    for start in range(0, len(order) - batch_size + 1, batch_size):
-        rows = order[start : start + batch_size]
+    for rows in epoch_rows(len(dataset.labels), batch_size, seed, epoch):
         yield {"images": take_rows(dataset.images, rows), "labels": dataset.labels[rows]}
 
 

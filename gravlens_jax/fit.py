@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,16 +12,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from gravlens_jax import checkpoint, data, mesh
 from gravlens_jax.config import SPLITS, Config, check
 from gravlens_jax.evaluate import evaluate_run
-from gravlens_jax.model import check_images, make_model
+from gravlens_jax.model import ResNet, check_images, make_model
 from gravlens_jax.optim import learning_rate_schedule, make_optimizer
 from gravlens_jax.progress import progress_bar, track
 from gravlens_jax.simulate import simulate_dataset
-from gravlens_jax.steps import Metrics, TrainState, end_epoch, eval_step, init_state, train_step
+from gravlens_jax.steps import Metrics, TrainState, end_epoch, eval_step, init_state, train_step, train_steps
+
+STEPS_PER_CALL = 64  # with `device_data`
 
 
 def fit(config: Config, resume: bool = False) -> dict[str, Any]:
@@ -57,11 +60,7 @@ def fit(config: Config, resume: bool = False) -> dict[str, Any]:
     model = make_model(config.model, config.input, train.classes)
     tx = make_optimizer(config.optim, total_steps)
     schedule = learning_rate_schedule(config.optim, total_steps)
-    step_fn = jax.jit(
-        partial(train_step, model=model, tx=tx, config=config.augment, seed=config.seed),
-        donate_argnums=0,
-        out_shardings=mesh.replicated(devices),
-    )
+    train_epoch = _make_train_epoch(config, model, tx, train, devices)
     eval_fn = jax.jit(partial(eval_step, model=model))
     end_epoch_fn = jax.jit(partial(end_epoch, config=config.optim), out_shardings=mesh.replicated(devices))
     state = mesh.replicate(init_state(config.seed, model, tx, config.optim), devices)
@@ -92,8 +91,7 @@ def fit(config: Config, resume: bool = False) -> dict[str, Any]:
                     f"lr {rates[(step - 1) % len(rates)]:.1e}",
                 )
 
-            batches = data.prefetch(data.train_batches(train, config.batch_size, config.seed, epoch))
-            state, sums = _train_epoch(step_fn, state, batches, devices, first_step, show)
+            state, sums = train_epoch(state, epoch, show)
             train_seconds = time.perf_counter() - start
             val_sums = _sum_batches(eval_fn, state, data.prefetch(data.eval_batches(val, config.batch_size)), devices)
             val_loss = val_sums["loss"] / val_sums["count"]
@@ -129,30 +127,50 @@ def data_folder(config: Config) -> Path:
     return simulate_dataset(folder, s, track)
 
 
-def _train_epoch(
-    step_fn: Callable,
-    state: TrainState,
-    batches: Iterable[dict],
-    devices: Mesh,
-    first_step: int,
-    show: Callable[[int, dict[str, float]], None],
-) -> tuple[TrainState, dict[str, float]]:
-    """Returns the state and the summed metrics after one pass over `batches`."""
-    sums, step, pending = {"loss": 0.0, "correct": 0.0, "count": 0.0}, first_step, None
+def _make_train_epoch(
+    config: Config, model: ResNet, tx: optax.GradientTransformation, train: data.Dataset, devices: Mesh
+) -> Callable[..., tuple[TrainState, dict[str, float]]]:
+    """Returns (state, epoch, show) -> the state and the summed metrics after one pass over the training images."""
+    arguments = {"model": model, "tx": tx, "config": config.augment, "seed": config.seed}
+    jit = partial(jax.jit, donate_argnums=0, out_shardings=mesh.replicated(devices))
+    n = len(train.labels)
+    if config.device_data:
+        steps_fn = jit(partial(train_steps, **arguments))
+        dataset = mesh.replicate({"images": np.asarray(train.images), "labels": train.labels}, devices)
 
-    def take(metrics: Metrics, step: int) -> None:
-        for name, value in metrics.items():
-            sums[name] += float(value)
-        _check_finite(sums["loss"], "training loss", step)
-        show(step, sums)
+        def step_fn(state, rows):
+            return steps_fn(state, dataset, rows)
 
-    for batch in batches:
-        state, metrics = step_fn(state, mesh.shard_batch(batch, devices))
-        if pending is not None:
-            take(pending, step)  # of the step before: reading it does not hold up the one just started
-        pending, step = metrics, step + 1
-    take(pending, step)
-    return state, sums
+        def inputs(epoch: int) -> Iterator[tuple[jax.Array, int]]:
+            rows = data.epoch_rows(n, config.batch_size, config.seed, epoch)
+            for some in np.array_split(rows, -(-len(rows) // STEPS_PER_CALL)):
+                yield mesh.shard_rows(some, devices), len(some)
+    else:
+        step_fn = jit(partial(train_step, **arguments))
+
+        def inputs(epoch: int) -> Iterator[tuple[dict[str, jax.Array], int]]:
+            for batch in data.prefetch(data.train_batches(train, config.batch_size, config.seed, epoch)):
+                yield mesh.shard_batch(batch, devices), 1
+
+    def train_epoch(state: TrainState, epoch: int, show: Callable[[int, dict[str, float]], None]):
+        sums, pending = {"loss": 0.0, "correct": 0.0, "count": 0.0}, None
+        step = epoch * (n // config.batch_size)
+
+        def take(metrics: Metrics, step: int) -> None:
+            for name, value in metrics.items():
+                sums[name] += float(np.sum(value))
+            _check_finite(sums["loss"], "training loss", step)
+            show(step, sums)
+
+        for given, steps in inputs(epoch):
+            state, metrics = step_fn(state, given)
+            if pending is not None:
+                take(pending, step)  # of the call before: reading it does not hold up the one just started
+            pending, step = metrics, step + steps
+        take(pending, step)
+        return state, sums
+
+    return train_epoch
 
 
 def _epoch_text(line: dict[str, Any], epochs: int) -> str:

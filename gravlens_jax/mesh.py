@@ -9,9 +9,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from gravlens_jax.config import check
 
 
-def data_mesh() -> Mesh:
-    """Returns the mesh of all devices."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def data_mesh(devices: int | None = None) -> Mesh:
+    """Returns the mesh of the first `devices` devices, or of all."""
+    used = jax.devices()[:devices]
+    check(devices in (None, len(used)), f"{devices} devices asked for, {len(used)} found: {used}")
+    return jax.make_mesh((len(used),), ("data",), axis_types=(AxisType.Auto,), devices=used)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -23,6 +25,11 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     """Returns the batch on the devices, its first axis split evenly. Give new arrays: JAX may use their memory."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def shard_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Returns the rows (steps, batch) of many batches on the devices, the second axis split evenly."""
+    return jax.device_put(rows, NamedSharding(mesh, PartitionSpec(None, "data")))
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:

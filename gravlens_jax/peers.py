@@ -1,5 +1,10 @@
-"""The same lenses in lenstronomy (Birrer & Amara 2018), an independent code: for validation and benchmarks only."""
+"""The same things in other codes, for validation and benchmarks only: lenses in lenstronomy, the network in PyTorch.
 
+lenstronomy (Birrer & Amara 2018) and torch are imported by the functions that need them.
+"""
+
+import time
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -27,10 +32,10 @@ def _camera(priors: Priors):
 
 
 def lenstronomy_image(lens_params: dict, priors: Priors, string_points: int = 100) -> np.ndarray:
-    """Returns what `simulate.render_lens` returns, float64 (num_pixels, num_pixels), computed by lenstronomy.
+    """Returns what `render.render_lens` returns, float64 (num_pixels, num_pixels), computed by lenstronomy.
 
     Args:
-      lens_params: as `simulate.sample_lens` returns them.
+      lens_params: as `render.sample_lens` returns them.
       priors: the camera and the source's fixed profile.
       string_points: point masses that stand for a string.
     """
@@ -68,3 +73,97 @@ def lenstronomy_image(lens_params: dict, priors: Priors, string_points: int = 10
     image = model.image(kwargs_lens=keywords, kwargs_source=[source])
     # theirs has +y in the last row, and the flux of a pixel
     return priors.photons * (image[::-1] / priors.pixel_scale**2 + priors.sky)
+
+
+def torch_step(
+    train: bool, batch: dict[str, np.ndarray], dtype: str
+) -> tuple[Callable[[int, int], list[float]], dict[str, str]]:
+    """Returns what `measure.compile_step` measures, in PyTorch: same network, input preparation, loss and optimizer.
+
+    Tensors are channels-last; the faster of eager and compiled code is used.
+
+    Args:
+      train: a training step, or else a forward pass.
+      batch: images uint16 (n, size, size), labels int32 (n,).
+      dtype: "float32", or "bfloat16" by autocast.
+
+    Returns:
+      run: (warmup, steps) -> sorted seconds of `steps` steps.
+      facts: version, device, mode ("eager" or "compile").
+    """
+    import torch
+    from torch.nn import functional
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    class Block(torch.nn.Module):
+        def __init__(self, channels, filters, stride):
+            super().__init__()
+            self.conv1 = torch.nn.Conv2d(channels, filters, 3, stride, 1, bias=False)
+            self.norm1 = torch.nn.BatchNorm2d(filters)
+            self.conv2 = torch.nn.Conv2d(filters, filters, 3, 1, 1, bias=False)
+            self.norm2 = torch.nn.BatchNorm2d(filters)
+            self.stride, self.extra = stride, filters // 4
+
+        def forward(self, x):
+            y = functional.relu(self.norm1(self.conv1(x)), inplace=True)
+            y = self.norm2(self.conv2(y))
+            if self.stride == 2:
+                x = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra, self.extra))
+            return functional.relu(x + y, inplace=True)
+
+    class ResNet20(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = torch.nn.Conv2d(1, 16, 3, 1, 1, bias=False), torch.nn.BatchNorm2d(16)
+            plan = [(16, 16, 1)] * 3 + [(16, 32, 2)] + [(32, 32, 1)] * 2 + [(32, 64, 2)] + [(64, 64, 1)] * 2
+            self.blocks = torch.nn.Sequential(*(Block(*arguments) for arguments in plan))
+            self.head = torch.nn.Linear(64, 3)
+
+        def forward(self, x):
+            x = self.blocks(functional.relu(self.norm(self.conv(x))))
+            return self.head(x.mean((2, 3)).float())
+
+    net = ResNet20().to(device, memory_format=torch.channels_last).train(train)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3, weight_decay=1e-4)
+    images = torch.from_numpy(batch["images"].astype(np.int32)).to(device)[:, None]
+    labels = torch.from_numpy(batch["labels"].astype(np.int64)).to(device)
+
+    def prepare(flips):
+        x = images.float()
+        low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
+        x = (x - low) / (high - low)
+        for axis in (2, 3) if flips else ():
+            x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(axis), x)
+        return ((x.sqrt() - 0.29) / 0.19).contiguous(memory_format=torch.channels_last)
+
+    def step(network):
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            if not train:
+                with torch.inference_mode():
+                    network(prepare(False))
+            else:
+                optimizer.zero_grad()
+                loss = functional.cross_entropy(network(prepare(True)), labels)
+                loss.backward()
+                optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def timed(network, warmup, steps):
+        seconds = []
+        for _ in range(warmup + steps):
+            start = time.perf_counter()
+            step(network)
+            seconds.append(time.perf_counter() - start)
+        return sorted(seconds[warmup:])
+
+    best, mode = net, "eager"
+    try:
+        compiled = torch.compile(net)
+        if timed(compiled, 3, 5)[2] < timed(net, 3, 5)[2]:
+            best, mode = compiled, "compile"
+    except Exception as error:  # torch.compile fails in many ways, most often for want of a C++ compiler
+        mode = f"eager (torch.compile failed: {type(error).__name__})"
+    facts = {"version": torch.__version__, "device": device, "mode": mode}
+    return lambda warmup, steps: timed(best, warmup, steps), facts

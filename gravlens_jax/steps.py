@@ -75,6 +75,25 @@ def train_step(
     return state._replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), metrics
 
 
+def train_steps(state: TrainState, dataset: Batch, rows: jax.Array, **arguments: Any) -> tuple[TrainState, Metrics]:
+    """Returns the state after a step on each of many batches that are gathered from a data set on the device.
+
+    Args:
+      state: before the first.
+      dataset: all images (n, height, width) and labels (n,).
+      rows: int32 (steps, batch), of each batch.
+      **arguments: of `train_step`.
+
+    Returns:
+      the state, and the metrics of all steps, (steps,) each.
+    """
+
+    def one(state, rows):
+        return train_step(state, jax.tree.map(lambda array: array[rows], dataset), **arguments)
+
+    return jax.lax.scan(one, state, rows)
+
+
 def eval_step(state: TrainState, batch: Batch, *, model: ResNet) -> Metrics:
     """Returns the metrics of the examples that batch["mask"] marks."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}

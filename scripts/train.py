@@ -28,6 +28,7 @@ class Arguments:
     config: Annotated[Config, tyro.conf.arg(name="")]
     preset: Literal["default", "smoke", "published"] = "default"  # what every other option starts from
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on with --run-dir after its last complete epoch
+    compile_cache: bool = True  # keep compiled programs in ~/.cache/gravlens_jax, so that the next run starts at once
 
 
 def parse_arguments(arguments: list[str]) -> Arguments:
@@ -47,10 +48,13 @@ def parse_arguments(arguments: list[str]) -> Arguments:
 def main() -> None:
     """Runs the command line."""
     arguments = parse_arguments(sys.argv[1:])
+    if arguments.compile_cache:
+        cli.use_compile_cache()
     values = fit(arguments.config, arguments.resume)
     run_dir = Path(arguments.config.run_dir)
     print(f"test split: {table(values, run_dir / 'report')}\nrun: {run_dir}")
 
 
 if __name__ == "__main__":
+    cli.use_huge_pages()
     cli.run(main)

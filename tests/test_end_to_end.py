@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,7 +21,8 @@ SMALL = [
     *("--preset", "smoke", "--simulation.train", "96", "--simulation.val", "24", "--simulation.test", "24"),
     *("--model.width", "4", "--input.crop", "48", "--input.pool", "4"),
 ]
-ENVIRONMENT = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+CACHE = tempfile.TemporaryDirectory()  # of compiled programs; not the user's
+ENVIRONMENT = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": CACHE.name}
 
 
 def start(folder, script, *arguments):
@@ -45,6 +47,17 @@ def folder(tmp_path_factory):
     out = run(folder, "train.py", *SMALL, "--run-dir", "runs/a")
     assert "epoch 4/4" in out and "test split: 24 images" in out
     return folder
+
+
+def test_device_data_gives_the_same_run(folder):
+    run(folder, "train.py", *SMALL, "--run-dir", "runs/device", "--device-data")
+    lines = [
+        [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("runs/device", "runs/a")
+    ]
+    for ours, theirs in zip(*lines, strict=True):
+        for name in ("step", "train_loss", "val_loss"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
 
 
 def test_a_run_directory_holds_everything(folder):

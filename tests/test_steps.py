@@ -9,7 +9,7 @@ from gravlens_jax import mesh
 from gravlens_jax.config import AugmentConfig, InputConfig, InputError, OptimConfig
 from gravlens_jax.model import ResNet
 from gravlens_jax.optim import make_optimizer
-from gravlens_jax.steps import end_epoch, eval_step, init_state, train_step
+from gravlens_jax.steps import end_epoch, eval_step, init_state, train_step, train_steps
 
 MODEL = ResNet(depth=8, width=4, input=InputConfig(crop=16, pool=1, stretch="linear"))
 OPTIM = OptimConfig(learning_rate=1e-2, warmup_steps=0, decay="constant")
@@ -38,6 +38,18 @@ def test_the_step_compiles_once_and_learns():
         losses.append(float(metrics["loss"]))
     assert step_fn._cache_size() == 1
     assert int(current.step) == 30 and losses[-1] < losses[0] / 4
+
+
+def test_steps_on_device_data_are_the_same_steps():
+    dataset, rows = batch(12), np.random.default_rng(0).permutation(12).reshape(3, 4)
+    one_by_one, losses = state(), []
+    for some in rows:
+        one_by_one, metrics = STEP(one_by_one, {name: array[some] for name, array in dataset.items()})
+        losses.append(metrics["loss"])
+    together, metrics = jax.jit(partial(train_steps, **STEP.keywords))(state(), dataset, rows)
+    np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(one_by_one), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_bfloat16_learns_too():

@@ -1,0 +1,176 @@
+"""How fast a training step, inference and the input are here; what `scripts/benchmark.py` prints.
+
+FLOPs are those of the convolutions and the head alone, 2 for a multiply-add: what the task needs, however a program
+does it. A training step counts three times the forward pass, less the gradient of the first convolution's input.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gravlens_jax.augment import prepare, to_unit
+from gravlens_jax.config import CLASSES, AugmentConfig, InputConfig, OptimConfig
+from gravlens_jax.data import prefetch, train_batches
+from gravlens_jax.mesh import check_batch_size, data_mesh, replicate, shard_batch
+from gravlens_jax.model import ResNet
+from gravlens_jax.npz import open_npz, write_npz
+from gravlens_jax.optim import make_optimizer
+from gravlens_jax.steps import init_state, train_step
+
+# Dense peaks from the vendors' data sheets: TFLOP/s in float32 as JAX multiplies it by default (TF32 on NVIDIA where
+# there is one, bfloat16 passes on TPUs) and in bfloat16 (float16 on a T4), and GB/s of device memory.
+PEAKS = {
+    "H200": {"float32": 494.7, "bfloat16": 989.4, "bandwidth": 4800},
+    "H100": {"float32": 494.7, "bfloat16": 989.4, "bandwidth": 3350},
+    "A100": {"float32": 156.0, "bfloat16": 312.0, "bandwidth": 2039},
+    "L4": {"float32": 60.0, "bfloat16": 121.0, "bandwidth": 300},
+    "T4": {"float32": 8.1, "bfloat16": 65.0, "bandwidth": 320},
+    "TPU v6 lite": {"float32": 918.0, "bfloat16": 918.0, "bandwidth": 1640},
+    "TPU v5p": {"float32": 459.0, "bfloat16": 459.0, "bandwidth": 2765},
+    "TPU v5 lite": {"float32": 197.0, "bfloat16": 197.0, "bandwidth": 819},
+    "TPU v4": {"float32": 275.0, "bfloat16": 275.0, "bandwidth": 1228},
+}
+
+
+def forward_flops(size: int, depth: int = 20, width: int = 16, classes: int = 3) -> tuple[int, int]:
+    """Returns the FLOPs per image of the forward pass of `ResNet(depth, width)` on size x size pixels.
+
+    Returns:
+      total, and the share of the first convolution.
+    """
+    first = 2 * 9 * width * size**2
+    total, channels = first, width
+    for stage in range(3):
+        filters = width * 2**stage
+        size = -(-size // 2) if stage else size
+        for _ in range((depth - 2) // 6):
+            total += 2 * 9 * (channels + filters) * filters * size**2
+            channels = filters
+    return total + 2 * channels * classes, first
+
+
+def train_flops(size: int) -> int:
+    """Returns the FLOPs per image of a training step of `ResNet20`."""
+    total, first = forward_flops(size)
+    return 3 * total - first
+
+
+def peaks(dtype: str) -> dict[str, float]:
+    """Returns the device's peak {"tflops", "bandwidth"} (TFLOP/s, GB/s): from the table; on a CPU, measured.
+
+    A CPU's are a 2048 x 2048 float32 matrix product and a copy of 256 MiB (read and write). Empty if not known.
+    """
+    kind = jax.devices()[0].device_kind
+    if jax.default_backend() == "cpu":
+        a = jnp.ones((2048, 2048))
+        matmul = jax.jit(lambda a: a @ a)
+        product = statistics.median(time_calls(lambda: matmul(a), 3, 10))
+        source, target = np.ones(2**25), np.ones(2**25)
+        copy = statistics.median(time_calls(lambda: np.copyto(target, source), 1, 5))
+        return {"tflops": 2 * 2048**3 / product / 1e12, "bandwidth": 2 * source.nbytes / copy / 1e9}
+    for name, values in PEAKS.items():
+        if name in kind:
+            return {"tflops": values[dtype], "bandwidth": values["bandwidth"]}
+    return {}
+
+
+def time_calls(function: Callable[[], Any], warmup: int, calls: int) -> list[float]:
+    """Returns the sorted seconds of `calls` calls of `function` after `warmup` others, each result waited for."""
+    seconds = []
+    for _ in range(warmup + calls):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds[warmup:])
+
+
+def random_batch(batch_size: int, size: int) -> dict[str, np.ndarray]:
+    """Returns a batch of random photon counts (uint16) with labels; speed does not depend on what is in the pixels."""
+    rng = np.random.default_rng(0)
+    images = rng.poisson(100, (batch_size, size, size)).astype(np.uint16)
+    return {"images": images, "labels": (np.arange(batch_size) % 3).astype(np.int32)}
+
+
+def compile_step(
+    train: bool, batch_size: int, size: int, dtype: str, devices: int
+) -> tuple[Callable[[int, int], list[float]], dict[str, float]]:
+    """Compiles a training step, or else a forward pass, of `ResNet20` from stored images on.
+
+    Args:
+      train: a step of `train.py` with flips; else input preparation and forward pass.
+      batch_size: over all devices.
+      size: pixels, height and width of images and network's input.
+      dtype: of activations.
+      devices: how many of the devices to use.
+
+    Returns:
+      run: (warmup, steps) -> sorted seconds of `steps` steps after `warmup` others, each waited for.
+      facts: compile_seconds; transfer_seconds, of a batch to the devices; memory_bytes, of arguments, results and
+        temporaries; accessed_bytes, the memory traffic of a step. The last two by the compiler's count.
+    """
+    mesh = data_mesh(devices)
+    check_batch_size(batch_size, mesh)
+    model = ResNet(dtype=jnp.dtype(dtype), input=InputConfig(crop=size, pool=1))
+    tx = make_optimizer(OptimConfig(), 1000)
+    host_batch = random_batch(batch_size, size)
+    batch = shard_batch(host_batch, mesh)
+    transfers = time_calls(lambda: shard_batch(host_batch, mesh), 3, 10)
+
+    def forward(state, batch):
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        return state, model.apply(variables, prepare(to_unit(batch["images"]), model.input))
+
+    step = partial(train_step, model=model, tx=tx, config=AugmentConfig(), seed=0) if train else forward
+    state = replicate(init_state(0, model, tx, OptimConfig()), mesh)
+    start = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    memory = compiled.memory_analysis()
+    facts = {
+        "compile_seconds": time.perf_counter() - start,
+        "transfer_seconds": statistics.median(transfers),
+        "memory_bytes": memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes,
+        "accessed_bytes": float(compiled.cost_analysis().get("bytes accessed", 0)),
+    }
+
+    def run(warmup: int, steps: int) -> list[float]:
+        def once():
+            nonlocal state
+            state, result = compiled(state, batch)
+            return result
+
+        return time_calls(once, warmup, steps)
+
+    return run, facts
+
+
+def busy_fraction(batch_size: int, size: int, dtype: str, steps: int) -> float:
+    """Returns the part of a training loop's wall time that is inside steps.
+
+    The loop is that of `fit`: batches read from a memory-mapped file in a thread, sent to the devices, one step each.
+    """
+    mesh = data_mesh()
+    model = ResNet(dtype=jnp.dtype(dtype), input=InputConfig(crop=size, pool=1))
+    tx = make_optimizer(OptimConfig(), 1000)
+    step = jax.jit(partial(train_step, model=model, tx=tx, config=AugmentConfig(), seed=0), donate_argnums=0)
+    state = replicate(init_state(0, model, tx, OptimConfig()), mesh)
+    state, _ = jax.block_until_ready(step(state, shard_batch(random_batch(batch_size, size), mesh)))
+    n = batch_size * steps
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.npz"
+        batch = random_batch(n, size)
+        write_npz(path, [batch["images"]], batch["images"].shape, np.dtype(np.uint16), batch["labels"], CLASSES, {})
+        inside, start = 0.0, time.perf_counter()
+        for batch in prefetch(train_batches(open_npz(path), batch_size, 0, 0)):
+            given = shard_batch(batch, mesh)
+            began = time.perf_counter()
+            state, _ = jax.block_until_ready(step(state, given))
+            inside += time.perf_counter() - began
+        return inside / (time.perf_counter() - start)

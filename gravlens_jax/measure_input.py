@@ -1,0 +1,93 @@
+"""How fast random batches come from a packed file here, and from what others read; for `scripts/benchmark.py input`."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gravlens_jax.config import CLASSES, check
+from gravlens_jax.data import train_batches
+from gravlens_jax.npz import open_npz, write_npz
+
+PIXELS = 150
+READERS = ("memory map", "np.load", "compressed", "DataLoader")
+
+
+def write_files(folder: Path, n: int, npy: bool) -> None:
+    """Writes the same `n` random images as packed.npz, compressed.npz, and with `npy` as one float64 .npy file each."""
+    rng = np.random.default_rng(0)
+    images = rng.poisson(40, (n, PIXELS, PIXELS)).astype(np.uint16)
+    labels = np.arange(n, dtype=np.int32) % len(CLASSES)
+    write_npz(folder / "packed.npz", [images], images.shape, images.dtype, labels, CLASSES, {})
+    np.savez_compressed(folder / "compressed.npz", images=images, labels=labels)
+    if npy:
+        (folder / "npy").mkdir()
+        for i, image in enumerate(images):
+            np.save(folder / "npy" / f"{i}.npy", (image / image.max())[None])  # as the public images are
+
+
+def measure_reader(reader: str, folder: Path, batch_size: int, batches: int, workers: int = 0) -> dict[str, Any]:
+    """Measures one reader of what `write_files` wrote; call it in a process of its own.
+
+    Args:
+      reader: one of READERS.
+      folder: where the files are.
+      batch_size: images a batch, drawn at random.
+      batches: how many to read, at most an epoch.
+      workers: processes of the DataLoader.
+
+    Returns:
+      open_seconds, until batches can be asked for; open_mib, the resident memory that this took; batches_per_second;
+      read_mib, the most resident memory that opening and reading took.
+    """
+    check(reader in READERS, f"reader={reader!r}: expected one of {READERS}")
+    before = _resident_mib()
+    start = time.perf_counter()
+    iterator = _READERS[reader](folder, batch_size, workers)
+    opened, open_mib = time.perf_counter() - start, _resident_mib() - before
+    start, done, most = time.perf_counter(), 0, 0.0
+    for _ in zip(range(batches), iterator, strict=False):
+        done, most = done + 1, max(most, _resident_mib())
+    rate = done / (time.perf_counter() - start)
+    return {"open_seconds": opened, "open_mib": open_mib, "batches_per_second": rate, "read_mib": most - before}
+
+
+def _resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+
+def _memory_map(folder: Path, batch_size: int, _: int) -> Iterator:
+    return train_batches(open_npz(folder / "packed.npz"), batch_size, 0, 0)
+
+
+def _loaded(folder: Path, batch_size: int, _: int, name: str = "packed.npz") -> Iterator:
+    with np.load(folder / name) as file:
+        images, labels = file["images"], file["labels"]
+    order = np.random.default_rng(0).permutation(len(labels))
+    rows = (order[i : i + batch_size] for i in range(0, len(order) - batch_size + 1, batch_size))
+    return ((images[r], labels[r]) for r in rows)
+
+
+def _compressed(folder: Path, batch_size: int, workers: int) -> Iterator:
+    return _loaded(folder, batch_size, workers, "compressed.npz")
+
+
+def _data_loader(folder: Path, batch_size: int, workers: int) -> Iterator:
+    import torch
+
+    paths = sorted((folder / "npy").iterdir())
+
+    class Images(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(paths)
+
+        def __getitem__(self, i):
+            return torch.from_numpy(np.load(paths[i])).float(), i % len(CLASSES)
+
+    options = {"shuffle": True, "drop_last": True, "num_workers": workers}
+    return iter(torch.utils.data.DataLoader(Images(), batch_size, **options))
+
+
+_READERS = {"memory map": _memory_map, "np.load": _loaded, "compressed": _compressed, "DataLoader": _data_loader}
