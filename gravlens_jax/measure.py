@@ -66,15 +66,16 @@ def train_flops(size: int) -> int:
 def peaks(dtype: str) -> dict[str, float]:
     """Returns the device's peak {"tflops", "bandwidth"} (TFLOP/s, GB/s): from the table; on a CPU, measured.
 
-    A CPU's are a 2048 x 2048 float32 matrix product and a copy of 256 MiB (read and write). Empty if not known.
+    A CPU's are the best of a few 2048 x 2048 float32 matrix products and copies of 256 MiB (read and write). Empty
+    if the device is not known.
     """
     kind = jax.devices()[0].device_kind
     if jax.default_backend() == "cpu":
         a = jnp.ones((2048, 2048))
         matmul = jax.jit(lambda a: a @ a)
-        product = statistics.median(time_calls(lambda: matmul(a), 3, 10))
+        product = min(time_calls(lambda: matmul(a), 3, 10))
         source, target = np.ones(2**25), np.ones(2**25)
-        copy = statistics.median(time_calls(lambda: np.copyto(target, source), 1, 5))
+        copy = min(time_calls(lambda: np.copyto(target, source), 1, 5))
         return {"tflops": 2 * 2048**3 / product / 1e12, "bandwidth": 2 * source.nbytes / copy / 1e9}
     for name, values in PEAKS.items():
         if name in kind:

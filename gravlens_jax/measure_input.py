@@ -74,20 +74,24 @@ def _compressed(folder: Path, batch_size: int, workers: int) -> Iterator:
     return _loaded(folder, batch_size, workers, "compressed.npz")
 
 
+class _Images:
+    """What a PyTorch DataLoader asks of a data set; its worker processes import it by name."""
+
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        return np.load(self.paths[i]).astype(np.float32), i % len(CLASSES)
+
+
 def _data_loader(folder: Path, batch_size: int, workers: int) -> Iterator:
-    import torch
+    from torch.utils.data import DataLoader
 
-    paths = sorted((folder / "npy").iterdir())
-
-    class Images(torch.utils.data.Dataset):
-        def __len__(self):
-            return len(paths)
-
-        def __getitem__(self, i):
-            return torch.from_numpy(np.load(paths[i])).float(), i % len(CLASSES)
-
-    options = {"shuffle": True, "drop_last": True, "num_workers": workers}
-    return iter(torch.utils.data.DataLoader(Images(), batch_size, **options))
+    images = _Images(sorted((folder / "npy").iterdir()))
+    return iter(DataLoader(images, batch_size, shuffle=True, drop_last=True, num_workers=workers))
 
 
 _READERS = {"memory map": _memory_map, "np.load": _loaded, "compressed": _compressed, "DataLoader": _data_loader}
