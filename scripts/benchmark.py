@@ -1,5 +1,6 @@
 """Measures how fast this machine is; one subcommand for each thing that is measured."""
 
+import importlib.util
 import itertools
 import json
 import os
@@ -128,6 +129,7 @@ def measure_input(
     """
     check(Path("/proc/self/statm").exists(), "this benchmark reads its memory from /proc, which only Linux has")
     check(images >= batch_size, f"--images {images} do not fill a batch of {batch_size}; give more")
+    _check_peer(peer)
     cases = [(reader, 0) for reader in READERS[:3]]
     if peer:
         cases += [(READERS[3], workers) for workers in sorted({0, 1, os.cpu_count() or 1})]
@@ -162,6 +164,7 @@ def measure_input(
 
 
 def _sweep(train: bool, a: "Steps") -> None:
+    _check_peer(a.peer)
     os.environ.setdefault("GLIBC_TUNABLES", cli.HUGE_PAGES)  # as train.py does; for both codes
     context = get_context("spawn")
     many = max(a.devices)
@@ -212,6 +215,11 @@ def train(options: Annotated[Steps, tyro.conf.arg(name="")]) -> None:
 def infer(options: Annotated[Steps, tyro.conf.arg(name="")]) -> None:
     """Measures inference of ResNet-20: stored images on the device -> logits."""
     _sweep(False, options)
+
+
+def _check_peer(peer: str | None) -> None:
+    found = peer is None or importlib.util.find_spec(peer) is not None
+    check(found, f"--peer {peer}: {peer} is not installed; pip install {peer}, or leave the option out")
 
 
 # What a worker process has prepared and times.
