@@ -206,6 +206,14 @@ class Steps:
     peer: Literal["torch"] | None = None  # time the same in PyTorch (pip install torch)
     profile: Path | None = None  # folder for a trace of a few steps, for Perfetto or TensorBoard
 
+    def __post_init__(self):
+        for name in ("batch_size", "image_size", "devices"):
+            values = getattr(self, name)
+            check(len(values) > 0 and min(values) > 0, f"{name}={values}: expected one positive number or more")
+        for name, least in {"warmup": 0, "steps": 1, "repeats": 1}.items():
+            check(getattr(self, name) >= least, f"{name}={getattr(self, name)}: expected at least {least}")
+        check(len(self.dtype) > 0, "dtype is empty: expected float32, bfloat16 or both")
+
 
 def train(options: Annotated[Steps, tyro.conf.arg(name="")]) -> None:
     """Measures training steps of ResNet-20: stored images on the device -> flips, forward, backward, update."""

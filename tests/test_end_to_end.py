@@ -178,3 +178,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_best(folder
 )
 def test_help(tmp_path, script):
     assert "usage" in run(tmp_path, script, "--help")
+
+
+def test_the_benchmark_prints_a_table_and_a_json_line(folder):
+    options = ["--image-size", "8", "--batch-size", "4", "6", "--steps", "2", "--warmup", "1", "--repeats", "1"]
+    table, line = run(folder, "benchmark.py", "infer", *options).rsplit("\n", 2)[:2]
+    result = json.loads(line)
+    assert [row["batch_size"] for row in result["rows"]] == [4, 6] and "of peak" in table
+    assert all(row["images_per_second"] > 0 for row in result["rows"]) and result["versions"]["jax"]
+    assert "expected one positive number" in run(folder, "benchmark.py", "train", "--batch-size", "0", status=2)
