@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from gravlens_jax.augment import prepare, to_unit
 from gravlens_jax.config import CLASSES, AugmentConfig, InputConfig, OptimConfig
@@ -23,7 +24,7 @@ from gravlens_jax.mesh import check_batch_size, data_mesh, replicate, shard_batc
 from gravlens_jax.model import ResNet
 from gravlens_jax.npz import open_npz, write_npz
 from gravlens_jax.optim import make_optimizer
-from gravlens_jax.steps import init_state, train_step
+from gravlens_jax.steps import TrainState, init_state, train_step
 
 # Dense peaks from the vendors' data sheets: TFLOP/s in float32 as JAX multiplies it by default (TF32 on NVIDIA where
 # there is one, bfloat16 passes on TPUs) and in bfloat16 (float16 on a T4), and GB/s of device memory.
@@ -119,8 +120,7 @@ def compile_step(
     """
     mesh = data_mesh(devices)
     check_batch_size(batch_size, mesh)
-    model = ResNet(dtype=jnp.dtype(dtype), input=InputConfig(crop=size, pool=1))
-    tx = make_optimizer(OptimConfig(), 1000)
+    model, step, state = _start(size, dtype, mesh)
     host_batch = random_batch(batch_size, size)
     batch = shard_batch(host_batch, mesh)
     transfers = time_calls(lambda: shard_batch(host_batch, mesh), 3, 10)
@@ -129,10 +129,8 @@ def compile_step(
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         return state, model.apply(variables, prepare(to_unit(batch["images"]), model.input))
 
-    step = partial(train_step, model=model, tx=tx, config=AugmentConfig(), seed=0) if train else forward
-    state = replicate(init_state(0, model, tx, OptimConfig()), mesh)
     start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    compiled = jax.jit(step if train else forward, donate_argnums=0).lower(state, batch).compile()
     memory = compiled.memory_analysis()
     facts = {
         "compile_seconds": time.perf_counter() - start,
@@ -152,16 +150,21 @@ def compile_step(
     return run, facts
 
 
+def _start(size: int, dtype: str, mesh: Mesh) -> tuple[ResNet, Callable, TrainState]:
+    model = ResNet(dtype=jnp.dtype(dtype), input=InputConfig(crop=size, pool=1))
+    tx = make_optimizer(OptimConfig(), 1000)
+    state = replicate(init_state(0, model, tx, OptimConfig()), mesh)
+    return model, partial(train_step, model=model, tx=tx, config=AugmentConfig(), seed=0), state
+
+
 def busy_fraction(batch_size: int, size: int, dtype: str, steps: int) -> float:
-    """Returns the part of a training loop's wall time that is inside steps.
+    """Returns the part of a training loop's wall time that is inside steps, on one device.
 
     The loop is that of `fit`: batches read from a memory-mapped file in a thread, sent to the devices, one step each.
     """
-    mesh = data_mesh()
-    model = ResNet(dtype=jnp.dtype(dtype), input=InputConfig(crop=size, pool=1))
-    tx = make_optimizer(OptimConfig(), 1000)
-    step = jax.jit(partial(train_step, model=model, tx=tx, config=AugmentConfig(), seed=0), donate_argnums=0)
-    state = replicate(init_state(0, model, tx, OptimConfig()), mesh)
+    mesh = data_mesh(1)
+    _, step, state = _start(size, dtype, mesh)
+    step = jax.jit(step, donate_argnums=0)
     state, _ = jax.block_until_ready(step(state, shard_batch(random_batch(batch_size, size), mesh)))
     n = batch_size * steps
     with tempfile.TemporaryDirectory() as folder:
