@@ -1,9 +1,8 @@
 """Training from the config to the report: data -> steps -> checkpoints -> report, in that order."""
 
 import json
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,19 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh
 
 from gravlens_jax import checkpoint, data, mesh
 from gravlens_jax.config import SPLITS, Config, check
+from gravlens_jax.epoch import check_finite, make_train_epoch, sum_metrics
 from gravlens_jax.evaluate import evaluate_run
-from gravlens_jax.model import ResNet, check_images, make_model
+from gravlens_jax.model import check_images, make_model
 from gravlens_jax.optim import learning_rate_schedule, make_optimizer
 from gravlens_jax.progress import progress_bar, track
 from gravlens_jax.simulate import simulate_dataset
-from gravlens_jax.steps import Metrics, TrainState, end_epoch, eval_step, init_state, train_step, train_steps
-
-STEPS_PER_CALL = 64  # with `device_data`
+from gravlens_jax.steps import end_epoch, eval_step, init_state
 
 
 def fit(config: Config, resume: bool = False) -> dict[str, Any]:
@@ -60,7 +56,7 @@ def fit(config: Config, resume: bool = False) -> dict[str, Any]:
     model = make_model(config.model, config.input, train.classes)
     tx = make_optimizer(config.optim, total_steps)
     schedule = learning_rate_schedule(config.optim, total_steps)
-    train_epoch = _make_train_epoch(config, model, tx, train, devices)
+    train_epoch = make_train_epoch(config, model, tx, train, devices)
     eval_fn = jax.jit(partial(eval_step, model=model))
     end_epoch_fn = jax.jit(partial(end_epoch, config=config.optim), out_shardings=mesh.replicated(devices))
     state = mesh.replicate(init_state(config.seed, model, tx, config.optim), devices)
@@ -93,9 +89,9 @@ def fit(config: Config, resume: bool = False) -> dict[str, Any]:
 
             state, sums = train_epoch(state, epoch, show)
             train_seconds = time.perf_counter() - start
-            val_sums = _sum_batches(eval_fn, state, data.prefetch(data.eval_batches(val, config.batch_size)), devices)
+            val_sums = sum_metrics(eval_fn, state, data.prefetch(data.eval_batches(val, config.batch_size)), devices)
             val_loss = val_sums["loss"] / val_sums["count"]
-            _check_finite(val_loss, "validation loss", step)
+            check_finite(val_loss, "validation loss", step)
             state = end_epoch_fn(state, val_loss)
             line = {
                 "epoch": epoch + 1,
@@ -127,74 +123,12 @@ def data_folder(config: Config) -> Path:
     return simulate_dataset(folder, s, track)
 
 
-def _make_train_epoch(
-    config: Config, model: ResNet, tx: optax.GradientTransformation, train: data.Dataset, devices: Mesh
-) -> Callable[..., tuple[TrainState, dict[str, float]]]:
-    """Returns (state, epoch, show) -> the state and the summed metrics after one pass over the training images."""
-    arguments = {"model": model, "tx": tx, "config": config.augment, "seed": config.seed}
-    jit = partial(jax.jit, donate_argnums=0, out_shardings=mesh.replicated(devices))
-    n = len(train.labels)
-    if config.device_data:
-        steps_fn = jit(partial(train_steps, **arguments))
-        dataset = mesh.replicate({"images": np.asarray(train.images), "labels": train.labels}, devices)
-
-        def step_fn(state, rows):
-            return steps_fn(state, dataset, rows)
-
-        def inputs(epoch: int) -> Iterator[tuple[jax.Array, int]]:
-            rows = data.epoch_rows(n, config.batch_size, config.seed, epoch)
-            for some in np.array_split(rows, -(-len(rows) // STEPS_PER_CALL)):
-                yield mesh.shard_rows(some, devices), len(some)
-    else:
-        step_fn = jit(partial(train_step, **arguments))
-
-        def inputs(epoch: int) -> Iterator[tuple[dict[str, jax.Array], int]]:
-            for batch in data.prefetch(data.train_batches(train, config.batch_size, config.seed, epoch)):
-                yield mesh.shard_batch(batch, devices), 1
-
-    def train_epoch(state: TrainState, epoch: int, show: Callable[[int, dict[str, float]], None]):
-        sums, pending = {"loss": 0.0, "correct": 0.0, "count": 0.0}, None
-        step = epoch * (n // config.batch_size)
-
-        def take(metrics: Metrics, step: int) -> None:
-            for name, value in metrics.items():
-                sums[name] += float(np.sum(value))
-            _check_finite(sums["loss"], "training loss", step)
-            show(step, sums)
-
-        for given, steps in inputs(epoch):
-            state, metrics = step_fn(state, given)
-            if pending is not None:
-                take(pending, step)  # of the call before: reading it does not hold up the one just started
-            pending, step = metrics, step + steps
-        take(pending, step)
-        return state, sums
-
-    return train_epoch
-
-
 def _epoch_text(line: dict[str, Any], epochs: int) -> str:
     return (
         f"epoch {line['epoch']}/{epochs}  train loss {line['train_loss']:.4f} accuracy {line['train_accuracy']:.4f}  "
         f"val loss {line['val_loss']:.4f} accuracy {line['val_accuracy']:.4f}  lr {line['learning_rate']:.1e}  "
         f"{line['images_per_second']:,.0f} images/s  {line['wall_seconds']:.0f} s"
     )
-
-
-def _sum_batches(eval_fn: Callable, state: TrainState, batches: Iterable[dict], devices: Mesh) -> dict[str, float]:
-    sums = {"loss": 0.0, "correct": 0.0, "count": 0.0}
-    for batch in batches:
-        for name, value in eval_fn(state, mesh.shard_batch(batch, devices)).items():
-            sums[name] += float(value)
-    return sums
-
-
-def _check_finite(loss: float, name: str, step: int) -> None:
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"{name} is {loss} at step {step}; the checkpoints of earlier epochs are intact. Look for NaN pixels in "
-            f"the data, or start again with a lower --optim.learning-rate"
-        )
 
 
 def _check_same(saved: Config, given: Config) -> None:

@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gravlens_jax.augment import prepare, to_unit
-from gravlens_jax.config import CLASSES, AugmentConfig, InputConfig, OptimConfig
-from gravlens_jax.data import prefetch, train_batches
+from gravlens_jax.config import CLASSES, AugmentConfig, Config, InputConfig, OptimConfig
+from gravlens_jax.epoch import make_train_epoch
 from gravlens_jax.mesh import check_batch_size, data_mesh, replicate, shard_batch
 from gravlens_jax.model import ResNet
 from gravlens_jax.npz import open_npz, write_npz
@@ -94,6 +94,35 @@ def time_calls(function: Callable[[], Any], warmup: int, calls: int) -> list[flo
     return sorted(seconds[warmup:])
 
 
+def step_figures(
+    seconds: list[float], torch_seconds: list[float], batch_size: int, flops: int, accessed_bytes: float
+) -> dict[str, Any]:
+    """Returns what the seconds of single steps, ours and PyTorch's (or none), amount to.
+
+    Args:
+      seconds, torch_seconds: of steps on `batch_size` images.
+      batch_size: images a step.
+      flops: of one image.
+      accessed_bytes: memory traffic of a step.
+
+    Returns:
+      step_seconds (median), step_seconds_quartiles, images_per_second, tflops, accessed_gb_per_second; with PyTorch's
+      seconds also torch_images_per_second and ratio, our images per second over PyTorch's.
+    """
+    step = statistics.median(seconds)
+    figures = {
+        "step_seconds": step,
+        "step_seconds_quartiles": np.quantile(seconds, [0.25, 0.75]).tolist(),
+        "images_per_second": batch_size / step,
+        "tflops": flops * batch_size / step / 1e12,
+        "accessed_gb_per_second": accessed_bytes / step / 1e9,
+    }
+    if torch_seconds:
+        figures["torch_images_per_second"] = batch_size / statistics.median(torch_seconds)
+        figures["ratio"] = figures["images_per_second"] / figures["torch_images_per_second"]
+    return figures
+
+
 def random_batch(batch_size: int, size: int) -> dict[str, np.ndarray]:
     """Returns a batch of random photon counts (uint16) with labels; speed does not depend on what is in the pixels."""
     rng = np.random.default_rng(0)
@@ -157,24 +186,41 @@ def _start(size: int, dtype: str, mesh: Mesh) -> tuple[ResNet, Callable, TrainSt
     return model, partial(train_step, model=model, tx=tx, config=AugmentConfig(), seed=0), state
 
 
-def busy_fraction(batch_size: int, size: int, dtype: str, steps: int) -> float:
-    """Returns the part of a training loop's wall time that is inside steps, on one device.
+def busy_fraction(batch_size: int, size: int, dtype: str, steps: int, repeats: int = 3) -> float:
+    """Returns the part of the wall time of an epoch of `fit`, on one device, that its steps take by themselves.
 
-    The loop is that of `fit`: batches read from a memory-mapped file in a thread, sent to the devices, one step each.
+    An epoch reads a memory-mapped file and counts and shows its metrics; beside it, in turn, as many steps run on a
+    batch that is on the device. The ratio of the medians can exceed 1 by the noise of the timing.
+
+    Args:
+      batch_size, size, dtype: as in `compile_step`.
+      steps: of the epoch.
+      repeats: epochs to time.
     """
     mesh = data_mesh(1)
-    _, step, state = _start(size, dtype, mesh)
-    step = jax.jit(step, donate_argnums=0)
-    state, _ = jax.block_until_ready(step(state, shard_batch(random_batch(batch_size, size), mesh)))
+    model, step, state = _start(size, dtype, mesh)
     n = batch_size * steps
+    step = jax.jit(step, donate_argnums=0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.npz"
-        batch = random_batch(n, size)
-        write_npz(path, [batch["images"]], batch["images"].shape, np.dtype(np.uint16), batch["labels"], CLASSES, {})
-        inside, start = 0.0, time.perf_counter()
-        for batch in prefetch(train_batches(open_npz(path), batch_size, 0, 0)):
-            given = shard_batch(batch, mesh)
-            began = time.perf_counter()
-            state, _ = jax.block_until_ready(step(state, given))
-            inside += time.perf_counter() - began
-        return inside / (time.perf_counter() - start)
+        images, labels = random_batch(n, size).values()
+        write_npz(path, [images], images.shape, images.dtype, labels, CLASSES, {})
+        tx = make_optimizer(OptimConfig(), 1000)
+        train_epoch = make_train_epoch(Config(batch_size=batch_size), model, tx, open_npz(path), mesh)
+        batch = shard_batch(random_batch(batch_size, size), mesh)
+
+        def epoch() -> None:
+            nonlocal state
+            state, _ = train_epoch(state, 0, lambda step, sums: None)
+
+        def alone() -> None:
+            nonlocal state
+            for _ in range(steps):
+                state, _ = step(state, batch)
+            jax.block_until_ready(state)
+
+        seconds = {run: [] for run in (epoch, alone)}
+        for _ in range(1 + repeats):
+            for run in seconds:
+                seconds[run] += time_calls(run, 0, 1)
+        return statistics.median(seconds[alone][1:]) / statistics.median(seconds[epoch][1:])

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -25,15 +24,12 @@ from gravlens_jax.measure import (
     forward_flops,
     peaks,
     random_batch,
+    step_figures,
     train_flops,
 )
 from gravlens_jax.measure_input import READERS, measure_reader, write_files
-from gravlens_jax.peers import lenstronomy_image, torch_step
-from gravlens_jax.priors import PRESETS
-from gravlens_jax.render import sample_lens
-from gravlens_jax.simulate import simulate_images
-
-PRIORS = PRESETS["ct1"]
+from gravlens_jax.measure_simulation import lenstronomy_rates, measure_on_cores, our_rates
+from gravlens_jax.peers import torch_step
 
 
 def simulate(seconds: float = 4.0, repeats: int = 3, lenstronomy: bool = True) -> None:
@@ -50,13 +46,13 @@ def simulate(seconds: float = 4.0, repeats: int = 3, lenstronomy: bool = True) -
     """
     check(hasattr(os, "sched_setaffinity"), "this benchmark pins processes to cores, which only Linux allows")
     cores = sorted(os.sched_getaffinity(0))
-    functions = {"gravlens_jax": _our_rates} | ({"lenstronomy": _lenstronomy_rates} if lenstronomy else {})
+    functions = {"gravlens_jax": our_rates} | ({"lenstronomy": lenstronomy_rates} if lenstronomy else {})
     rates: dict[tuple[str, int], list[dict[str, float]]] = {}
     for _ in range(repeats):
         for code, function in functions.items():
             for used in (cores[:1], cores):
                 groups = [used] if code == "gravlens_jax" else [[core] for core in used]
-                rates.setdefault((code, len(used)), []).append(_measure(function, seconds, groups))
+                rates.setdefault((code, len(used)), []).append(measure_on_cores(function, seconds, groups))
     names = (*CLASSES, "all")
     medians = {key: {k: float(np.median([r[k] for r in runs])) for k in names} for key, runs in rates.items()}
     print(f"{'images/s':28}" + "".join(f"{name:>10}" for name in names))
@@ -65,46 +61,6 @@ def simulate(seconds: float = 4.0, repeats: int = 3, lenstronomy: bool = True) -
     result = [{"code": code, "cores": n} | values for (code, n), values in medians.items()]
     versions = {"jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version()}
     print(json.dumps({"benchmark": "simulate", "images_per_second": result} | versions))
-
-
-def _measure(function, seconds: float, groups: list[list[int]]) -> dict[str, float]:
-    """Runs `function` in one process on each group of cores at the same time; sums the images per second."""
-    context = get_context("spawn")
-    pools = [ProcessPoolExecutor(1, context, os.sched_setaffinity, (0, group)) for group in groups]
-    futures = [pool.submit(function, seconds) for pool in pools]
-    results = [future.result() for future in futures]
-    for pool in pools:
-        pool.shutdown()
-    rates = {name: sum(result[name] for result in results) for name in CLASSES}
-    return rates | {"all": len(CLASSES) / sum(1 / rate for rate in rates.values())}  # equal parts of each
-
-
-def _our_rates(seconds: float) -> dict[str, float]:
-    rates = {}
-    for name in CLASSES:
-        next(simulate_images(1, 0, "train", PRIORS, (name,)))  # compiles
-        start, done = time.perf_counter(), 0
-        for chunk in simulate_images(10**6, 1, "train", PRIORS, (name,)):
-            done += len(chunk)
-            wall_seconds = time.perf_counter() - start
-            if wall_seconds > seconds:
-                break
-        rates[name] = done / wall_seconds
-    return rates
-
-
-def _lenstronomy_rates(seconds: float) -> dict[str, float]:
-    rng, rates = np.random.default_rng(0), {}
-    for name in CLASSES:
-        lenses = [sample_lens(key, PRIORS, name) for key in jax.random.split(jax.random.key(0), 8)]
-        lenses = [jax.tree.map(np.asarray, p) for p in lenses]
-        lenstronomy_image(lenses[0], PRIORS)  # compiles, where it does
-        start, done, wall_seconds = time.perf_counter(), 0, 0.0
-        while wall_seconds < seconds:
-            rng.poisson(lenstronomy_image(lenses[done % len(lenses)], PRIORS))
-            done, wall_seconds = done + 1, time.perf_counter() - start
-        rates[name] = done / wall_seconds
-    return rates
 
 
 def measure_input(
@@ -184,7 +140,7 @@ def _sweep(train: bool, a: "Steps") -> None:
             if train and devices == 1:
                 row["busy_fraction"] = ours.submit(busy_fraction, batch_size, size, dtype, a.steps).result()
             flops = train_flops(size) if train else forward_flops(size)[0]
-            rows.append(row | _figures(seconds, torch_seconds, batch_size, flops, row["accessed_bytes"]))
+            rows.append(row | step_figures(seconds, torch_seconds, batch_size, flops, row["accessed_bytes"]))
             print(_line(rows[-1], machine["peaks"].get(dtype, {})), flush=True)
         if a.profile is not None:
             ours.submit(_profile, a.profile).result()
@@ -269,23 +225,6 @@ def _time(warmup: int, steps: int) -> list[float]:
 def _profile(folder: Path) -> None:
     with jax.profiler.trace(str(folder)):
         _current["run"](0, 5)
-
-
-def _figures(
-    seconds: list[float], torch_seconds: list[float], batch_size: int, flops: int, accessed: float
-) -> dict[str, float]:
-    step = float(np.median(seconds))
-    figures = {
-        "step_seconds": step,
-        "step_seconds_quartiles": np.quantile(seconds, [0.25, 0.75]).tolist(),
-        "images_per_second": batch_size / step,
-        "tflops": flops * batch_size / step / 1e12,
-        "accessed_gb_per_second": accessed / step / 1e9,
-    }
-    if torch_seconds:
-        figures["torch_images_per_second"] = batch_size / float(np.median(torch_seconds))
-        figures["ratio"] = figures["images_per_second"] / figures["torch_images_per_second"]
-    return figures
 
 
 HEADER = (

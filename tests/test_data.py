@@ -1,9 +1,11 @@
+import os
+
 import numpy as np
 import pytest
 
 from gravlens_jax.config import CLASSES, InputError
-from gravlens_jax.data import epoch_order, eval_batches, load_splits, prefetch, train_batches
-from gravlens_jax.npz import Dataset, write_npz
+from gravlens_jax.data import epoch_order, eval_batches, load_splits, prefetch, take_rows, train_batches
+from gravlens_jax.npz import Dataset, open_npz, write_npz
 
 
 def dataset(n):
@@ -38,6 +40,23 @@ def test_batches_are_new_arrays():
     data = dataset(4)
     next(train_batches(data, 4, 0, 0))["images"][:] = 7
     assert data.images.max() == 3
+
+
+def test_rows_of_a_mapped_file_and_of_a_part_of_it(tmp_path):
+    images = np.arange(60, dtype=np.uint16).reshape(5, 4, 3)
+    write_npz(tmp_path / "a.npz", [images], images.shape, images.dtype, np.zeros(5), CLASSES, {})
+    mapped = open_npz(tmp_path / "a.npz").images
+    for some in (mapped, mapped[1:], images):
+        np.testing.assert_array_equal(take_rows(some, np.array([3, 0, 3])), np.asarray(some)[[3, 0, 3]])
+
+
+def test_a_file_cut_short_after_opening(tmp_path):
+    images = np.zeros((5, 100, 100), np.uint16)
+    write_npz(tmp_path / "a.npz", [images], images.shape, images.dtype, np.zeros(5), CLASSES, {})
+    mapped = open_npz(tmp_path / "a.npz").images
+    os.truncate(tmp_path / "a.npz", 50_000)
+    with pytest.raises(InputError, match="ends before image 4"):
+        take_rows(mapped, np.array([0, 4]))
 
 
 def test_prefetch_keeps_order_and_passes_errors_on():

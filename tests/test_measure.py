@@ -34,7 +34,14 @@ def test_a_cpu_s_peaks_are_measured():
 
 
 def test_the_loop_s_busy_fraction():
-    assert 0 < measure.busy_fraction(4, 8, "float32", 3) <= 1
+    assert 0 < measure.busy_fraction(4, 8, "float32", 3, 1) < 2
+
+
+def test_figures_of_a_step():
+    figures = measure.step_figures([0.1, 0.2, 0.3], [0.4], batch_size=10, flops=10**9, accessed_bytes=4e9)
+    assert figures["images_per_second"] == pytest.approx(50) and figures["ratio"] == pytest.approx(2)
+    assert figures["tflops"] == pytest.approx(0.05) and figures["accessed_gb_per_second"] == pytest.approx(20)
+    assert figures["step_seconds_quartiles"] == pytest.approx([0.15, 0.25])
 
 
 @pytest.mark.parametrize("reader", measure_input.READERS[:3])

@@ -1,0 +1,71 @@
+"""How many images a second the simulator makes here, beside lenstronomy; for `scripts/benchmark.py simulate`."""
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import jax
+import numpy as np
+
+from gravlens_jax.config import CLASSES
+from gravlens_jax.peers import lenstronomy_image
+from gravlens_jax.priors import PRESETS
+from gravlens_jax.render import sample_lens
+from gravlens_jax.simulate import simulate_images
+
+PRIORS = PRESETS["ct1"]
+
+
+def measure_on_cores(
+    function: Callable[[float], dict[str, float]], seconds: float, groups: list[list[int]]
+) -> dict[str, float]:
+    """Runs one of the functions below in a process on each group of cores, all at once; Linux only.
+
+    Args:
+      function: seconds for each class -> images per second of each class.
+      seconds: what to give it.
+      groups: the cores that each process may use.
+
+    Returns:
+      images per second of each class, summed over the processes, and of "all": as many images of each class.
+    """
+    context = get_context("spawn")
+    pools = [ProcessPoolExecutor(1, context, os.sched_setaffinity, (0, group)) for group in groups]
+    futures = [pool.submit(function, seconds) for pool in pools]
+    results = [future.result() for future in futures]
+    for pool in pools:
+        pool.shutdown()
+    rates = {name: sum(result[name] for result in results) for name in CLASSES}
+    return rates | {"all": len(CLASSES) / sum(1 / rate for rate in rates.values())}
+
+
+def our_rates(seconds: float) -> dict[str, float]:
+    """Returns the images per second of each class that `simulate_images` makes, with noise, on all cores it may use."""
+    rates = {}
+    for name in CLASSES:
+        next(simulate_images(1, 0, "train", PRIORS, (name,)))  # compiles
+        start, done = time.perf_counter(), 0
+        for chunk in simulate_images(10**6, 1, "train", PRIORS, (name,)):
+            done += len(chunk)
+            wall_seconds = time.perf_counter() - start
+            if wall_seconds > seconds:
+                break
+        rates[name] = done / wall_seconds
+    return rates
+
+
+def lenstronomy_rates(seconds: float) -> dict[str, float]:
+    """Returns the images per second of each class that lenstronomy makes, with noise, on one core."""
+    rng, rates = np.random.default_rng(0), {}
+    for name in CLASSES:
+        lenses = [sample_lens(key, PRIORS, name) for key in jax.random.split(jax.random.key(0), 8)]
+        lenses = [jax.tree.map(np.asarray, p) for p in lenses]
+        lenstronomy_image(lenses[0], PRIORS)  # compiles, where it does
+        start, done, wall_seconds = time.perf_counter(), 0, 0.0
+        while wall_seconds < seconds:
+            rng.poisson(lenstronomy_image(lenses[done % len(lenses)], PRIORS))
+            done, wall_seconds = done + 1, time.perf_counter() - start
+        rates[name] = done / wall_seconds
+    return rates
