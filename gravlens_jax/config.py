@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 CLASSES = ("no", "sphere", "vort")  # a label is an index into this
 SPLITS = ("train", "val", "test")
+FILES = (*SPLITS, "easy")  # of a data set; easy.npz may be missing
 PriorPreset = Literal["ct1", "model_a", "paper", "deeplensesim_i"]
 
 
@@ -31,12 +32,13 @@ class SimulationConfig:
 
     preset: PriorPreset = "ct1"  # population of lenses: see gravlens_jax/priors.py
     train: int = 27_000  # training images, all classes together
+    easy: int = 6_000  # images with heavier substructure that training begins with; 0 for none
     val: int = 1_800  # validation images
     test: int = 3_000  # test images
     seed: int = 0  # of the images, not of the training
 
     def __post_init__(self):
-        for split in SPLITS:
+        for split in FILES:
             check(getattr(self, split) >= 0, f"{split}={getattr(self, split)}: a number of images cannot be negative")
         check(0 <= self.seed < 2**31, f"seed={self.seed}: expected 0 <= seed < 2^31")
 
@@ -89,10 +91,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """L2 + Adam; warm-up and decay by step, times a plateau reduction by epoch."""
+    """Muon or Adam; warm-up and decay by step, times a plateau reduction by epoch."""
 
-    learning_rate: float = 1e-3  # peak
-    l2: float = 1e-4  # added to the gradient before Adam (not decoupled), on every parameter
+    method: Literal["muon", "adam"] = "muon"  # muon: for the 3x3 kernels between channels, Adam for everything else
+    learning_rate: float = 0.02  # peak; of muon's Adam, a tenth of it
+    weight_decay: float = 0.0  # muon: decoupled, of its kernels; adam: L2, added to the gradient of every parameter
     warmup_steps: int = 200  # linear from 0
     decay: Literal["constant", "cosine"] = "cosine"  # after the warm-up; cosine ends at 0 with the last step
     plateau_factor: float = 0.1  # of the learning rate when the validation loss stops falling
@@ -100,7 +103,7 @@ class OptimConfig:
 
     def __post_init__(self):
         check(self.learning_rate > 0, f"learning_rate={self.learning_rate}: expected a positive number")
-        check(self.l2 >= 0, f"l2={self.l2}: expected a number >= 0")
+        check(self.weight_decay >= 0, f"weight_decay={self.weight_decay}: expected a number >= 0")
         check(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps}: expected a number >= 0")
         check(0 < self.plateau_factor < 1, f"plateau_factor={self.plateau_factor}: expected a number in (0, 1)")
         check(self.plateau_patience >= 0, f"plateau_patience={self.plateau_patience}: expected a number >= 0")
@@ -111,7 +114,7 @@ class Config:
     """Everything that decides the outcome of a run."""
 
     run_dir: str = "runs/default"  # where checkpoints, metrics and the report go
-    data: str | None = None  # folder with train.npz, val.npz and test.npz; simulated into data/ if not given
+    data: str | None = None  # folder with {train,val,test}.npz and perhaps easy.npz; simulated into data/ if not given
     seed: int = 0  # of initial parameters, order and augmentation
     epochs: int = 5  # passes over the training images
     batch_size: int = 32  # images per step, over all devices
@@ -134,7 +137,7 @@ PRESETS = {
         run_dir="runs/smoke",
         epochs=4,
         batch_size=16,
-        simulation=SimulationConfig(train=480, val=120, test=120),
+        simulation=SimulationConfig(train=480, easy=96, val=120, test=120),
         input=InputConfig(crop=100, pool=4),
         model=ModelConfig(depth=8, width=8),
         optim=OptimConfig(warmup_steps=20),
@@ -144,10 +147,10 @@ PRESETS = {
         run_dir="runs/published",
         epochs=20,
         batch_size=200,
-        simulation=SimulationConfig(train=30_000, val=3_750, test=3_750),
+        simulation=SimulationConfig(train=30_000, easy=0, val=3_750, test=3_750),
         input=InputConfig(crop=150, pool=1, stretch="linear", mean=0.0, std=1.0),
         augment=AugmentConfig(flip=False, max_rotation=90.0, max_shift=0.1),
-        optim=OptimConfig(learning_rate=1e-4, warmup_steps=0, decay="constant"),
+        optim=OptimConfig("adam", learning_rate=1e-4, weight_decay=1e-4, warmup_steps=0, decay="constant"),
     ),
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gravlens_jax.config import SPLITS, check
+from gravlens_jax.config import FILES, SPLITS, check
 from gravlens_jax.npz import Dataset, open_npz
 
 
@@ -66,8 +66,9 @@ def prefetch(batches: Iterator, depth: int = 2) -> Iterator:
 
 
 def load_splits(folder: Path) -> dict[str, Dataset]:
-    """Opens train.npz, val.npz and test.npz of a folder and checks that they belong together."""
-    datasets = {split: open_npz(Path(folder) / f"{split}.npz") for split in SPLITS}
+    """Opens train.npz, val.npz, test.npz and, if there is one, easy.npz; checks that they belong together."""
+    paths = {split: Path(folder) / f"{split}.npz" for split in FILES}
+    datasets = {split: open_npz(path) for split, path in paths.items() if split in SPLITS or path.exists()}
     train = datasets["train"]
     for split, other in datasets.items():
         check(

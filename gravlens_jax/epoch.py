@@ -14,51 +14,54 @@ from gravlens_jax.config import Config
 from gravlens_jax.model import ResNet
 from gravlens_jax.steps import Metrics, TrainState, train_step, train_steps
 
+Show = Callable[[int, dict[str, float]], None]
 STEPS_PER_CALL = 64  # with `device_data`
 
 
+def place(dataset: data.Dataset, config: Config, devices: Mesh) -> data.Dataset:
+    """Returns the images as an epoch wants them: as they are, or with `device_data` a copy in each device's memory."""
+    if not config.device_data:
+        return dataset
+    held = mesh.replicate({"images": np.asarray(dataset.images), "labels": dataset.labels}, devices)
+    return dataset._replace(**held)
+
+
 def make_train_epoch(
-    config: Config, model: ResNet, tx: optax.GradientTransformation, train: data.Dataset, devices: Mesh
+    config: Config, model: ResNet, tx: optax.GradientTransformation, devices: Mesh
 ) -> Callable[..., tuple[TrainState, dict[str, float]]]:
     """Returns the function that trains for an epoch.
 
     Args:
-      config: the run; of it, what to train on in which order, and whether the data set lives on the devices.
+      config: the run; of it, batch size, augmentation, seed, and whether the data set lives on the devices.
       model, tx: the network and its optimizer.
-      train: training images.
       devices: to train on.
 
     Returns:
-      (state, epoch, show) -> the state, which the call uses up, after a pass over the training images, and the sums of
-      its metrics; show(step, sums so far) is called after every step or, with `device_data`, every few.
+      (state, dataset, epoch, step, show) -> the state, which the call uses up, after a pass over the data set that
+      `place` returned, and the sums of its metrics. `step` is the state's; show(step, sums so far) is called after
+      every step or, with `device_data`, every few.
 
     Raises:
       FloatingPointError: in the function; the loss is not finite.
     """
-    arguments = {"model": model, "tx": tx, "config": config.augment, "seed": config.seed}
-    jit = partial(jax.jit, donate_argnums=0, out_shardings=mesh.replicated(devices))
-    n = len(train.labels)
-    if config.device_data:
-        steps_fn = jit(partial(train_steps, **arguments))
-        dataset = mesh.replicate({"images": np.asarray(train.images), "labels": train.labels}, devices)
+    step_or_steps = partial(
+        train_steps if config.device_data else train_step, model=model, tx=tx, config=config.augment, seed=config.seed
+    )
+    step_fn = jax.jit(step_or_steps, donate_argnums=0, out_shardings=mesh.replicated(devices))
 
-        def step_fn(state, rows):
-            return steps_fn(state, dataset, rows)
+    def inputs(dataset: data.Dataset, epoch: int) -> Iterator[tuple[tuple, int]]:
+        """Yields what `step_fn` takes beside the state, and the number of steps that this makes."""
+        if not config.device_data:
+            for batch in data.prefetch(data.train_batches(dataset, config.batch_size, config.seed, epoch)):
+                yield (mesh.shard_batch(batch, devices),), 1
+            return
+        held = {"images": dataset.images, "labels": dataset.labels}
+        rows = data.epoch_rows(len(dataset.labels), config.batch_size, config.seed, epoch)
+        for some in np.array_split(rows, -(-len(rows) // STEPS_PER_CALL)):
+            yield (held, mesh.shard_rows(some, devices)), len(some)
 
-        def inputs(epoch: int) -> Iterator[tuple[jax.Array, int]]:
-            rows = data.epoch_rows(n, config.batch_size, config.seed, epoch)
-            for some in np.array_split(rows, -(-len(rows) // STEPS_PER_CALL)):
-                yield mesh.shard_rows(some, devices), len(some)
-    else:
-        step_fn = jit(partial(train_step, **arguments))
-
-        def inputs(epoch: int) -> Iterator[tuple[dict[str, jax.Array], int]]:
-            for batch in data.prefetch(data.train_batches(train, config.batch_size, config.seed, epoch)):
-                yield mesh.shard_batch(batch, devices), 1
-
-    def train_epoch(state: TrainState, epoch: int, show: Callable[[int, dict[str, float]], None]):
+    def train_epoch(state: TrainState, dataset: data.Dataset, epoch: int, step: int, show: Show):
         sums, pending = {"loss": 0.0, "correct": 0.0, "count": 0.0}, None
-        step = epoch * (n // config.batch_size)
 
         def take(metrics: Metrics, step: int) -> None:
             for name, value in metrics.items():
@@ -66,8 +69,8 @@ def make_train_epoch(
             check_finite(sums["loss"], "training loss", step)
             show(step, sums)
 
-        for given, steps in inputs(epoch):
-            state, metrics = step_fn(state, given)
+        for given, steps in inputs(dataset, epoch):
+            state, metrics = step_fn(state, *given)
             if pending is not None:
                 take(pending, step)  # of the call before: reading it does not hold up the one just started
             pending, step = metrics, step + steps

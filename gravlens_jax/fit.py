@@ -14,7 +14,7 @@ import numpy as np
 
 from gravlens_jax import checkpoint, data, mesh
 from gravlens_jax.config import SPLITS, Config, check
-from gravlens_jax.epoch import check_finite, make_train_epoch, sum_metrics
+from gravlens_jax.epoch import Show, check_finite, make_train_epoch, place, sum_metrics
 from gravlens_jax.evaluate import evaluate_run
 from gravlens_jax.model import check_images, make_model
 from gravlens_jax.optim import learning_rate_schedule, make_optimizer
@@ -44,26 +44,29 @@ def fit(config: Config, resume: bool = False) -> dict[str, Any]:
     datasets = data.load_splits(data_folder(config))
     train, val = datasets["train"], datasets["val"]
     check_images(train.images.shape, config.input)
+    for split in {"train", "easy"} & datasets.keys():
+        n = len(datasets[split].labels)
+        check(
+            n >= config.batch_size,
+            f"{split}.npz holds {n} images, fewer than batch_size={config.batch_size}; give more or lower it",
+        )
+    easy_steps = len(datasets["easy"].labels) // config.batch_size if "easy" in datasets else 0
     steps_per_epoch = len(train.labels) // config.batch_size
-    check(
-        steps_per_epoch > 0,
-        f"train.npz holds {len(train.labels)} images, fewer than batch_size={config.batch_size}; give more or lower it",
-    )
     if not resume:
         checkpoint.create_run(run_dir, checkpoint.RunInfo(config, train.classes, train.images.shape[1:]))
 
-    total_steps = config.epochs * steps_per_epoch
+    total_steps = easy_steps + config.epochs * steps_per_epoch
     model = make_model(config.model, config.input, train.classes)
     tx = make_optimizer(config.optim, total_steps)
     schedule = learning_rate_schedule(config.optim, total_steps)
-    train_epoch = make_train_epoch(config, model, tx, train, devices)
+    train_epoch = make_train_epoch(config, model, tx, devices)
     eval_fn = jax.jit(partial(eval_step, model=model))
     end_epoch_fn = jax.jit(partial(end_epoch, config=config.optim), out_shardings=mesh.replicated(devices))
     state = mesh.replicate(init_state(config.seed, model, tx, config.optim), devices)
 
     with checkpoint.open_checkpoints(run_dir) as manager, progress_bar("steps") as bar:
         state = checkpoint.restore_state(manager, state) or state
-        epochs_done = int(state.step) // steps_per_epoch
+        epochs_done = max(0, int(state.step) - easy_steps) // steps_per_epoch
         metrics_path = run_dir / "metrics.jsonl"
         _drop_lines_after(metrics_path, epochs_done)
         print(
@@ -72,34 +75,42 @@ def fit(config: Config, resume: bool = False) -> dict[str, Any]:
             flush=True,
         )
         task = bar.add_task("", total=total_steps, completed=int(state.step), text="")
+
+        def show_as(description: str) -> Show:
+            start = time.perf_counter()
+
+            def show(step: int, sums: dict[str, float]) -> None:
+                rate, loss, accuracy = sums["count"] / (time.perf_counter() - start), *_means(sums)
+                text = f"{rate:,.0f} images/s loss {loss:.3f} accuracy {accuracy:.3f}"
+                bar.update(task, completed=step, description=description, text=text)
+
+            return show
+
+        if easy_steps and not int(state.step):
+            easy = place(datasets["easy"], config, devices)
+            state, sums = train_epoch(state, easy, 0, 0, show_as("easy images"))
+            loss, accuracy = _means(sums)
+            print(f"easy images  train loss {loss:.4f} accuracy {accuracy:.4f}", flush=True)
+        train_data = place(train, config, devices)
         for epoch in range(epochs_done, config.epochs):
             start = time.perf_counter()
-            first_step, step = epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch
+            first_step = easy_steps + epoch * steps_per_epoch
+            step = first_step + steps_per_epoch
             learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(first_step, step)) * state.plateau.scale)
-
-            def show(step: int, sums: dict[str, float], epoch=epoch, start=start, rates=learning_rates) -> None:
-                bar.update(
-                    task,
-                    completed=step,
-                    description=f"epoch {epoch + 1}/{config.epochs}",
-                    text=f"{sums['count'] / (time.perf_counter() - start):,.0f} images/s "
-                    f"loss {sums['loss'] / sums['count']:.3f} accuracy {sums['correct'] / sums['count']:.3f} "
-                    f"lr {rates[(step - 1) % len(rates)]:.1e}",
-                )
-
-            state, sums = train_epoch(state, epoch, show)
+            show = show_as(f"epoch {epoch + 1}/{config.epochs}")
+            state, sums = train_epoch(state, train_data, epoch, first_step, show)
             train_seconds = time.perf_counter() - start
             val_sums = sum_metrics(eval_fn, state, data.prefetch(data.eval_batches(val, config.batch_size)), devices)
-            val_loss = val_sums["loss"] / val_sums["count"]
+            (train_loss, train_accuracy), (val_loss, val_accuracy) = _means(sums), _means(val_sums)
             check_finite(val_loss, "validation loss", step)
             state = end_epoch_fn(state, val_loss)
             line = {
                 "epoch": epoch + 1,
                 "step": step,
-                "train_loss": sums["loss"] / sums["count"],
-                "train_accuracy": sums["correct"] / sums["count"],
+                "train_loss": train_loss,
+                "train_accuracy": train_accuracy,
                 "val_loss": val_loss,
-                "val_accuracy": val_sums["correct"] / val_sums["count"],
+                "val_accuracy": val_accuracy,
                 "learning_rate": float(learning_rates.mean()),  # over the epoch
                 "images_per_second": sums["count"] / train_seconds,
                 "wall_seconds": time.perf_counter() - start,
@@ -119,8 +130,13 @@ def data_folder(config: Config) -> Path:
     s = config.simulation
     for split in SPLITS:
         check(getattr(s, split) > 0, f"--simulation.{split} is 0; training needs images of every split")
-    folder = Path("data") / f"{s.preset}-{s.train}-{s.val}-{s.test}-seed{s.seed}"
+    folder = Path("data") / f"{s.preset}-{s.easy}-{s.train}-{s.val}-{s.test}-seed{s.seed}"
     return simulate_dataset(folder, s, track)
+
+
+def _means(sums: dict[str, float]) -> tuple[float, float]:
+    """Returns loss and accuracy."""
+    return sums["loss"] / sums["count"], sums["correct"] / sums["count"]
 
 
 def _epoch_text(line: dict[str, Any], epochs: int) -> str:

@@ -206,12 +206,13 @@ def busy_fraction(batch_size: int, size: int, dtype: str, steps: int, repeats: i
         images, labels = random_batch(n, size).values()
         write_npz(path, [images], images.shape, images.dtype, labels, CLASSES, {})
         tx = make_optimizer(OptimConfig(), 1000)
-        train_epoch = make_train_epoch(Config(batch_size=batch_size), model, tx, open_npz(path), mesh)
+        dataset = open_npz(path)
+        train_epoch = make_train_epoch(Config(batch_size=batch_size), model, tx, mesh)
         batch = shard_batch(random_batch(batch_size, size), mesh)
 
         def epoch() -> None:
             nonlocal state
-            state, _ = train_epoch(state, 0, lambda step, sums: None)
+            state, _ = train_epoch(state, dataset, 0, 0, lambda step, sums: None)
 
         def alone() -> None:
             nonlocal state

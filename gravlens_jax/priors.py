@@ -3,7 +3,7 @@
 Make your own with `dataclasses.replace(PRESETS["ct1"], shear_max=0.1)`, or `scripts/simulate.py --prior.shear-max 0.1`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, pi, radians, sqrt
 
 from gravlens_jax.config import check
@@ -149,3 +149,9 @@ PRESETS = {
         vortex_centre_sigma=0.0,
     ),
 }
+
+
+def make_easy(priors: Priors, factor: float = 4.0) -> Priors:
+    """Returns the population with substructure `factor` times as heavy: what a network learns to see first."""
+    names = ("subhalo_mass_min", "subhalo_mass_max", "vortex_mass_fraction_min", "vortex_mass_fraction_max")
+    return replace(priors, **{name: factor * getattr(priors, name) for name in names})

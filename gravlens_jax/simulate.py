@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gravlens_jax import lens
-from gravlens_jax.config import CLASSES, SPLITS, SimulationConfig, check
+from gravlens_jax.config import CLASSES, FILES, SPLITS, SimulationConfig, check
 from gravlens_jax.npz import open_npz, write_npz
-from gravlens_jax.priors import PRESETS, Priors
+from gravlens_jax.priors import PRESETS, Priors, make_easy
 from gravlens_jax.render import deflect_substructure, render_lens, sample_lens
 
 MAX_COUNTS = 60_000  # images are stored as uint16
@@ -86,14 +86,14 @@ def simulate_images(
     Args:
       n: number of images, at least 1.
       seed: non-negative.
-      split: "train", "val" or "test"; splits never share an image.
+      split: "train", "val", "test" or "easy"; splits never share an image.
       priors: the population.
       classes: the substructures that images 0, 1, ... have in turn.
     """
     check(n >= 1, f"n={n}: expected at least 1 image")
     block = CPU_BLOCK if jax.default_backend() == "cpu" else ACCELERATOR_BLOCK
     chunk = len(classes) * block
-    make = partial(_simulate_chunk, block=block, seed=seed, split=SPLITS.index(split), priors=priors, classes=classes)
+    make = partial(_simulate_chunk, block=block, seed=seed, split=FILES.index(split), priors=priors, classes=classes)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = 3 * cores  # threads often wait for each other's rays: with one a core, cores stand idle
     starts = iter(range(0, n, chunk))
@@ -116,7 +116,7 @@ def simulate_parameters(n: int, seed: int, split: str, priors: Priors) -> dict[s
     arrays = {}
     for label, substructure in enumerate(CLASSES):
         indices = jnp.arange(label, n, len(CLASSES))
-        draw = jax.vmap(lambda i, s=substructure: sample_lens(_lens_key(seed, SPLITS.index(split), i), priors, s))
+        draw = jax.vmap(lambda i, s=substructure: sample_lens(_lens_key(seed, FILES.index(split), i), priors, s))
         for name, values in jax.jit(draw)(indices).items():
             array = arrays.setdefault(name, np.full((n, *values.shape[1:]), np.nan, np.float32))
             array[label :: len(CLASSES)] = values
@@ -130,31 +130,32 @@ def simulate_dataset(
     priors: Priors | None = None,
     parameters: bool = False,
 ) -> Path:
-    """Simulates `out/{train,val,test}.npz`, those that are not there already; returns `out`.
+    """Simulates `out/{easy,train,val,test}.npz`, those that are not there already; returns `out`.
 
     Args:
       out: folder; a file there that came from the same arguments is kept, any other is an error.
       config: preset, numbers of images and seed.
       progress: wraps the loop over chunks of images: (chunks, split, number of images) -> chunks.
-      priors: the population, if it is not the preset itself.
+      priors: the population, if it is not the preset itself; `easy` has the same with heavier substructure.
       parameters: whether to store each lens's parameters too, as arrays "parameters/<name>".
     """
     priors = PRESETS[config.preset] if priors is None else priors
-    source = {"preset": config.preset, "seed": config.seed, "parameters": parameters, "priors": asdict(priors)}
-    info = {"simulated": source}
+    populations = {"easy": make_easy(priors)} | dict.fromkeys(SPLITS, priors)
+    source = {"preset": config.preset, "seed": config.seed, "parameters": parameters}
     todo = {}
-    for split in SPLITS:
+    for split, population in populations.items():
+        info = {"simulated": source | {"priors": asdict(population)}}
         path, n = Path(out) / f"{split}.npz", getattr(config, split)
         if not path.exists():
-            todo |= {split: (path, n)} if n else {}
+            todo |= {split: (path, n, population, info)} if n else {}
             continue
         found = open_npz(path)
         same = len(found.labels) == n and found.info == info
         check(same, f"{path} holds {len(found.labels)} other images; remove it or choose another folder")
-    for split, (path, n) in todo.items():
-        arrays = simulate_parameters(n, config.seed, split, priors) if parameters else {}
+    for split, (path, n, population, info) in todo.items():
+        arrays = simulate_parameters(n, config.seed, split, population) if parameters else {}
         arrays = {f"parameters/{name}": array for name, array in arrays.items()}
-        chunks = progress(simulate_images(n, config.seed, split, priors), split, n)
+        chunks = progress(simulate_images(n, config.seed, split, population), split, n)
         shape = (n, priors.num_pixels, priors.num_pixels)
         write_npz(path, chunks, shape, np.dtype(np.uint16), labels_of(n), CLASSES, info, arrays)
     return Path(out)
@@ -178,7 +179,7 @@ def example_lenses(seed: int, priors: Priors, columns: int) -> tuple[np.ndarray,
     deflections = np.empty(images.shape, np.float32)
     for index in range(n):
         substructure = CLASSES[index % len(CLASSES)]
-        p = sample_lens(_lens_key(seed, SPLITS.index("train"), index), priors, substructure)
+        p = sample_lens(_lens_key(seed, FILES.index("train"), index), priors, substructure)
         deflections[index] = jnp.hypot(*deflect_substructure(x, y, p))
     shape = (columns, len(CLASSES), *images.shape[1:])
     return images.reshape(shape).swapaxes(0, 1), deflections.reshape(shape).swapaxes(0, 1)

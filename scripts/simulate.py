@@ -20,7 +20,7 @@ DEFAULT = SimulationConfig()
 
 @dataclass(frozen=True)
 class Arguments:
-    """Simulates labelled lens images into OUT/train.npz, OUT/val.npz and OUT/test.npz.
+    """Simulates labelled lens images into OUT/train.npz, OUT/val.npz, OUT/test.npz and OUT/easy.npz.
 
     examples:
       python scripts/simulate.py data/mine --train 3000 --val 300 --test 300 --prior.shear-max 0.1
@@ -31,6 +31,7 @@ class Arguments:
     prior: Priors
     preset: PriorPreset = DEFAULT.preset  # population that --prior options start from; ct1 re-simulates public images
     train: int = DEFAULT.train  # number of training images, all classes together; 0 for no such file
+    easy: int = 0  # number of training images with heavier substructure, which a run begins with
     val: int = DEFAULT.val  # number of validation images
     test: int = DEFAULT.test  # number of test images
     seed: int = DEFAULT.seed  # of the images
@@ -46,8 +47,9 @@ def main() -> None:
     # tyro takes the defaults of the chosen preset; `out` has none and must be given.
     default = Arguments(out=tyro.MISSING, prior=PRESETS[preset], preset=preset)
     a = tyro.cli(Arguments, default=default, args=sys.argv[1:])
-    check(a.train + a.val + a.test > 0 or a.figure is not None, "0 images asked for: nothing to do")
-    simulate_dataset(a.out, SimulationConfig(a.preset, a.train, a.val, a.test, a.seed), track, a.prior, a.parameters)
+    config = SimulationConfig(a.preset, a.train, a.easy, a.val, a.test, a.seed)
+    check(a.train + a.easy + a.val + a.test > 0 or a.figure is not None, "0 images asked for: nothing to do")
+    simulate_dataset(a.out, config, track, a.prior, a.parameters)
     print(a.out)
     if a.figure is not None:
         width = a.prior.num_pixels * a.prior.pixel_scale

@@ -36,7 +36,7 @@ def test_plateau_is_pytorch_s(patience, seed):
 
 
 def test_l2_goes_into_the_gradient_before_adam():
-    config = OptimConfig(learning_rate=0.1, l2=0.01, warmup_steps=0, decay="constant")
+    config = OptimConfig("adam", learning_rate=0.1, weight_decay=0.01, warmup_steps=0, decay="constant")
     tx = make_optimizer(config, 10)
     w = jnp.array([2.0, -1.0])
     opt_state, expected, m, v = tx.init(w), np.array([2.0, -1.0]), 0, 0
@@ -48,6 +48,20 @@ def test_l2_goes_into_the_gradient_before_adam():
         m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
         expected = expected - 0.1 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
     np.testing.assert_allclose(w, expected, rtol=1e-5)
+
+
+def test_muon_makes_the_updates_of_kernels_orthogonal_and_leaves_the_rest_to_adam():
+    config = OptimConfig("muon", learning_rate=0.1, weight_decay=0.5, warmup_steps=0, decay="constant")
+    tx = make_optimizer(config, 10)
+    shapes = {"kernel": (3, 3, 8, 16), "first": (3, 3, 1, 16), "scale": (16,), "head": (16, 3)}
+    params = {name: jnp.full(shape, 0.01) for name, shape in shapes.items()}
+    gradients = {name: jax.random.normal(jax.random.key(0), shape) for name, shape in shapes.items()}
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    kernel = np.asarray(updates["kernel"] + 0.1 * 0.5 * params["kernel"]).reshape(72, 16)
+    singular_values = np.linalg.svd(kernel, compute_uv=False) / 0.1
+    assert singular_values.min() > 0.6 and singular_values.max() < 1.3  # five Newton-Schulz iterations
+    for name in ("first", "scale", "head"):  # Adam's first step is the learning rate in the gradient's direction
+        np.testing.assert_allclose(updates[name], -0.01 * np.sign(gradients[name]), rtol=1e-3)
 
 
 def test_schedule_warms_up_linearly_and_ends_at_0():

@@ -203,7 +203,7 @@ def test_parameters_lie_within_the_priors(substructure):
 
 
 def test_data_set_is_written_once_and_never_overwritten(tmp_path):
-    config = SimulationConfig(train=7, val=3, test=0)
+    config = SimulationConfig(train=7, easy=0, val=3, test=0)
     simulate.simulate_dataset(tmp_path, config)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["train.npz", "val.npz"]
     train = open_npz(tmp_path / "train.npz")
@@ -216,7 +216,7 @@ def test_data_set_is_written_once_and_never_overwritten(tmp_path):
 
 
 def test_parameters_are_those_of_the_images(tmp_path):
-    simulate.simulate_dataset(tmp_path, SimulationConfig(train=7, val=0, test=0, seed=4), parameters=True)
+    simulate.simulate_dataset(tmp_path, SimulationConfig(train=7, easy=0, val=0, test=0, seed=4), parameters=True)
     counts = open_npz(tmp_path / "train.npz").images
     with np.load(tmp_path / "train.npz", allow_pickle=False) as archive:
         stored = {name.split("/")[1]: archive[name] for name in archive.files if "/" in name}
@@ -242,5 +242,5 @@ def test_an_interrupted_simulation_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        simulate.simulate_dataset(tmp_path, SimulationConfig(train=100, val=3, test=3), stop)
+        simulate.simulate_dataset(tmp_path, SimulationConfig(train=100, easy=0, val=3, test=3), stop)
     assert list(tmp_path.iterdir()) == []
