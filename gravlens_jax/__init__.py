@@ -7,6 +7,7 @@ from gravlens_jax.model import ResNet, ResNet20, predict, predict_logits
 from gravlens_jax.npz import open_npz
 from gravlens_jax.priors import Priors
 from gravlens_jax.render import render_lens, sample_lens
+from gravlens_jax.weights import load_network, load_pretrained
 
 __all__ = [
     "CLASSES",
@@ -16,6 +17,8 @@ __all__ = [
     "ResNet",
     "ResNet20",
     "fit",
+    "load_network",
+    "load_pretrained",
     "load_run",
     "open_npz",
     "predict",

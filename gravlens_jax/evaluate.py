@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from gravlens_jax import report
-from gravlens_jax.checkpoint import Which, load_run, read_run, write_atomically
+from gravlens_jax.checkpoint import Which, write_atomically
 from gravlens_jax.config import check
 from gravlens_jax.folders import load_folder, load_image
 from gravlens_jax.metrics import evaluate
 from gravlens_jax.model import predict, predict_logits
 from gravlens_jax.npz import Dataset, open_npz
+from gravlens_jax.weights import Network, load_network
 
 
 def load_labelled(path: Path, classes: tuple[str, ...]) -> Dataset:
@@ -28,57 +29,57 @@ def load_labelled(path: Path, classes: tuple[str, ...]) -> Dataset:
     return dataset._replace(labels=order[dataset.labels], classes=classes)
 
 
-def evaluate_run(run_dir: Path, dataset: Dataset, checkpoint: Which, out: Path) -> dict[str, Any]:
+def evaluate_run(run: str | Path, dataset: Dataset, checkpoint: Which, out: Path, tta: bool = False) -> dict[str, Any]:
     """Evaluates a checkpoint on labelled images and writes the report.
 
     Args:
-      run_dir: the run.
+      run: a run, or another source of `load_network`.
       dataset: images and labels, in the run's order of classes.
       checkpoint: "best" or "final".
       out: folder for metrics.json, predictions.npz and the figures; made if needed, files of those names replaced.
+      tta: average over mirror images: see `predict_logits`.
 
     Returns:
-      what metrics.json holds: see `metrics.evaluate`, and `checkpoint`.
+      what metrics.json holds: see `metrics.evaluate`, and `checkpoint`, `tta`.
     """
-    run_dir, out = Path(run_dir), Path(out)
-    _check_shape(dataset.images.shape[1:], run_dir, "the images")
-    model, variables = load_run(run_dir, checkpoint)
-    logits = predict_logits(model, variables, dataset.images)
+    model, variables, image_shape = load_network(run, checkpoint)
+    _check_shape(dataset.images.shape[1:], image_shape, "the images")
+    logits = predict_logits(model, variables, dataset.images, tta=tta)
     bad = np.flatnonzero(~np.isfinite(logits).all(1))
     check(not len(bad), f"image {bad[0] if len(bad) else ''}: its logits are not finite; it has NaN or infinite pixels")
-    values = evaluate(logits, dataset.labels, model.classes) | {"checkpoint": checkpoint}
+    values = evaluate(logits, dataset.labels, model.classes) | {"checkpoint": checkpoint, "tta": tta}
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "metrics.json", json.dumps(values, indent=2) + "\n")
     np.savez(out / "predictions.npz", logits=logits, labels=dataset.labels, classes=np.array(model.classes))
-    report.draw(out, dataset.images, logits, dataset.labels, model.classes, run_dir / "metrics.jsonl")
+    report.draw(out, dataset.images, logits, dataset.labels, model.classes, Path(run) / "metrics.jsonl")
     return values
 
 
-def predict_files(run_dir: Path, paths: list[Path]) -> Iterator[tuple[str, str, np.ndarray]]:
+def predict_files(network: Network, paths: list[Path], tta: bool = False) -> Iterator[tuple[str, str, np.ndarray]]:
     """Yields (file, class, probabilities (classes,)) for every image of the paths.
 
     Args:
-      run_dir: the run.
+      network: from `load_network`.
       paths: .npy files of one image, .npz files of images (named file.npz[i]), or folders, searched for both.
+      tta: average over mirror images: see `predict_logits`.
     """
-    model, variables = load_run(run_dir)
+    model, variables, image_shape = network
     for path in _image_files(paths):
         if path.suffix == ".npz":
             images = open_npz(path, need_labels=False).images
             names = [f"{path}[{i}]" for i in range(len(images))]
         else:
             images, names = load_image(path)[None], [str(path)]
-        _check_shape(images.shape[1:], run_dir, str(path))
-        for name, probabilities in zip(names, predict(model, variables, images), strict=True):
+        _check_shape(images.shape[1:], image_shape, str(path))
+        for name, probabilities in zip(names, predict(model, variables, images, tta=tta), strict=True):
             check(bool(np.isfinite(probabilities).all()), f"{name}: image has NaN or infinite pixels")
             yield name, model.classes[int(probabilities.argmax())], probabilities
 
 
-def _check_shape(shape: tuple[int, ...], run_dir: Path, what: str) -> None:
-    expected = read_run(run_dir).image_shape
+def _check_shape(shape: tuple[int, ...], expected: tuple[int, int], what: str) -> None:
     check(
         tuple(shape) == expected,
-        f"{what}: {shape[0]} x {shape[1]} pixels, but {run_dir} was trained on {expected[0]} x {expected[1]}; give "
+        f"{what}: {shape[0]} x {shape[1]} pixels, but the network was trained on {expected[0]} x {expected[1]}; give "
         f"images of that size and pixel scale",
     )
 

@@ -152,7 +152,7 @@ def _check_same(saved: Config, given: Config) -> None:
     for name in old:
         option = "--" + name.replace("_", "-")
         check(
-            old[name] == new[name] or name == "run_dir",
+            old[name] == new[name] or name in ("run_dir", "device_data"),  # which change nothing about the outcome
             f"{option} is {new[name]} but the run to resume has {old[name]}; leave the option out, or start a new run "
             f"with another --run-dir",
         )

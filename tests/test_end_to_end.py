@@ -66,12 +66,13 @@ def test_a_run_directory_holds_everything(folder):
     for figure in ("history", "roc", "confusion", "examples"):
         assert (folder / f"runs/a/report/{figure}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     values = json.loads((folder / "runs/a/report/metrics.json").read_text())
-    keys = {"n", "accuracy", "loss", "auc", "macro_auc", "ece", "confusion", "classes", "checkpoint"}
+    keys = {"n", "accuracy", "loss", "auc", "macro_auc", "ece", "confusion", "classes", "checkpoint", "tta"}
     assert values.keys() == keys and values["n"] == 24 and values["checkpoint"] == "best"
     lines = [json.loads(line) for line in (folder / "runs/a/metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines] == [12, 18, 24, 30]  # 6 steps on easy images first
     best = min(lines, key=lambda line: line["val_loss"])["step"]
-    assert {f.name for f in (folder / "runs/a/checkpoints").iterdir()} == {str(best), "24"}
+    assert {f.name for f in (folder / "runs/a/checkpoints").iterdir()} == {str(best), "30"}
 
 
 def test_a_killed_run_resumes_to_exactly_the_same_parameters(folder):
@@ -148,7 +149,7 @@ def test_the_simulation_benchmark_prints_a_table_and_a_json_line(folder):
         ("evaluate.py", ["runs/a", "runs"], "expected one folder for each of the classes"),
         ("predict.py", ["runs/a", "nowhere.npy"], "nowhere.npy: no such file or folder"),
         ("predict.py", ["runs/a", "runs/a/config.json"], "expected a .npy or .npz file or a folder"),
-        ("predict.py", ["runs/a", "small.npy"], "16 x 16 pixels, but runs/a was trained on 150 x 150"),
+        ("predict.py", ["runs/a", "small.npy"], "16 x 16 pixels, but the network was trained on 150 x 150"),
         ("predict.py", ["runs/a", "nan.npy"], "NaN or infinite pixels"),
         ("simulate.py", ["sim2", "--train", "-3"], "train=-3: a number of images cannot be negative"),
         ("simulate.py", ["sim2", "--train", "0", "--val", "0", "--test", "0"], "0 images asked for: nothing to do"),
@@ -173,11 +174,22 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_best(folder
     assert not list((folder / "runs/e/checkpoints").glob("[0-9]*"))
 
 
-@pytest.mark.parametrize(
-    "script", ["train.py", "evaluate.py", "predict.py", "simulate.py", "pack.py", "import_torch.py", "benchmark.py"]
-)
+@pytest.mark.parametrize("script", sorted(f.name for f in (ROOT / "scripts").glob("*.py")))
 def test_help(tmp_path, script):
     assert "usage" in run(tmp_path, script, "--help")
+
+
+def test_an_exported_network_predicts_what_its_run_does(folder):
+    data = next((folder / "data").iterdir()) / "test.npz"
+    run(folder, "export.py", "runs/a", "a.npz")
+    assert run(folder, "predict.py", "a.npz", data) == run(folder, "predict.py", "runs/a", data)
+    run(folder, "evaluate.py", "a.npz", data)
+    assert (folder / "a-report/metrics.json").read_text() == (folder / "runs/a/report/metrics.json").read_text()
+
+
+def test_the_pretrained_network_is_one_word_away(folder):
+    data = next((folder / "data").iterdir()) / "test.npz"
+    assert len(run(folder, "predict.py", "pretrained", data).splitlines()) == 1 + 24
 
 
 def test_the_benchmark_prints_a_table_and_a_json_line(folder):

@@ -100,6 +100,16 @@ def test_predict_pads_and_agrees_with_apply(n):
     np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-6)
 
 
+def test_tta_does_not_see_mirrors_and_is_the_mean_over_them():
+    model = ResNet(depth=8, width=4, input=InputConfig(crop=16, pool=2))
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    images = np.random.default_rng(0).random((2, 18, 18))
+    mirrors = [images, images[:, ::-1], images[:, :, ::-1], images[:, ::-1, ::-1]]
+    expected = np.mean([predict_logits(model, variables, some) for some in mirrors], axis=0)
+    for some in mirrors:
+        np.testing.assert_allclose(predict_logits(model, variables, some, tta=True), expected, atol=1e-5)
+
+
 def test_predict_refuses_what_it_cannot_crop():
     for shape, message in (((16, 16), r"expected \(n, height, width\)"), ((2, 12, 20), "crop of 16 x 16")):
         with pytest.raises(InputError, match=message):

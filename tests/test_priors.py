@@ -4,11 +4,20 @@ from dataclasses import replace
 import pytest
 
 from gravlens_jax.config import InputError, PriorPreset
-from gravlens_jax.priors import PRESETS, Priors
+from gravlens_jax.priors import PRESETS, Priors, make_easy
 
 
 def test_every_preset_can_be_named_in_a_config():
     assert typing.get_args(PriorPreset) == tuple(PRESETS)
+
+
+def test_easy_images_differ_in_the_mass_of_their_substructure_alone():
+    for priors in PRESETS.values():
+        easy = make_easy(priors, 3)
+        assert easy.vortex_mass_fraction_max == pytest.approx(3 * priors.vortex_mass_fraction_max)
+        assert easy.subhalo_mass_min == 3 * priors.subhalo_mass_min
+        names = ("subhalo_mass_min", "subhalo_mass_max", "vortex_mass_fraction_min", "vortex_mass_fraction_max")
+        assert replace(easy, **{name: getattr(priors, name) for name in names}) == priors
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,29 @@
+"""Writes the network of a run to one small file."""
+
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from gravlens_jax import cli
+from gravlens_jax.weights import export_run
+
+
+def main(
+    run: tyro.conf.Positional[Path],
+    out: tyro.conf.Positional[Path],
+    checkpoint: Literal["best", "final"] = "best",
+) -> None:
+    """Writes the network of a run to one .npz that evaluate.py and predict.py accept in place of a run.
+
+    Args:
+        run: directory made by train.py or import_torch.py.
+        out: .npz to write.
+        checkpoint: the epoch of lowest validation loss, or the last one.
+    """
+    about = export_run(run, out, checkpoint)
+    print(f"{out}: {out.stat().st_size / 2**20:.2f} MiB, classes {', '.join(about['classes'])}")
+
+
+if __name__ == "__main__":
+    cli.run_function(main)
