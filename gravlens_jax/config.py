@@ -116,7 +116,7 @@ class Config:
     run_dir: str = "runs/default"  # where checkpoints, metrics and the report go
     data: str | None = None  # folder with {train,val,test}.npz and perhaps easy.npz; simulated into data/ if not given
     seed: int = 0  # of initial parameters, order and augmentation
-    epochs: int = 5  # passes over the training images
+    epochs: int = 3  # passes over the training images
     batch_size: int = 32  # images per step, over all devices
     device_data: bool = False  # hold all training images in every device's memory; many steps per call of the device
     simulation: SimulationConfig = field(default_factory=SimulationConfig)

@@ -81,7 +81,7 @@ def export_run(run_dir: Path, out: Path, checkpoint: Which = "best") -> dict[str
 def _read(path: Path) -> Network:
     check(path.is_file(), f"{path}: no such file; expected one written by scripts/export.py")
     try:
-        with np.load(path) as file:
+        with open(path, "rb") as opened, np.load(opened) as file:
             arrays = dict(file)
         about = json.loads(str(arrays.pop("about")))
         classes, shape = tuple(about["classes"]), tuple(about["image_shape"])
