@@ -179,10 +179,14 @@ def compile_step(
     return run, facts
 
 
+# The peer's optimizer, so that the same is compared.
+OPTIM = OptimConfig("adam", learning_rate=1e-3, weight_decay=1e-4)
+
+
 def _start(size: int, dtype: str, mesh: Mesh) -> tuple[ResNet, Callable, TrainState]:
     model = ResNet(dtype=jnp.dtype(dtype), input=InputConfig(crop=size, pool=1))
-    tx = make_optimizer(OptimConfig(), 1000)
-    state = replicate(init_state(0, model, tx, OptimConfig()), mesh)
+    tx = make_optimizer(OPTIM, 1000)
+    state = replicate(init_state(0, model, tx, OPTIM), mesh)
     return model, partial(train_step, model=model, tx=tx, config=AugmentConfig(), seed=0), state
 
 
@@ -205,7 +209,7 @@ def busy_fraction(batch_size: int, size: int, dtype: str, steps: int, repeats: i
         path = Path(folder) / "train.npz"
         images, labels = random_batch(n, size).values()
         write_npz(path, [images], images.shape, images.dtype, labels, CLASSES, {})
-        tx = make_optimizer(OptimConfig(), 1000)
+        tx = make_optimizer(OPTIM, 1000)
         dataset = open_npz(path)
         train_epoch = make_train_epoch(Config(batch_size=batch_size), model, tx, mesh)
         batch = shard_batch(random_batch(batch_size, size), mesh)
