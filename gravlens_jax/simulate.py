@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gravlens_jax import lens
-from gravlens_jax.config import CLASSES, FILES, SPLITS, SimulationConfig, check
+from gravlens_jax.config import CLASSES, FILES, SimulationConfig, check
 from gravlens_jax.npz import open_npz, write_npz
 from gravlens_jax.priors import PRESETS, Priors, make_easy
 from gravlens_jax.render import deflect_substructure, render_lens, sample_lens
@@ -140,12 +140,12 @@ def simulate_dataset(
       parameters: whether to store each lens's parameters too, as arrays "parameters/<name>".
     """
     priors = PRESETS[config.preset] if priors is None else priors
-    populations = {"easy": make_easy(priors)} | dict.fromkeys(SPLITS, priors)
     source = {"preset": config.preset, "seed": config.seed, "parameters": parameters}
     todo = {}
-    for split, population in populations.items():
-        info = {"simulated": source | {"priors": asdict(population)}}
+    for split in FILES:
         path, n = Path(out) / f"{split}.npz", getattr(config, split)
+        population = make_easy(priors) if split == "easy" and n else priors
+        info = {"simulated": source | {"priors": asdict(population)}}
         if not path.exists():
             todo |= {split: (path, n, population, info)} if n else {}
             continue
