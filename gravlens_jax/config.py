@@ -13,6 +13,7 @@ from typing import Any, Literal
 CLASSES = ("no", "sphere", "vort")  # a label is an index into this
 SPLITS = ("train", "val", "test")
 FILES = (*SPLITS, "easy")  # of a data set; easy.npz may be missing
+STREAM = "simulate:"
 PriorPreset = Literal["ct1", "model_a", "paper", "deeplensesim_i"]
 
 
@@ -31,7 +32,7 @@ class SimulationConfig:
     """The images to simulate when no data are given."""
 
     preset: PriorPreset = "ct1"  # population of lenses: see gravlens_jax/priors.py
-    train: int = 27_000  # training images, all classes together
+    train: int = 27_000  # training images, all classes together; of an endless stream, those of an epoch
     easy: int = 6_000  # images with heavier substructure that training begins with; 0 for none
     val: int = 1_800  # validation images
     test: int = 3_000  # test images
@@ -114,7 +115,9 @@ class Config:
     """Everything that decides the outcome of a run."""
 
     run_dir: str = "runs/default"  # where checkpoints, metrics and the report go
-    data: str | None = None  # folder with {train,val,test}.npz and perhaps easy.npz; simulated into data/ if not given
+    # folder with {train,val,test}.npz and perhaps easy.npz, simulated into data/ if not given; or simulate:PRESET, for
+    # training images that are simulated as they are needed, each seen once
+    data: str | None = None
     seed: int = 0  # of initial parameters, order and augmentation
     epochs: int = 3  # passes over the training images
     batch_size: int = 32  # images per step, over all devices
@@ -129,10 +132,26 @@ class Config:
         check(0 <= self.seed < 2**31, f"seed={self.seed}: expected 0 <= seed < 2^31")
         check(self.epochs >= 1, f"epochs={self.epochs}: expected at least 1")
         check(self.batch_size >= 1, f"batch_size={self.batch_size}: expected at least 1")
+        if self.streams:
+            preset, known = self.data.removeprefix(STREAM), typing.get_args(PriorPreset)
+            check(preset in known, f"data={self.data}: expected {STREAM} and one of {', '.join(known)}")
+            check(not self.device_data, f"data={self.data} holds no images that device_data could hold; leave one out")
+
+    @property
+    def streams(self) -> bool:
+        """Whether training images are simulated as they are needed."""
+        return self.data is not None and self.data.startswith(STREAM)
 
 
 PRESETS = {
     "default": Config(),
+    # 366,000 image-steps, each on a fresh image: more than an hour on 2 CPU cores.
+    "best": Config(
+        run_dir="runs/best",
+        data="simulate:ct1",
+        epochs=12,
+        simulation=SimulationConfig(train=30_000, easy=6_000, val=3_750, test=7_500),
+    ),
     "smoke": Config(
         run_dir="runs/smoke",
         epochs=4,

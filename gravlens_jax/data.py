@@ -65,15 +65,15 @@ def prefetch(batches: Iterator, depth: int = 2) -> Iterator:
             yield item
 
 
-def load_splits(folder: Path) -> dict[str, Dataset]:
-    """Opens train.npz, val.npz, test.npz and, if there is one, easy.npz; checks that they belong together."""
-    paths = {split: Path(folder) / f"{split}.npz" for split in FILES}
+def load_splits(folder: Path, splits: tuple[str, ...] = FILES) -> dict[str, Dataset]:
+    """Opens <split>.npz of each split, easy.npz only if there is one; checks that they belong together."""
+    paths = {split: Path(folder) / f"{split}.npz" for split in splits}
     datasets = {split: open_npz(path) for split, path in paths.items() if split in SPLITS or path.exists()}
-    train = datasets["train"]
+    first = splits[0]
     for split, other in datasets.items():
         check(
-            other.classes == train.classes and other.images.shape[1:] == train.images.shape[1:],
-            f"{folder}/{split}.npz has classes {other.classes} and images of {other.images.shape[1:]} pixels, "
-            f"train.npz {train.classes} and {train.images.shape[1:]}; pack them together",
+            other.classes == datasets[first].classes and other.image_shape == datasets[first].image_shape,
+            f"{folder}/{split}.npz has classes {other.classes} and images of {other.image_shape} pixels, "
+            f"{first}.npz {datasets[first].classes} and {datasets[first].image_shape}; pack them together",
         )
     return datasets

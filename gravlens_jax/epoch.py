@@ -12,13 +12,15 @@ from jax.sharding import Mesh
 from gravlens_jax import data, mesh
 from gravlens_jax.config import Config
 from gravlens_jax.model import ResNet
+from gravlens_jax.npz import Dataset
 from gravlens_jax.steps import Metrics, TrainState, train_step, train_steps
+from gravlens_jax.stream import Stream, stream_batches
 
 Show = Callable[[int, dict[str, float]], None]
 STEPS_PER_CALL = 64  # with `device_data`
 
 
-def place(dataset: data.Dataset, config: Config, devices: Mesh) -> data.Dataset:
+def place(dataset: Dataset | Stream, config: Config, devices: Mesh) -> Dataset | Stream:
     """Returns the images as an epoch wants them: as they are, or with `device_data` a copy in each device's memory."""
     if not config.device_data:
         return dataset
@@ -49,18 +51,22 @@ def make_train_epoch(
     )
     step_fn = jax.jit(step_or_steps, donate_argnums=0, out_shardings=mesh.replicated(devices))
 
-    def inputs(dataset: data.Dataset, epoch: int) -> Iterator[tuple[tuple, int]]:
+    def inputs(dataset: Dataset | Stream, epoch: int) -> Iterator[tuple[tuple, int]]:
         """Yields what `step_fn` takes beside the state, and the number of steps that this makes."""
+        if isinstance(dataset, Stream):
+            for batch in stream_batches(dataset, config.batch_size, epoch, devices):
+                yield (batch,), 1
+            return
         if not config.device_data:
             for batch in data.prefetch(data.train_batches(dataset, config.batch_size, config.seed, epoch)):
                 yield (mesh.shard_batch(batch, devices),), 1
             return
         held = {"images": dataset.images, "labels": dataset.labels}
-        rows = data.epoch_rows(len(dataset.labels), config.batch_size, config.seed, epoch)
+        rows = data.epoch_rows(dataset.size, config.batch_size, config.seed, epoch)
         for some in np.array_split(rows, -(-len(rows) // STEPS_PER_CALL)):
             yield (held, mesh.shard_rows(some, devices)), len(some)
 
-    def train_epoch(state: TrainState, dataset: data.Dataset, epoch: int, step: int, show: Show):
+    def train_epoch(state: TrainState, dataset: Dataset | Stream, epoch: int, step: int, show: Show):
         sums, pending = {"loss": 0.0, "correct": 0.0, "count": 0.0}, None
 
         def take(metrics: Metrics, step: int) -> None:

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from gravlens_jax import checkpoint, data, mesh
-from gravlens_jax.config import SPLITS, Config, check
+from gravlens_jax.config import FILES, SPLITS, STREAM, Config, check
 from gravlens_jax.epoch import Show, check_finite, make_train_epoch, place, sum_metrics
 from gravlens_jax.evaluate import evaluate_run
 from gravlens_jax.model import check_images, make_model
+from gravlens_jax.npz import Dataset
 from gravlens_jax.optim import learning_rate_schedule, make_optimizer
+from gravlens_jax.priors import PRESETS, make_easy
 from gravlens_jax.progress import progress_bar, track
 from gravlens_jax.simulate import simulate_dataset
 from gravlens_jax.steps import end_epoch, eval_step, init_state
+from gravlens_jax.stream import Stream
 
 
 def fit(config: Config, resume: bool = False) -> dict[str, Any]:
@@ -41,19 +44,19 @@ def fit(config: Config, resume: bool = False) -> dict[str, Any]:
         checkpoint.check_unused(run_dir)
     devices = mesh.data_mesh()
     mesh.check_batch_size(config.batch_size, devices)
-    datasets = data.load_splits(data_folder(config))
+    datasets = open_data(config)
     train, val = datasets["train"], datasets["val"]
-    check_images(train.images.shape, config.input)
+    check_images((train.size, *train.image_shape), config.input)
     for split in {"train", "easy"} & datasets.keys():
-        n = len(datasets[split].labels)
+        n = datasets[split].size
         check(
             n >= config.batch_size,
-            f"{split}.npz holds {n} images, fewer than batch_size={config.batch_size}; give more or lower it",
+            f"{split} holds {n} images, fewer than batch_size={config.batch_size}; give more or lower it",
         )
-    easy_steps = len(datasets["easy"].labels) // config.batch_size if "easy" in datasets else 0
-    steps_per_epoch = len(train.labels) // config.batch_size
+    easy_steps = datasets["easy"].size // config.batch_size if "easy" in datasets else 0
+    steps_per_epoch = train.size // config.batch_size
     if not resume:
-        checkpoint.create_run(run_dir, checkpoint.RunInfo(config, train.classes, train.images.shape[1:]))
+        checkpoint.create_run(run_dir, checkpoint.RunInfo(config, train.classes, train.image_shape))
 
     total_steps = easy_steps + config.epochs * steps_per_epoch
     model = make_model(config.model, config.input, train.classes)
@@ -70,7 +73,7 @@ def fit(config: Config, resume: bool = False) -> dict[str, Any]:
         metrics_path = run_dir / "metrics.jsonl"
         _drop_lines_after(metrics_path, epochs_done)
         print(
-            f"{run_dir}: {epochs_done} of {config.epochs} epochs done, {len(train.labels):,} training images, "
+            f"{run_dir}: {epochs_done} of {config.epochs} epochs done, {train.size:,} {'fresh' if config.streams else 'training'} images, "
             f"{steps_per_epoch} steps an epoch, {devices.size} x {jax.devices()[0].device_kind}",
             flush=True,
         )
@@ -123,15 +126,22 @@ def fit(config: Config, resume: bool = False) -> dict[str, Any]:
     return evaluate_run(run_dir, datasets["test"], "best", run_dir / "report")
 
 
-def data_folder(config: Config) -> Path:
-    """Returns the folder of the run's images; simulates them first if the config names none and they are not there."""
-    if config.data is not None:
-        return Path(config.data)
-    s = config.simulation
+def open_data(config: Config) -> dict[str, Dataset | Stream]:
+    """Returns the images of each split; simulates files first if the config names none and they are not there."""
+    if config.data is not None and not config.streams:
+        return data.load_splits(Path(config.data))
+    s, streams = config.simulation, {}
     for split in SPLITS:
         check(getattr(s, split) > 0, f"--simulation.{split} is 0; training needs images of every split")
+    if config.streams:
+        s = replace(s, preset=config.data.removeprefix(STREAM), train=0, easy=0)
+        priors = PRESETS[s.preset]
+        streams["train"] = Stream(config.simulation.train, s.seed, "train", priors)
+        if config.simulation.easy:
+            streams["easy"] = Stream(config.simulation.easy, s.seed, "easy", make_easy(priors))
     folder = Path("data") / f"{s.preset}-{s.easy}-{s.train}-{s.val}-{s.test}-seed{s.seed}"
-    return simulate_dataset(folder, s, track)
+    simulate_dataset(folder, s, track)
+    return data.load_splits(folder, ("val", "test") if streams else FILES) | streams
 
 
 def _means(sums: dict[str, float]) -> tuple[float, float]:

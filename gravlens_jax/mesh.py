@@ -21,9 +21,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a batch: its first axis is split evenly."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Returns the batch on the devices, its first axis split evenly. Give new arrays: JAX may use their memory."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 

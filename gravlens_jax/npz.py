@@ -31,6 +31,16 @@ class Dataset(NamedTuple):
     classes: tuple[str, ...]
     info: dict
 
+    @property
+    def size(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.images.shape[1:]
+
 
 def write_npz(
     path: Path,

@@ -31,8 +31,11 @@ def _lens_key(seed: int, split: int, index: int) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("priors", "substructure", "noise"))
-def _render_block(seed, split, indices, *, priors: Priors, substructure: str, noise: bool) -> jax.Array:
-    """Expected counts float32, or with `noise` Poisson variates of them uint16, (len(indices), height, width)."""
+def render_block(seed, split, indices, *, priors: Priors, substructure: str, noise: bool) -> jax.Array:
+    """Returns images `indices` of a split, all of one class, (len(indices), num_pixels, num_pixels).
+
+    float32 expected counts, or with `noise` uint16 Poisson variates of them. For the rest see `simulate_images`.
+    """
 
     def one(index):
         key = _lens_key(seed, split, index)
@@ -57,7 +60,7 @@ def _simulate_chunk(
         # Always a whole block, so that an image's bits never depend on how many others are asked for.
         indices = start + label + len(classes) * np.arange(block, dtype=np.int32)
         rendered = np.asarray(
-            _render_block(seed, split, indices, priors=priors, substructure=substructure, noise=on_device)
+            render_block(seed, split, indices, priors=priors, substructure=substructure, noise=on_device)
         )
         check(
             rendered.max() < MAX_COUNTS,
@@ -70,15 +73,15 @@ def _simulate_chunk(
     return images
 
 
-def labels_of(n: int) -> np.ndarray:
-    """Returns int32 (n,): image i has class i mod 3, so any leading part of a set is balanced too."""
-    return np.arange(n, dtype=np.int32) % len(CLASSES)
+def labels_of(n: int, start: int = 0) -> np.ndarray:
+    """Returns int32 (n,), of images `start` and on: image i has class i mod 3, so any part of a set is balanced."""
+    return np.arange(start, start + n, dtype=np.int32) % len(CLASSES)
 
 
 def simulate_images(
-    n: int, seed: int, split: str, priors: Priors, classes: tuple[str, ...] = CLASSES
+    n: int, seed: int, split: str, priors: Priors, classes: tuple[str, ...] = CLASSES, start: int = 0
 ) -> Iterator[np.ndarray]:
-    """Yields `n` images in order, in chunks of uint16 (chunk, num_pixels, num_pixels) photon counts.
+    """Yields `n` images in order, from image `start` on, in chunks of uint16 (chunk, num_pixels, num_pixels) photon counts.
 
     Counts are stored as they are: half the size of float32 and nothing lost; `augment.to_unit` scales each image to
     [0, 1], as the public images are. On a CPU all cores work, on chunks of their own.
@@ -89,6 +92,7 @@ def simulate_images(
       split: "train", "val", "test" or "easy"; splits never share an image.
       priors: the population.
       classes: the substructures that images 0, 1, ... have in turn.
+      start: index of the first image.
     """
     check(n >= 1, f"n={n}: expected at least 1 image")
     block = CPU_BLOCK if jax.default_backend() == "cpu" else ACCELERATOR_BLOCK
@@ -96,15 +100,17 @@ def simulate_images(
     make = partial(_simulate_chunk, block=block, seed=seed, split=FILES.index(split), priors=priors, classes=classes)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = 3 * cores  # threads often wait for each other's rays: with one a core, cores stand idle
-    starts = iter(range(0, n, chunk))
+    stop, left_out = start + n, start % chunk  # chunks always begin at multiples of their size
+    begins = iter(range(start - left_out, stop, chunk))
     with ThreadPoolExecutor(workers) as pool:
 
         def submit(count):
-            return [pool.submit(make, start, min(start + chunk, n)) for start in islice(starts, count)]
+            return [pool.submit(make, begin, min(begin + chunk, stop)) for begin in islice(begins, count)]
 
         pending = submit(2 * workers)
         while pending:
-            yield pending.pop(0).result()
+            yield pending.pop(0).result()[left_out:]
+            left_out = 0
             pending += submit(1)
 
 

@@ -26,7 +26,7 @@ class Arguments:
     """
 
     config: Annotated[Config, tyro.conf.arg(name="")]
-    preset: Literal["default", "smoke", "published"] = "default"  # what every other option starts from
+    preset: Literal["default", "best", "smoke", "published"] = "default"  # what every other option starts from
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on with --run-dir after its last complete epoch
     compile_cache: bool = True  # keep compiled programs in ~/.cache/gravlens_jax, so that the next run starts at once
 
