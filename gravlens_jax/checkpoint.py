@@ -2,18 +2,27 @@
 
     runs/<name>/config.json              what the run is; written before the first step
     runs/<name>/checkpoints/<step>/      the last epoch (`final`) and the epoch of lowest validation loss (`best`)
+    runs/<name>/partial/<step>/          the last save within an epoch, until the epoch ends
 
-A checkpoint has two items: `variables` (parameters and batch statistics: all that prediction needs) and `training`
-(optimizer, plateau, step: what continuing needs besides). Orbax writes each step under a temporary name and renames it.
+A checkpoint has three items: `variables` (parameters and batch statistics: all that prediction needs), `training`
+(optimizer, plateau, step: what continuing needs besides) and `sums` (metrics of an unfinished epoch). Orbax writes each
+step under a temporary name and renames it. digests.json, written into it then, tells damaged files before Orbax reads
+them.
 """
 
+import fcntl
+import hashlib
 import json
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -22,6 +31,7 @@ from gravlens_jax.model import ResNet, make_model
 from gravlens_jax.steps import TrainState
 
 Which = Literal["best", "final"]
+DIGESTS = "digests.json"
 
 
 class RunInfo(NamedTuple):
@@ -47,16 +57,55 @@ def check_unused(run_dir: Path) -> None:
     )
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what a full disk or a read-only folder raises into InputError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"{path} could not be written: {reason}; what was there before is intact. Free space or mend the "
+            f"permissions (and continue a run with --resume), or choose another folder"
+        ) from error
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory, made if needed, for this process; InputError if another process holds it.
+
+    Where the file system knows no locks, it is not held, and this is said.
+    """
+    with writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(run_dir / ".lock", "a+")  # noqa: SIM115 - closed below
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(
+                f"{run_dir} is in use by another process ({file.read().strip()}); wait for it or stop it, or give "
+                f"this run another --run-dir"
+            ) from None
+        except OSError as error:
+            print(f"{run_dir} cannot be locked ({error.strerror}): start only one process on it", file=sys.stderr)
+        file.truncate(0)
+        print(f"process {os.getpid()} on {os.uname().nodename}", file=file, flush=True)
+        yield
+
+
 def create_run(run_dir: Path, info: RunInfo) -> None:
     """Makes the run directory and its config.json; a directory that holds a run is refused."""
     check_unused(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
     values = {
         "config": json.loads(to_json(info.config)),
         "classes": list(info.classes),
         "image_shape": list(info.image_shape),
     }
-    write_atomically(run_dir / "config.json", json.dumps(values, indent=2) + "\n")
+    with writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(run_dir / "config.json", json.dumps(values, indent=2) + "\n")
 
 
 def read_run(run_dir: Path) -> RunInfo:
@@ -72,22 +121,45 @@ def read_run(run_dir: Path) -> RunInfo:
     return RunInfo(from_dict(Config, values["config"], str(path)), classes, shape)
 
 
+def read_history(path: Path, epochs: int | None = None) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl, or the first `epochs` of them; none if there is no such file.
+
+    Raises:
+      InputError: a line is damaged.
+    """
+    lines = path.read_text().splitlines()[:epochs] if path.exists() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} has a damaged line ({error}); remove the file or that line") from error
+
+
 def open_checkpoints(run_dir: Path) -> ocp.CheckpointManager:
     """Returns the manager of a run's checkpoints; use it in a `with` statement."""
+    for folder in (run_dir / "checkpoints").glob("[0-9]*"):
+        _verify(folder, "metrics/")  # which Orbax reads at once, of all checkpoints
     keep = [LatestN(1), BestN(get_metric_fn=lambda metrics: metrics["val_loss"], reverse=True, n=1)]
-    options = ocp.CheckpointManagerOptions(
+    return _manager(
+        run_dir / "checkpoints",
         preservation_policy=AnyPreservationPolicy(keep),
         best_fn=lambda metrics: metrics["val_loss"],
         best_mode="min",
-        enable_async_checkpointing=False,  # the files are small, and an error is raised where it happens
     )
-    return _manager(run_dir, options)
 
 
-def _manager(run_dir: Path, options: ocp.CheckpointManagerOptions | None = None) -> ocp.CheckpointManager:
+def open_partial(run_dir: Path) -> ocp.CheckpointManager:
+    """Returns the manager of what is saved within an epoch; use it in a `with` statement."""
+    return _manager(run_dir / "partial", max_to_keep=1)
+
+
+def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
     handlers = {name: ocp.StandardCheckpointHandler() for name in ("variables", "training")}
-    folder = Path(run_dir).resolve() / "checkpoints"  # Orbax wants an absolute path
-    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+    # Not asynchronous: the files are small, and an error is raised where it happens.
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
+    with writing(folder):
+        return ocp.CheckpointManager(
+            folder.resolve(), options=options, item_handlers=handlers | {"sums": ocp.JsonCheckpointHandler()}
+        )
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -95,23 +167,82 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {"variables": variables, "training": (state.step, state.opt_state, state.plateau)}
 
 
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint, by its name."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != DIGESTS)
+    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _verify(folder: Path, part: str = "") -> None:
+    """Raises InputError if a file, or one of those whose names begin with `part`, is not what it was when saved."""
+    path = folder / DIGESTS
+    if not path.exists():  # killed right after Orbax had renamed it
+        return
+    try:
+        saved, found = json.loads(path.read_text()), _digests(folder)
+        differing = [name for name in saved if name.startswith(part) and found.get(name) != saved[name]]
+    except (OSError, ValueError, AttributeError) as error:
+        raise _damaged(folder, f"{DIGESTS}: {error}") from error
+    if differing:
+        raise _damaged(folder, f"{differing[0]} is {'not what was saved' if differing[0] in found else 'missing'}")
+
+
+def _damaged(folder: Path, reason: str) -> InputError:
+    others = [other.name for other in folder.parent.glob("[0-9]*") if other.name != folder.name]
+    advice = f"Remove it to go on from step {' or '.join(others)}" if others else "There is no other one beside it"
+    return InputError(f"{folder} is damaged, or not of the network that config.json describes: {reason}. {advice}")
+
+
+def _save(manager: ocp.CheckpointManager, step: int, items: dict[str, Any], sums: dict, metrics: Any = None) -> None:
+    args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+    folder = Path(manager.directory) / str(step)
+    try:
+        manager.save(step, args=ocp.args.Composite(**args, sums=ocp.args.JsonSave(sums)), metrics=metrics)
+        if jax.process_index() == 0:
+            write_atomically(folder / DIGESTS, json.dumps(_digests(folder)))
+    except (OSError, ValueError) as error:  # ValueError: of tensorstore, which writes the arrays
+        with writing(folder):
+            raise OSError(" ".join(str(error).split())[:200]) from error
+
+
 def save_state(manager: ocp.CheckpointManager, state: TrainState, val_loss: float) -> None:
     """Saves the state after an epoch; `val_loss` (finite) decides whether it stays as `best`."""
-    items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
-    manager.save(int(state.step), args=ocp.args.Composite(**items), metrics={"val_loss": float(val_loss)})
+    _save(manager, int(state.step), _items(state), {}, {"val_loss": float(val_loss)})
 
 
-def restore_state(manager: ocp.CheckpointManager, like: TrainState) -> TrainState | None:
-    """Returns the last saved state with the shapes and shardings of `like`, or None if nothing was saved."""
+def save_partial(manager: ocp.CheckpointManager, state: TrainState, sums: dict[str, float]) -> None:
+    """Saves the state within an epoch, and the sums of the epoch's metrics so far, in the place of the one before.
+
+    Raises:
+      FloatingPointError: a parameter is not finite.
+    """
+    if not all(np.isfinite(array).all() for array in jax.tree.leaves(state.params)):
+        raise FloatingPointError(f"a parameter is not finite at step {int(state.step)}; the checkpoints are intact")
+    if int(state.step) not in manager.all_steps():
+        _save(manager, int(state.step), _items(state), sums)
+
+
+def drop_partial(manager: ocp.CheckpointManager) -> None:
+    """Removes what was saved within an epoch."""
+    for step in manager.all_steps():
+        manager.delete(step)
+
+
+def restore_state(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainState, dict[str, float]] | None:
+    """Returns the last saved state with the shapes and shardings of `like`, and its sums; None if nothing was saved."""
     if manager.latest_step() is None:
         return None
-    items = _restore(manager, manager.latest_step(), _items(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)))
+    abstract = _items(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+    items = _restore(manager, manager.latest_step(), abstract)
     step, opt_state, plateau = items["training"]
-    return TrainState(step, items["variables"]["params"], items["variables"]["batch_stats"], opt_state, plateau)
+    variables = items["variables"]
+    return TrainState(step, variables["params"], variables["batch_stats"], opt_state, plateau), items["sums"]
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     args = {name: ocp.args.StandardRestore(item) for name, item in abstract.items()}
+    folder = Path(manager.directory) / str(step)
+    _verify(folder)
     try:
         # Compared here, since Orbax casts another dtype silently and tells of another shape in a page of text.
         stored = manager.item_metadata(step)["variables"]
@@ -123,18 +254,15 @@ def _restore(manager: ocp.CheckpointManager, step: int, abstract: dict[str, Any]
         if differing:
             name = differing[0]
             raise ValueError(f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}")
-        return manager.restore(step, args=ocp.args.Composite(**args))
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"{manager.directory / str(step)} is damaged, or not of the network that config.json describes: {reason}"
-        ) from error
+        return dict(manager.restore(step, args=ocp.args.Composite(**args, sums=ocp.args.JsonRestore())))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise _damaged(folder, " ".join(str(error).split())[:300]) from error
 
 
 def save_variables(run_dir: Path, variables: Any) -> None:
     """Saves a network that was trained elsewhere as the only checkpoint, step 0, of a run."""
-    with _manager(run_dir) as manager:
-        manager.save(0, args=ocp.args.Composite(variables=ocp.args.StandardSave(variables)))
+    with _manager(run_dir / "checkpoints") as manager:
+        _save(manager, 0, {"variables": variables}, {})
 
 
 def load_run(run_dir: str | Path, checkpoint: Which = "best") -> tuple[ResNet, Any]:

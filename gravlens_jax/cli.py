@@ -1,6 +1,7 @@
 """What the scripts share: a mistake of the user's ends in one paragraph and exit status 2, without a traceback."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,18 +11,25 @@ import jax
 import tyro
 
 from gravlens_jax.config import InputError, check
+from gravlens_jax.signals import Stopped
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Calls `main`; turns InputError into exit status 2, a loss that is not finite into 1, Ctrl-C into 130."""
+    """Calls `main`; turns what ends it early into one paragraph and an exit status.
+
+    InputError: 2; a loss that is not finite: 1; SIGINT (Ctrl-C): 130; SIGTERM: 143.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
     except InputError as error:
         _stop(f"error: {error}", 2)
     except FloatingPointError as error:
         _stop(f"error: {error}", 1)
+    except Stopped as stopped:
+        _stop(str(stopped), 128 + stopped.number)
     except KeyboardInterrupt:
         _stop("interrupted", 130)
     except BrokenPipeError:  # the reader of our output, such as head, has seen enough
@@ -63,6 +71,10 @@ def split_names(text: str) -> tuple[str, ...]:
         f"--classes {text}: expected at least two different names separated by commas, such as no,sphere,vort",
     )
     return names
+
+
+def _terminate(number: int, _: Any) -> None:
+    raise SystemExit(128 + number)  # on the way out temporary files are removed
 
 
 def _stop(message: str, status: int) -> None:

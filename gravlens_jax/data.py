@@ -22,19 +22,22 @@ def epoch_rows(n: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     return epoch_order(n, seed, epoch)[: steps * batch_size].astype(np.int32).reshape(steps, batch_size)
 
 
-def train_batches(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the full batches of an epoch, new host arrays: images (batch, height, width) and labels (batch,)."""
-    for rows in epoch_rows(len(dataset.labels), batch_size, seed, epoch):
-        yield {"images": take_rows(dataset.images, rows), "labels": dataset.labels[rows]}
+def eval_rows(n: int, batch_size: int) -> np.ndarray:
+    """Returns all rows in order, int (steps, batch_size); the last batch is filled up with rows that do not exist."""
+    return np.arange(-(-n // batch_size) * batch_size).reshape(-1, batch_size)
 
 
-def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yields all images in order; the last batch is filled up with repeats that `mask` (bool) leaves out."""
-    n = len(dataset.labels)
-    for start in range(0, n, batch_size):
-        rows = np.arange(start, start + batch_size)
-        mask, rows = rows < n, np.minimum(rows, n - 1)
-        yield {"images": take_rows(dataset.images, rows), "labels": dataset.labels[rows], "mask": mask}
+def train_batches(dataset: Dataset, rows: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the batches of `rows` (steps, batch), new host arrays: images (batch, height, width), labels (batch,)."""
+    for some in rows:
+        yield {"images": take_rows(dataset.images, some), "labels": dataset.labels[some]}
+
+
+def eval_batches(dataset: Dataset, rows: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the same with `mask`, bool (batch,), false for rows that do not exist, which repeat the last image."""
+    n = dataset.size
+    for batch, some in zip(train_batches(dataset, np.minimum(rows, n - 1)), rows, strict=True):
+        yield batch | {"mask": some < n}
 
 
 def take_rows(images: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -16,7 +16,8 @@ from gravlens_jax.npz import Dataset
 from gravlens_jax.steps import Metrics, TrainState, train_step, train_steps
 from gravlens_jax.stream import Stream, stream_batches
 
-Show = Callable[[int, dict[str, float]], None]
+Sums = dict[str, float]  # over the images of an epoch so far: loss, correct, count
+Show = Callable[[int, Sums], None]
 STEPS_PER_CALL = 64  # with `device_data`
 
 
@@ -28,10 +29,15 @@ def place(dataset: Dataset | Stream, config: Config, devices: Mesh) -> Dataset |
     return dataset._replace(**held)
 
 
+def no_sums() -> Sums:
+    """Returns the sums before the first image."""
+    return {"loss": 0.0, "correct": 0.0, "count": 0.0}
+
+
 def make_train_epoch(
     config: Config, model: ResNet, tx: optax.GradientTransformation, devices: Mesh
-) -> Callable[..., tuple[TrainState, dict[str, float]]]:
-    """Returns the function that trains for an epoch.
+) -> Callable[..., tuple[TrainState, Sums]]:
+    """Returns the function that trains for an epoch, or for the rest of one.
 
     Args:
       config: the run; of it, batch size, augmentation, seed, and whether the data set lives on the devices.
@@ -39,9 +45,10 @@ def make_train_epoch(
       devices: to train on.
 
     Returns:
-      (state, dataset, epoch, step, show) -> the state, which the call uses up, after a pass over the data set that
-      `place` returned, and the sums of its metrics. `step` is the state's; show(step, sums so far) is called after
-      every step or, with `device_data`, every few.
+      (state, dataset, epoch, first_step, sums, show, due, save) -> the state, which the call uses up, at the end of
+      the epoch, and the sums of its metrics. The data set is what `place` returned; first_step is the step at which
+      the epoch begins or began, sums those of its steps that `state` has behind it already. show(step, sums) is called
+      after every step or, with `device_data`, every few; then, wherever due() is true, save(state, sums).
 
     Raises:
       FloatingPointError: in the function; the loss is not finite.
@@ -51,44 +58,57 @@ def make_train_epoch(
     )
     step_fn = jax.jit(step_or_steps, donate_argnums=0, out_shardings=mesh.replicated(devices))
 
-    def inputs(dataset: Dataset | Stream, epoch: int) -> Iterator[tuple[tuple, int]]:
+    def inputs(dataset: Dataset | Stream, epoch: int, skip: int) -> Iterator[tuple[tuple, int]]:
         """Yields what `step_fn` takes beside the state, and the number of steps that this makes."""
         if isinstance(dataset, Stream):
-            for batch in stream_batches(dataset, config.batch_size, epoch, devices):
+            for batch in stream_batches(dataset, config.batch_size, epoch, devices, skip):
                 yield (batch,), 1
-            return
-        if not config.device_data:
-            for batch in data.prefetch(data.train_batches(dataset, config.batch_size, config.seed, epoch)):
+        elif not config.device_data:
+            rows = mesh.local_rows(data.epoch_rows(dataset.size, config.batch_size, config.seed, epoch)[skip:])
+            for batch in data.prefetch(data.train_batches(dataset, rows)):
                 yield (mesh.shard_batch(batch, devices),), 1
-            return
-        held = {"images": dataset.images, "labels": dataset.labels}
-        rows = data.epoch_rows(dataset.size, config.batch_size, config.seed, epoch)
-        for some in np.array_split(rows, -(-len(rows) // STEPS_PER_CALL)):
-            yield (held, mesh.shard_rows(some, devices)), len(some)
+        else:
+            held = {"images": dataset.images, "labels": dataset.labels}
+            rows = data.epoch_rows(dataset.size, config.batch_size, config.seed, epoch)[skip:]
+            for some in np.array_split(rows, -(-len(rows) // STEPS_PER_CALL)):
+                yield (held, mesh.shard_rows(some, devices)), len(some)
 
-    def train_epoch(state: TrainState, dataset: Dataset | Stream, epoch: int, step: int, show: Show):
-        sums, pending = {"loss": 0.0, "correct": 0.0, "count": 0.0}, None
+    def train_epoch(
+        state: TrainState,
+        dataset: Dataset | Stream,
+        epoch: int,
+        first_step: int,
+        sums: Sums,
+        show: Show,
+        due: Callable[[], bool],
+        save: Callable[[TrainState, Sums], None],
+    ) -> tuple[TrainState, Sums]:
+        step, sums, pending = int(state.step), dict(sums), None
 
-        def take(metrics: Metrics, step: int) -> None:
-            for name, value in metrics.items():
+        def take(metrics: Metrics | None, step: int) -> None:
+            for name, value in (metrics or {}).items():
                 sums[name] += float(np.sum(value))
             check_finite(sums["loss"], "training loss", step)
             show(step, sums)
 
-        for given, steps in inputs(dataset, epoch):
+        for given, steps in inputs(dataset, epoch, step - first_step):
             state, metrics = step_fn(state, *given)
             if pending is not None:
                 take(pending, step)  # of the call before: reading it does not hold up the one just started
             pending, step = metrics, step + steps
+            if due():
+                take(pending, step)
+                pending = None
+                save(state, sums)
         take(pending, step)
         return state, sums
 
     return train_epoch
 
 
-def sum_metrics(eval_fn: Callable, state: TrainState, batches: Iterable[dict], devices: Mesh) -> dict[str, float]:
+def sum_metrics(eval_fn: Callable, state: TrainState, batches: Iterable[dict], devices: Mesh) -> Sums:
     """Returns the sums over `batches` of what `eval_fn`, a jitted `eval_step`, makes of each."""
-    sums = {"loss": 0.0, "correct": 0.0, "count": 0.0}
+    sums = no_sums()
     for batch in batches:
         for name, value in eval_fn(state, mesh.shard_batch(batch, devices)).items():
             sums[name] += float(value)

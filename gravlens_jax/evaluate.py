@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gravlens_jax import report
-from gravlens_jax.checkpoint import Which, write_atomically
+from gravlens_jax.checkpoint import Which, read_history, write_atomically
 from gravlens_jax.config import check
 from gravlens_jax.folders import load_folder, load_image
 from gravlens_jax.metrics import evaluate
@@ -51,7 +51,8 @@ def evaluate_run(run: str | Path, dataset: Dataset, checkpoint: Which, out: Path
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "metrics.json", json.dumps(values, indent=2) + "\n")
     np.savez(out / "predictions.npz", logits=logits, labels=dataset.labels, classes=np.array(model.classes))
-    report.draw(out, dataset.images, logits, dataset.labels, model.classes, Path(run) / "metrics.jsonl")
+    history = read_history(Path(run) / "metrics.jsonl")
+    report.draw(out, dataset.images, logits, dataset.labels, model.classes, history)
     return values
 
 

@@ -1,6 +1,7 @@
 """Training from the config to the report: data -> steps -> checkpoints -> report, in that order."""
 
 import json
+import signal
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -11,41 +12,46 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from gravlens_jax import checkpoint, data, mesh
 from gravlens_jax.config import FILES, SPLITS, STREAM, Config, check
-from gravlens_jax.epoch import Show, check_finite, make_train_epoch, place, sum_metrics
+from gravlens_jax.epoch import Sums, check_finite, make_train_epoch, no_sums, place, sum_metrics
 from gravlens_jax.evaluate import evaluate_run
 from gravlens_jax.model import check_images, make_model
 from gravlens_jax.npz import Dataset
 from gravlens_jax.optim import learning_rate_schedule, make_optimizer
 from gravlens_jax.priors import PRESETS, make_easy
 from gravlens_jax.progress import progress_bar, track
+from gravlens_jax.signals import Stopped, noted_signals
 from gravlens_jax.simulate import simulate_dataset
-from gravlens_jax.steps import end_epoch, eval_step, init_state
+from gravlens_jax.steps import TrainState, end_epoch, eval_step, init_state
 from gravlens_jax.stream import Stream
 
 
-def fit(config: Config, resume: bool = False) -> dict[str, Any]:
+def fit(config: Config, resume: bool = False, save_minutes: float = 10.0) -> dict[str, Any]:
     """Trains, saves and evaluates a run; returns the metrics of its best checkpoint on the test split.
 
     Args:
       config: the run. Its directory must be new, or with `resume` hold a run of exactly this config.
-      resume: go on after the last complete epoch.
+      resume: go on where the run was last saved.
+      save_minutes: time between saves within an epoch; 0 for none. An epoch's end is always saved.
 
     Raises:
-      InputError: a mistake in the config, the data or the run directory.
-      FloatingPointError: the loss is not finite; the checkpoints of earlier epochs stay.
+      InputError: a mistake in the config, the data or the run directory; another process is at work on it.
+      FloatingPointError: the loss is not finite; earlier checkpoints stay.
+      Stopped: SIGINT or SIGTERM came; the step has been finished and saved.
     """
     run_dir = Path(config.run_dir)
     if resume:
         _check_same(checkpoint.read_run(run_dir).config, config)
     else:
         checkpoint.check_unused(run_dir)
+    check(save_minutes >= 0, f"save_minutes={save_minutes}: expected a number >= 0")
     devices = mesh.data_mesh()
     mesh.check_batch_size(config.batch_size, devices)
     datasets = open_data(config)
-    train, val = datasets["train"], datasets["val"]
+    train = datasets["train"]
     check_images((train.size, *train.image_shape), config.input)
     for split in {"train", "easy"} & datasets.keys():
         n = datasets[split].size
@@ -53,11 +59,20 @@ def fit(config: Config, resume: bool = False) -> dict[str, Any]:
             n >= config.batch_size,
             f"{split} holds {n} images, fewer than batch_size={config.batch_size}; give more or lower it",
         )
+    with checkpoint.locked(run_dir):
+        if not resume:
+            checkpoint.create_run(run_dir, checkpoint.RunInfo(config, train.classes, train.image_shape))
+        _train(config, run_dir, datasets, devices, save_minutes)
+        return evaluate_run(run_dir, datasets["test"], "best", run_dir / "report")
+
+
+def _train(
+    config: Config, run_dir: Path, datasets: dict[str, Dataset | Stream], devices: Mesh, save_minutes: float
+) -> None:
+    """Trains from the last save on, to the end."""
+    train, val = datasets["train"], datasets["val"]
     easy_steps = datasets["easy"].size // config.batch_size if "easy" in datasets else 0
     steps_per_epoch = train.size // config.batch_size
-    if not resume:
-        checkpoint.create_run(run_dir, checkpoint.RunInfo(config, train.classes, train.image_shape))
-
     total_steps = easy_steps + config.epochs * steps_per_epoch
     model = make_model(config.model, config.input, train.classes)
     tx = make_optimizer(config.optim, total_steps)
@@ -65,45 +80,72 @@ def fit(config: Config, resume: bool = False) -> dict[str, Any]:
     train_epoch = make_train_epoch(config, model, tx, devices)
     eval_fn = jax.jit(partial(eval_step, model=model))
     end_epoch_fn = jax.jit(partial(end_epoch, config=config.optim), out_shardings=mesh.replicated(devices))
-    state = mesh.replicate(init_state(config.seed, model, tx, config.optim), devices)
+    history = run_dir / "metrics.jsonl"
 
-    with checkpoint.open_checkpoints(run_dir) as manager, progress_bar("steps") as bar:
-        state = checkpoint.restore_state(manager, state) or state
-        epochs_done = max(0, int(state.step) - easy_steps) // steps_per_epoch
-        metrics_path = run_dir / "metrics.jsonl"
-        _drop_lines_after(metrics_path, epochs_done)
+    with (
+        checkpoint.open_checkpoints(run_dir) as manager,
+        checkpoint.open_partial(run_dir) as partial_manager,
+        noted_signals() as signal_number,
+        progress_bar("steps") as bar,
+    ):
+        state = mesh.replicate(init_state(config.seed, model, tx, config.optim), devices)
+        state, sums = _last_save(manager, partial_manager, state)
+        step = int(state.step)
+        epochs_done = max(0, step - easy_steps) // steps_per_epoch
+        _keep_lines(history, epochs_done)
         print(
-            f"{run_dir}: {epochs_done} of {config.epochs} epochs done, {train.size:,} {'fresh' if config.streams else 'training'} images, "
-            f"{steps_per_epoch} steps an epoch, {devices.size} x {jax.devices()[0].device_kind}",
+            f"{run_dir}: {epochs_done} of {config.epochs} epochs done (step {step} of {total_steps}), {train.size:,} "
+            f"{'fresh' if config.streams else 'training'} images and {steps_per_epoch} steps an epoch, "
+            f"{devices.size} x {jax.devices()[0].device_kind}",
             flush=True,
         )
-        task = bar.add_task("", total=total_steps, completed=int(state.step), text="")
+        task = bar.add_task("", total=total_steps, completed=step, text="")
+        last_save = time.monotonic()
 
-        def show_as(description: str) -> Show:
-            start = time.perf_counter()
+        def due() -> bool:
+            late = save_minutes and time.monotonic() - last_save > 60 * save_minutes
+            return bool(signal_number() or late)
 
-            def show(step: int, sums: dict[str, float]) -> None:
-                rate, loss, accuracy = sums["count"] / (time.perf_counter() - start), *_means(sums)
+        def save(state: TrainState, sums: Sums) -> None:
+            nonlocal last_save
+            checkpoint.save_partial(partial_manager, state, sums)
+            last_save = time.monotonic()
+            stop_if_told(int(state.step))
+
+        def stop_if_told(step: int) -> None:
+            if number := signal_number():
+                name = signal.Signals(number).name
+                message = f"{name}: stopped after step {step} of {total_steps}, which is saved; continue with --resume"
+                raise Stopped(f"{run_dir}: {message}", number)
+
+        def pass_over(name: str, dataset: Dataset | Stream, state: TrainState, sums: Sums, epoch: int, first_step: int):
+            """An epoch of steps, or what is left of it."""
+            start, seen = time.perf_counter(), sums["count"]
+
+            def show(step: int, sums: Sums) -> None:
+                rate, loss, accuracy = (sums["count"] - seen) / (time.perf_counter() - start), *_means(sums)
                 text = f"{rate:,.0f} images/s loss {loss:.3f} accuracy {accuracy:.3f}"
-                bar.update(task, completed=step, description=description, text=text)
+                bar.update(task, completed=step, description=name, text=text)
 
-            return show
+            state, sums = train_epoch(state, dataset, epoch, first_step, sums, show, due, save)
+            return state, sums, (sums["count"] - seen) / (time.perf_counter() - start)
 
-        if easy_steps and not int(state.step):
+        if step < easy_steps:
             easy = place(datasets["easy"], config, devices)
-            state, sums = train_epoch(state, easy, 0, 0, show_as("easy images"))
+            state, sums, _ = pass_over("easy images", easy, state, sums, 0, 0)
             loss, accuracy = _means(sums)
             print(f"easy images  train loss {loss:.4f} accuracy {accuracy:.4f}", flush=True)
+            sums = no_sums()
         train_data = place(train, config, devices)
         for epoch in range(epochs_done, config.epochs):
             start = time.perf_counter()
             first_step = easy_steps + epoch * steps_per_epoch
             step = first_step + steps_per_epoch
             learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(first_step, step)) * state.plateau.scale)
-            show = show_as(f"epoch {epoch + 1}/{config.epochs}")
-            state, sums = train_epoch(state, train_data, epoch, first_step, show)
-            train_seconds = time.perf_counter() - start
-            val_sums = sum_metrics(eval_fn, state, data.prefetch(data.eval_batches(val, config.batch_size)), devices)
+            name = f"epoch {epoch + 1}/{config.epochs}"
+            state, sums, images_per_second = pass_over(name, train_data, state, sums, epoch, first_step)
+            val_batches = data.eval_batches(val, mesh.local_rows(data.eval_rows(val.size, config.batch_size)))
+            val_sums = sum_metrics(eval_fn, state, data.prefetch(val_batches), devices)
             (train_loss, train_accuracy), (val_loss, val_accuracy) = _means(sums), _means(val_sums)
             check_finite(val_loss, "validation loss", step)
             state = end_epoch_fn(state, val_loss)
@@ -115,15 +157,28 @@ def fit(config: Config, resume: bool = False) -> dict[str, Any]:
                 "val_loss": val_loss,
                 "val_accuracy": val_accuracy,
                 "learning_rate": float(learning_rates.mean()),  # over the epoch
-                "images_per_second": sums["count"] / train_seconds,
-                "wall_seconds": time.perf_counter() - start,
+                "images_per_second": images_per_second,
+                "wall_seconds": time.perf_counter() - start,  # since the epoch began or was resumed
             }
             # The line first: if the run is killed in between, resuming drops it and repeats the epoch.
-            with open(metrics_path, "a") as file:
+            with checkpoint.writing(history), open(history, "a") as file:
                 file.write(json.dumps(line) + "\n")
             checkpoint.save_state(manager, state, val_loss)
+            checkpoint.drop_partial(partial_manager)
+            last_save, sums = time.monotonic(), no_sums()
             print(_epoch_text(line, config.epochs), flush=True)
-    return evaluate_run(run_dir, datasets["test"], "best", run_dir / "report")
+            if step < total_steps:
+                stop_if_told(step)
+
+
+def _last_save(manager, partial_manager, state: TrainState) -> tuple[TrainState, Sums]:
+    """Returns the latest of what is saved at and within epochs; `state` itself if nothing is."""
+    latest, within = manager.latest_step() or 0, partial_manager.latest_step() or 0
+    if within > latest:
+        return checkpoint.restore_state(partial_manager, state)
+    checkpoint.drop_partial(partial_manager)
+    state, _ = checkpoint.restore_state(manager, state) or (state, {})
+    return state, no_sums()
 
 
 def open_data(config: Config) -> dict[str, Dataset | Stream]:
@@ -173,8 +228,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
         yield from _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
 
 
-def _drop_lines_after(metrics_path: Path, epochs: int) -> None:
+def _keep_lines(history: Path, epochs: int) -> None:
     """Keeps the first `epochs` lines of metrics.jsonl, which belong to saved epochs."""
-    if metrics_path.exists():
-        lines = metrics_path.read_text().splitlines(keepends=True)[:epochs]
-        checkpoint.write_atomically(metrics_path, "".join(lines))
+    lines = "".join(json.dumps(line) + "\n" for line in checkpoint.read_history(history, epochs))
+    if history.exists():
+        with checkpoint.writing(history):
+            checkpoint.write_atomically(history, lines)

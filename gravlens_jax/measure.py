@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from gravlens_jax.augment import prepare, to_unit
 from gravlens_jax.config import CLASSES, AugmentConfig, Config, InputConfig, OptimConfig
-from gravlens_jax.epoch import make_train_epoch
+from gravlens_jax.epoch import make_train_epoch, no_sums
 from gravlens_jax.mesh import check_batch_size, data_mesh, replicate, shard_batch
 from gravlens_jax.model import ResNet
 from gravlens_jax.npz import open_npz, write_npz
@@ -216,7 +216,10 @@ def busy_fraction(batch_size: int, size: int, dtype: str, steps: int, repeats: i
 
         def epoch() -> None:
             nonlocal state
-            state, _ = train_epoch(state, dataset, 0, 0, lambda step, sums: None)
+            first = int(state.step)
+            state, _ = train_epoch(
+                state, dataset, 0, first, no_sums(), lambda step, sums: None, lambda: False, lambda state, sums: None
+            )
 
         def alone() -> None:
             nonlocal state

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gravlens_jax.config import CLASSES, check
-from gravlens_jax.data import train_batches
+from gravlens_jax.data import epoch_rows, train_batches
 from gravlens_jax.npz import open_npz, write_npz
 
 PIXELS = 150
@@ -59,7 +59,8 @@ def _resident_mib() -> float:
 
 
 def _memory_map(folder: Path, batch_size: int, _: int) -> Iterator:
-    return train_batches(open_npz(folder / "packed.npz"), batch_size, 0, 0)
+    dataset = open_npz(folder / "packed.npz")
+    return train_batches(dataset, epoch_rows(dataset.size, batch_size, 0, 0))
 
 
 def _loaded(folder: Path, batch_size: int, _: int, name: str = "packed.npz") -> Iterator:

@@ -1,9 +1,13 @@
-"""One axis, "data", over all devices: parameters are on every device, a batch is spread over them."""
+"""One axis, "data", over all devices of all processes: parameters are on every device, a batch is spread over them.
+
+Every process runs the same program on batches of the same order, and reads only its own rows of each.
+"""
 
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gravlens_jax.config import check
@@ -26,8 +30,28 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
+def local_rows(rows: np.ndarray) -> np.ndarray:
+    """Returns this process's share (steps, batch / processes) of the rows (steps, batch) of many batches."""
+    return np.split(rows, jax.process_count(), axis=1)[jax.process_index()]
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes reports."""
+    return jax.process_index() == 0
+
+
+def agree(value: int) -> int:
+    """Returns the largest of the values that the processes give; all must call, at the same point."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns the batch on the devices, its first axis split evenly. Give new arrays: JAX may use their memory."""
+    """Returns a batch on the devices, its first axis split evenly, from each process's own share of it.
+
+    Give new arrays: JAX may use their memory.
+    """
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
@@ -47,5 +71,5 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Returns the tree of arrays with a copy on every device."""
-    return jax.device_put(tree, replicated(mesh))
+    """Returns the tree of arrays, the same in every process, with a copy on every device."""
+    return jax.device_put(jax.tree.map(np.asarray, tree), replicated(mesh))

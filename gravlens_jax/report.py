@@ -1,6 +1,5 @@
 """Figures of a run, from saved arrays alone; never imports jax."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ def draw(
     logits: np.ndarray,
     labels: np.ndarray,
     classes: tuple[str, ...],
-    history: Path | None = None,
+    history: list[dict] | None = None,
 ) -> None:
     """Writes roc.png, confusion.png, examples.png and, if there is a history, history.png into the folder `out`.
 
@@ -31,13 +30,13 @@ def draw(
       logits: float (n, classes).
       labels: int (n,).
       classes: names.
-      history: metrics.jsonl of the run.
+      history: the lines of metrics.jsonl.
     """
     draw_roc(out / "roc.png", logits, labels, classes)
     draw_confusion(out / "confusion.png", logits, labels, classes)
     draw_examples(out / "examples.png", images, logits, labels, classes)
-    if history is not None and history.exists():
-        draw_history(out / "history.png", [json.loads(line) for line in history.read_text().splitlines()])
+    if history:
+        draw_history(out / "history.png", history)
 
 
 def table(values: dict[str, Any], where: Path) -> str:
@@ -61,8 +60,6 @@ def _save(figure: Figure, path: Path) -> None:
 
 def draw_history(path: Path, lines: list[dict]) -> None:
     """Loss, accuracy and learning rate over the epochs; `lines` as in metrics.jsonl."""
-    if not lines:
-        return
     epochs = [line["epoch"] for line in lines]
     figure = Figure((10, 3), dpi=DPI, layout="constrained")
     for axes, quantity in zip(figure.subplots(1, 3), ("loss", "accuracy", "learning_rate"), strict=True):

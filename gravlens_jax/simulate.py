@@ -81,7 +81,7 @@ def labels_of(n: int, start: int = 0) -> np.ndarray:
 def simulate_images(
     n: int, seed: int, split: str, priors: Priors, classes: tuple[str, ...] = CLASSES, start: int = 0
 ) -> Iterator[np.ndarray]:
-    """Yields `n` images in order, from image `start` on, in chunks of uint16 (chunk, num_pixels, num_pixels) photon counts.
+    """Yields `n` images in order, from image `start` on, in chunks of uint16 photon counts (chunk, height, width).
 
     Counts are stored as they are: half the size of float32 and nothing lost; `augment.to_unit` scales each image to
     [0, 1], as the public images are. On a CPU all cores work, on chunks of their own.

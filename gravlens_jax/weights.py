@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gravlens_jax.checkpoint import Which, load_run, read_run
+from gravlens_jax.checkpoint import Which, load_run, read_history, read_run
 from gravlens_jax.config import InputConfig, InputError, ModelConfig, check, from_dict
 from gravlens_jax.model import ResNet, make_model
 
@@ -61,7 +61,7 @@ def export_run(run_dir: Path, out: Path, checkpoint: Which = "best") -> dict[str
     """
     check(out.suffix == ".npz", f"{out}: expected a name that ends in .npz")
     info, (_, variables) = read_run(run_dir), load_run(run_dir, checkpoint)
-    config, history = info.config, run_dir / "metrics.jsonl"
+    config = info.config
     about = {
         "model": dataclasses.asdict(config.model),
         "input": dataclasses.asdict(config.input),
@@ -69,7 +69,7 @@ def export_run(run_dir: Path, out: Path, checkpoint: Which = "best") -> dict[str
         "image_shape": info.image_shape,
         "version": importlib.metadata.version("gravlens_jax"),
         "config": dataclasses.asdict(config),
-        "history": [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else [],
+        "history": read_history(run_dir / "metrics.jsonl"),
     }
     arrays = {name: np.asarray(array, np.float32) for name, array in flatten_dict(variables, sep="/").items()}
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp.npz")

@@ -27,7 +27,8 @@ class Arguments:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     preset: Literal["default", "best", "smoke", "published"] = "default"  # what every other option starts from
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on with --run-dir after its last complete epoch
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on with --run-dir where it was last saved
+    save_minutes: float = 10.0  # time between saves within an epoch; 0 for none; an epoch's end is always saved
     compile_cache: bool = True  # keep compiled programs in ~/.cache/gravlens_jax, so that the next run starts at once
 
 
@@ -50,7 +51,7 @@ def main() -> None:
     arguments = parse_arguments(sys.argv[1:])
     if arguments.compile_cache:
         cli.use_compile_cache()
-    values = fit(arguments.config, arguments.resume)
+    values = fit(arguments.config, arguments.resume, arguments.save_minutes)
     run_dir = Path(arguments.config.run_dir)
     print(f"test split: {table(values, run_dir / 'report')}\nrun: {run_dir}")
 

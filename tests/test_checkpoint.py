@@ -1,4 +1,9 @@
+import itertools
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
@@ -38,7 +43,79 @@ def assert_equal(a, b):
 def test_restoring_gives_the_last_state_exactly(tmp_path):
     make_run(tmp_path, [0.5, 0.3, 0.4])
     with checkpoint.open_checkpoints(tmp_path) as manager:
-        assert_equal(checkpoint.restore_state(manager, make_state(0)), make_state(3))
+        assert_equal(checkpoint.restore_state(manager, make_state(0)), (make_state(3), {}))
+
+
+def test_a_save_within_an_epoch_keeps_its_sums_and_replaces_the_one_before(tmp_path):
+    sums = {"loss": 0.1 + 0.2, "correct": 3.0, "count": 8.0}
+    with checkpoint.open_partial(tmp_path) as manager:
+        for step in (2, 5, 5):
+            checkpoint.save_partial(manager, make_state(step), sums)
+        assert manager.all_steps() == [5]
+        assert_equal(checkpoint.restore_state(manager, make_state(0)), (make_state(5), sums))
+        checkpoint.drop_partial(manager)
+        assert checkpoint.restore_state(manager, make_state(0)) is None
+
+
+def test_parameters_that_are_not_finite_are_not_saved_within_an_epoch(tmp_path):
+    state = make_state(3)
+    state.params["head"]["bias"] = jnp.array([0, jnp.nan, 0])
+    with checkpoint.open_partial(tmp_path) as manager:
+        with pytest.raises(FloatingPointError, match="not finite at step 3"):
+            checkpoint.save_partial(manager, state, {})
+        assert manager.all_steps() == []
+
+
+def test_a_damaged_file_of_a_checkpoint_is_refused_and_the_other_checkpoint_loads(tmp_path):
+    make_run(tmp_path, [0.3, 0.4])
+    folder = tmp_path / "checkpoints/2"
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.stat().st_size)
+    rng = np.random.default_rng(0)
+    for file, damage in itertools.product(files, ("flip", "cut", "missing")):
+        whole = file.read_bytes()
+        part = bytearray(whole)
+        part[rng.integers(len(part))] ^= 0x10
+        file.unlink()
+        if damage != "missing":
+            file.write_bytes(part if damage == "flip" else whole[: len(whole) // 2])
+        if file.name == "digests.json" and damage == "missing":
+            checkpoint.load_run(tmp_path, "final")
+        else:
+            with pytest.raises(InputError, match=r"checkpoints.2 is damaged.*Remove it to go on from step 1"):
+                checkpoint.load_run(tmp_path, "final")
+        if "metrics" not in str(file) and file.name != "digests.json":  # which opening needs of every checkpoint
+            checkpoint.load_run(tmp_path, "best")
+        file.write_bytes(whole)
+    shutil.rmtree(folder)
+    assert_equal(checkpoint.load_run(tmp_path, "final")[1]["params"], make_state(1).params)
+
+
+def test_a_second_process_on_a_run_directory_is_refused(tmp_path):
+    code = f"""
+from pathlib import Path
+from gravlens_jax import checkpoint
+with checkpoint.locked(Path({str(tmp_path)!r})):
+    pass
+"""
+    with checkpoint.locked(tmp_path):
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert other.returncode and f"is in use by another process (process {os.getpid()} on" in other.stderr
+    with checkpoint.locked(tmp_path):  # it is free again
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_one_error(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="Permission denied"), checkpoint.locked(tmp_path / "run"):
+        pass
+
+
+def test_a_history_cut_in_mid_line_is_one_error(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
+    with pytest.raises(InputError, match=r"metrics\.jsonl has a damaged line"):
+        checkpoint.read_history(tmp_path / "metrics.jsonl")
+    assert checkpoint.read_history(tmp_path / "metrics.jsonl", 1) == [{"epoch": 1}]
 
 
 def test_only_best_and_final_are_kept(tmp_path):

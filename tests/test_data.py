@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from gravlens_jax.config import CLASSES, InputError
-from gravlens_jax.data import epoch_order, eval_batches, load_splits, prefetch, take_rows, train_batches
+from gravlens_jax.data import (
+    epoch_order,
+    epoch_rows,
+    eval_batches,
+    eval_rows,
+    load_splits,
+    prefetch,
+    take_rows,
+    train_batches,
+)
 from gravlens_jax.npz import Dataset, open_npz, write_npz
 
 
@@ -15,14 +24,14 @@ def dataset(n):
 
 @pytest.mark.parametrize("n, batch_size", [(8, 4), (9, 4), (1, 4), (3, 3)])
 def test_padded_batches_count_every_example_once(n, batch_size):
-    batches = list(eval_batches(dataset(n), batch_size))
+    batches = list(eval_batches(dataset(n), eval_rows(n, batch_size)))
     assert {batch["images"].shape for batch in batches} == {(batch_size, 2, 3)}
     seen = np.concatenate([batch["images"][batch["mask"], 0, 0] for batch in batches])
     np.testing.assert_array_equal(seen, np.arange(n))
 
 
 def test_training_batches_follow_the_epoch_order_and_drop_the_rest():
-    batches = list(train_batches(dataset(10), 4, seed=5, epoch=2))
+    batches = list(train_batches(dataset(10), epoch_rows(10, 4, seed=5, epoch=2)))
     seen = np.concatenate([batch["images"][:, 0, 0] for batch in batches])
     np.testing.assert_array_equal(seen, epoch_order(10, 5, 2)[:8])
     np.testing.assert_array_equal(np.concatenate([batch["labels"] for batch in batches]), seen % 3)
@@ -38,7 +47,7 @@ def test_epoch_order_is_a_permutation_that_depends_on_seed_and_epoch():
 
 def test_batches_are_new_arrays():
     data = dataset(4)
-    next(train_batches(data, 4, 0, 0))["images"][:] = 7
+    next(train_batches(data, epoch_rows(4, 4, 0, 0)))["images"][:] = 7
     assert data.images.max() == 3
 
 

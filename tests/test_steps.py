@@ -14,7 +14,8 @@ from gravlens_jax.steps import end_epoch, eval_step, init_state, train_step, tra
 MODEL = ResNet(depth=8, width=4, input=InputConfig(crop=16, pool=1, stretch="linear"))
 OPTIM = OptimConfig(learning_rate=1e-2, warmup_steps=0, decay="constant")
 TX = make_optimizer(OPTIM, 100)
-STEP = partial(train_step, model=MODEL, tx=TX, config=AugmentConfig(), seed=0)
+ARGUMENTS = {"model": MODEL, "tx": TX, "config": AugmentConfig(), "seed": 0}
+STEP = jax.jit(partial(train_step, **ARGUMENTS))
 
 
 def batch(n=8, seed=0):
@@ -31,7 +32,7 @@ def state():
 
 
 def test_the_step_compiles_once_and_learns():
-    step_fn, current = jax.jit(STEP, donate_argnums=0), state()
+    step_fn, current = jax.jit(partial(train_step, **ARGUMENTS), donate_argnums=0), state()
     losses = []
     for _ in range(30):
         current, metrics = step_fn(current, batch())
@@ -46,7 +47,7 @@ def test_steps_on_device_data_are_the_same_steps():
     for some in rows:
         one_by_one, metrics = STEP(one_by_one, {name: array[some] for name, array in dataset.items()})
         losses.append(metrics["loss"])
-    together, metrics = jax.jit(partial(train_steps, **STEP.keywords))(state(), dataset, rows)
+    together, metrics = jax.jit(partial(train_steps, **ARGUMENTS))(state(), dataset, rows)
     np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(one_by_one), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
@@ -94,11 +95,9 @@ def test_evaluation_counts_masked_examples_only(keep):
 
 def test_two_devices_give_the_numbers_of_one():
     assert jax.device_count() == 2
-    single, metrics = jax.jit(STEP)(state(), batch())
+    single, metrics = STEP(state(), batch())
     devices = mesh.data_mesh()
-    double, sharded = jax.jit(STEP, out_shardings=mesh.replicated(devices))(
-        mesh.replicate(state(), devices), mesh.shard_batch(batch(), devices)
-    )
+    double, sharded = STEP(mesh.replicate(state(), devices), mesh.shard_batch(batch(), devices))
     np.testing.assert_allclose(sharded["loss"], metrics["loss"], rtol=1e-5)
     # Adam's first step is the sign of the gradient: compare statistics and the loss's path, not tiny gradients.
     for a, b in zip(jax.tree.leaves(double.batch_stats), jax.tree.leaves(single.batch_stats), strict=True):
