@@ -201,6 +201,8 @@ def _save(manager: ocp.CheckpointManager, step: int, items: dict[str, Any], sums
         if jax.process_index() == 0:
             write_atomically(folder / DIGESTS, json.dumps(_digests(folder)))
     except (OSError, ValueError) as error:  # ValueError: of tensorstore, which writes the arrays
+        if jax.process_count() > 1 and isinstance(error, ValueError):  # or of a lost connection
+            raise
         with writing(folder):
             raise OSError(" ".join(str(error).split())[:200]) from error
 

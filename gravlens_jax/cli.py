@@ -19,7 +19,8 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 def run(main: Callable[[], Any]) -> None:
     """Calls `main`; turns what ends it early into one paragraph and an exit status.
 
-    InputError: 2; a loss that is not finite: 1; SIGINT (Ctrl-C): 130; SIGTERM: 143.
+    InputError: 2; a loss that is not finite, or the loss of another process of the same run: 1; SIGINT (Ctrl-C): 130;
+    SIGTERM: 143.
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -28,6 +29,15 @@ def run(main: Callable[[], Any]) -> None:
         _stop(f"error: {error}", 2)
     except FloatingPointError as error:
         _stop(f"error: {error}", 1)
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # either is what a lost connection raises
+        if not jax.distributed.is_initialized():
+            raise
+        reason = " ".join(str(error).split())[:200]
+        _stop(
+            "error: another process of this run has ended or cannot be reached; what was saved is intact. Start all "
+            f"processes again with --resume ({reason})",
+            1,
+        )
     except Stopped as stopped:
         _stop(str(stopped), 128 + stopped.number)
     except KeyboardInterrupt:
@@ -78,5 +88,8 @@ def _terminate(number: int, _: Any) -> None:
 
 
 def _stop(message: str, status: int) -> None:
-    print(message, file=sys.stderr)
+    print(message, file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():  # an ordinary exit would wait for processes that wait for this one
+        sys.stdout.flush()
+        os._exit(status)
     raise SystemExit(status)

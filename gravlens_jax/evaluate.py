@@ -29,7 +29,9 @@ def load_labelled(path: Path, classes: tuple[str, ...]) -> Dataset:
     return dataset._replace(labels=order[dataset.labels], classes=classes)
 
 
-def evaluate_run(run: str | Path, dataset: Dataset, checkpoint: Which, out: Path, tta: bool = False) -> dict[str, Any]:
+def evaluate_run(
+    run: str | Path, dataset: Dataset, checkpoint: Which, out: Path | None, tta: bool = False
+) -> dict[str, Any]:
     """Evaluates a checkpoint on labelled images and writes the report.
 
     Args:
@@ -37,6 +39,7 @@ def evaluate_run(run: str | Path, dataset: Dataset, checkpoint: Which, out: Path
       dataset: images and labels, in the run's order of classes.
       checkpoint: "best" or "final".
       out: folder for metrics.json, predictions.npz and the figures; made if needed, files of those names replaced.
+        None to write nothing.
       tta: average over mirror images: see `predict_logits`.
 
     Returns:
@@ -48,6 +51,8 @@ def evaluate_run(run: str | Path, dataset: Dataset, checkpoint: Which, out: Path
     bad = np.flatnonzero(~np.isfinite(logits).all(1))
     check(not len(bad), f"image {bad[0] if len(bad) else ''}: its logits are not finite; it has NaN or infinite pixels")
     values = evaluate(logits, dataset.labels, model.classes) | {"checkpoint": checkpoint, "tta": tta}
+    if out is None:
+        return values
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "metrics.json", json.dumps(values, indent=2) + "\n")
     np.savez(out / "predictions.npz", logits=logits, labels=dataset.labels, classes=np.array(model.classes))

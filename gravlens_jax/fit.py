@@ -4,6 +4,7 @@ import json
 import signal
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,8 @@ from gravlens_jax.simulate import simulate_dataset
 from gravlens_jax.steps import TrainState, end_epoch, eval_step, init_state
 from gravlens_jax.stream import Stream
 
+AGREE_EVERY = 16  # steps, after which several processes ask each other whether to save or stop
+
 
 def fit(config: Config, resume: bool = False, save_minutes: float = 10.0) -> dict[str, Any]:
     """Trains, saves and evaluates a run; returns the metrics of its best checkpoint on the test split.
@@ -42,10 +45,10 @@ def fit(config: Config, resume: bool = False, save_minutes: float = 10.0) -> dic
       FloatingPointError: the loss is not finite; earlier checkpoints stay.
       Stopped: SIGINT or SIGTERM came; the step has been finished and saved.
     """
-    run_dir = Path(config.run_dir)
+    run_dir, main = Path(config.run_dir), mesh.is_main()
     if resume:
         _check_same(checkpoint.read_run(run_dir).config, config)
-    else:
+    elif main:
         checkpoint.check_unused(run_dir)
     check(save_minutes >= 0, f"save_minutes={save_minutes}: expected a number >= 0")
     devices = mesh.data_mesh()
@@ -59,11 +62,11 @@ def fit(config: Config, resume: bool = False, save_minutes: float = 10.0) -> dic
             n >= config.batch_size,
             f"{split} holds {n} images, fewer than batch_size={config.batch_size}; give more or lower it",
         )
-    with checkpoint.locked(run_dir):
-        if not resume:
+    with checkpoint.locked(run_dir) if main else nullcontext():
+        if main and not resume:
             checkpoint.create_run(run_dir, checkpoint.RunInfo(config, train.classes, train.image_shape))
         _train(config, run_dir, datasets, devices, save_minutes)
-        return evaluate_run(run_dir, datasets["test"], "best", run_dir / "report")
+        return evaluate_run(run_dir, datasets["test"], "best", run_dir / "report" if main else None)
 
 
 def _train(
@@ -78,9 +81,12 @@ def _train(
     tx = make_optimizer(config.optim, total_steps)
     schedule = learning_rate_schedule(config.optim, total_steps)
     train_epoch = make_train_epoch(config, model, tx, devices)
-    eval_fn = jax.jit(partial(eval_step, model=model))
-    end_epoch_fn = jax.jit(partial(end_epoch, config=config.optim), out_shardings=mesh.replicated(devices))
-    history = run_dir / "metrics.jsonl"
+    everywhere = mesh.replicated(devices)
+    eval_fn = jax.jit(partial(eval_step, model=model), out_shardings=everywhere)
+    end_epoch_fn = jax.jit(partial(end_epoch, config=config.optim), out_shardings=everywhere)
+    history, main = run_dir / "metrics.jsonl", mesh.is_main()
+    say = partial(print, flush=True) if main else lambda *_: None
+    mesh.wait_for_main()  # it has made the run directory
 
     with (
         checkpoint.open_checkpoints(run_dir) as manager,
@@ -92,19 +98,24 @@ def _train(
         state, sums = _last_save(manager, partial_manager, state)
         step = int(state.step)
         epochs_done = max(0, step - easy_steps) // steps_per_epoch
-        _keep_lines(history, epochs_done)
-        print(
+        if main:
+            _keep_lines(history, epochs_done)
+        say(
             f"{run_dir}: {epochs_done} of {config.epochs} epochs done (step {step} of {total_steps}), {train.size:,} "
             f"{'fresh' if config.streams else 'training'} images and {steps_per_epoch} steps an epoch, "
-            f"{devices.size} x {jax.devices()[0].device_kind}",
-            flush=True,
+            f"{devices.size} x {jax.devices()[0].device_kind}"
         )
         task = bar.add_task("", total=total_steps, completed=step, text="")
-        last_save = time.monotonic()
+        last_save, told, calls = time.monotonic(), 0, 0
 
         def due() -> bool:
+            nonlocal told, calls
+            calls += 1
+            if jax.process_count() > 1 and calls % AGREE_EVERY:
+                return False
             late = save_minutes and time.monotonic() - last_save > 60 * save_minutes
-            return bool(signal_number() or late)
+            told = mesh.agree(signal_number() or int(late))
+            return told > 0
 
         def save(state: TrainState, sums: Sums) -> None:
             nonlocal last_save
@@ -113,10 +124,10 @@ def _train(
             stop_if_told(int(state.step))
 
         def stop_if_told(step: int) -> None:
-            if number := signal_number():
-                name = signal.Signals(number).name
+            if told > 1:
+                name = signal.Signals(told).name
                 message = f"{name}: stopped after step {step} of {total_steps}, which is saved; continue with --resume"
-                raise Stopped(f"{run_dir}: {message}", number)
+                raise Stopped(f"{run_dir}: {message}", told)
 
         def pass_over(name: str, dataset: Dataset | Stream, state: TrainState, sums: Sums, epoch: int, first_step: int):
             """An epoch of steps, or what is left of it."""
@@ -134,14 +145,14 @@ def _train(
             easy = place(datasets["easy"], config, devices)
             state, sums, _ = pass_over("easy images", easy, state, sums, 0, 0)
             loss, accuracy = _means(sums)
-            print(f"easy images  train loss {loss:.4f} accuracy {accuracy:.4f}", flush=True)
+            say(f"easy images  train loss {loss:.4f} accuracy {accuracy:.4f}")
             sums = no_sums()
         train_data = place(train, config, devices)
         for epoch in range(epochs_done, config.epochs):
             start = time.perf_counter()
             first_step = easy_steps + epoch * steps_per_epoch
             step = first_step + steps_per_epoch
-            learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(first_step, step)) * state.plateau.scale)
+            learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(first_step, step))) * float(state.plateau.scale)
             name = f"epoch {epoch + 1}/{config.epochs}"
             state, sums, images_per_second = pass_over(name, train_data, state, sums, epoch, first_step)
             val_batches = data.eval_batches(val, mesh.local_rows(data.eval_rows(val.size, config.batch_size)))
@@ -161,12 +172,14 @@ def _train(
                 "wall_seconds": time.perf_counter() - start,  # since the epoch began or was resumed
             }
             # The line first: if the run is killed in between, resuming drops it and repeats the epoch.
-            with checkpoint.writing(history), open(history, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            if main:
+                with checkpoint.writing(history), open(history, "a") as file:
+                    file.write(json.dumps(line) + "\n")
             checkpoint.save_state(manager, state, val_loss)
             checkpoint.drop_partial(partial_manager)
             last_save, sums = time.monotonic(), no_sums()
-            print(_epoch_text(line, config.epochs), flush=True)
+            say(_epoch_text(line, config.epochs))
+            told = mesh.agree(signal_number())
             if step < total_steps:
                 stop_if_told(step)
 
@@ -195,7 +208,9 @@ def open_data(config: Config) -> dict[str, Dataset | Stream]:
         if config.simulation.easy:
             streams["easy"] = Stream(config.simulation.easy, s.seed, "easy", make_easy(priors))
     folder = Path("data") / f"{s.preset}-{s.easy}-{s.train}-{s.val}-{s.test}-seed{s.seed}"
-    simulate_dataset(folder, s, track)
+    if mesh.is_main():
+        simulate_dataset(folder, s, track)
+    mesh.wait_for_main()
     return data.load_splits(folder, ("val", "test") if streams else FILES) | streams
 
 

@@ -3,6 +3,7 @@
 Every process runs the same program on batches of the same order, and reads only its own rows of each.
 """
 
+import os
 from typing import Any
 
 import jax
@@ -11,6 +12,51 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gravlens_jax.config import check
+
+DEAD_SECONDS = 60  # a process that has not been heard of for so long is taken for dead, and the others end
+
+
+def join_processes(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the processes of one run; does nothing if this is the only one. Call it before anything touches a device.
+
+    Args:
+      coordinator: HOST:PORT of process 0; or "auto", to ask what JAX knows of the cluster (SLURM, Open MPI, Cloud TPU,
+        Kubernetes). Without it JAX is asked where this is a step of several SLURM or Open MPI tasks, or the
+        environment names several TPU workers.
+      num_processes: of the run; with HOST:PORT only.
+      process_id: 0, 1, ... of this one; with HOST:PORT only.
+
+    Raises:
+      InputError: arguments that do not belong together.
+    """
+    environment = os.environ
+    tasks = max(int(environment.get(name, "1")) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    explicit = coordinator not in (None, "auto")
+    check(
+        (num_processes is not None) == (process_id is not None) == explicit,
+        f"coordinator={coordinator}, num_processes={num_processes}, process_id={process_id}: give all three, or none",
+    )
+    if explicit:
+        host, _, port = coordinator.rpartition(":")
+        check(bool(host) and port.isdecimal(), f"coordinator={coordinator}: expected HOST:PORT, or auto")
+        check(
+            0 <= process_id < num_processes,
+            f"process_id={process_id}: expected 0 to {num_processes - 1} for num_processes={num_processes}",
+        )
+        # On this machine alone nobody else needs to reach the port.
+        bind = coordinator if host in ("localhost", "127.0.0.1", "[::1]") else None
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            coordinator_bind_address=bind,
+            heartbeat_timeout_seconds=DEAD_SECONDS,
+            cluster_detection_method="deactivate",
+        )
+    elif coordinator == "auto" or tasks > 1 or "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize(heartbeat_timeout_seconds=DEAD_SECONDS)
 
 
 def data_mesh(devices: int | None = None) -> Mesh:
@@ -38,6 +84,12 @@ def local_rows(rows: np.ndarray) -> np.ndarray:
 def is_main() -> bool:
     """Whether this process is the one that prints and writes reports."""
     return jax.process_index() == 0
+
+
+def wait_for_main() -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("main")
 
 
 def agree(value: int) -> int:

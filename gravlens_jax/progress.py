@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gravlens_jax.mesh import is_main
+
 
 def progress_bar(unit: str) -> Progress:
     """Returns a rich progress bar with a count, a free text and the time left; silent where there is no terminal."""
@@ -17,7 +19,7 @@ def progress_bar(unit: str) -> Progress:
         TextColumn(unit + " {task.fields[text]}"),
         TimeRemainingColumn(compact=True),
         TextColumn("left"),
-        disable=not sys.stdout.isatty(),
+        disable=not (sys.stdout.isatty() and is_main()),
         speed_estimate_period=120,
     )
 

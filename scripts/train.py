@@ -12,6 +12,7 @@ from gravlens_jax import cli
 from gravlens_jax.checkpoint import read_run
 from gravlens_jax.config import PRESETS, Config
 from gravlens_jax.fit import fit
+from gravlens_jax.mesh import is_main, join_processes
 from gravlens_jax.report import table
 
 
@@ -29,6 +30,9 @@ class Arguments:
     preset: Literal["default", "best", "smoke", "published"] = "default"  # what every other option starts from
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on with --run-dir where it was last saved
     save_minutes: float = 10.0  # time between saves within an epoch; 0 for none; an epoch's end is always saved
+    coordinator: str | None = None  # HOST:PORT of process 0 of a run of several, or auto for what JAX finds out itself
+    num_processes: int | None = None  # of that run
+    process_id: int | None = None  # of this process: 0, 1, ...
     compile_cache: bool = True  # keep compiled programs in ~/.cache/gravlens_jax, so that the next run starts at once
 
 
@@ -49,11 +53,13 @@ def parse_arguments(arguments: list[str]) -> Arguments:
 def main() -> None:
     """Runs the command line."""
     arguments = parse_arguments(sys.argv[1:])
+    join_processes(arguments.coordinator, arguments.num_processes, arguments.process_id)
     if arguments.compile_cache:
         cli.use_compile_cache()
     values = fit(arguments.config, arguments.resume, arguments.save_minutes)
     run_dir = Path(arguments.config.run_dir)
-    print(f"test split: {table(values, run_dir / 'report')}\nrun: {run_dir}")
+    if is_main():
+        print(f"test split: {table(values, run_dir / 'report')}\nrun: {run_dir}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,139 @@
+"""Several devices and several processes: each case is `train.py` in processes of its own, as a user runs it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gravlens_jax.checkpoint import load_run
+from gravlens_jax.config import InputError
+from gravlens_jax.mesh import join_processes
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    *("--preset", "smoke", "--simulation.train", "48", "--simulation.val", "12", "--simulation.test", "12"),
+    *("--simulation.easy", "0", "--model.width", "4", "--input.crop", "48", "--input.pool", "4", "--epochs", "2"),
+    *("--optim.method", "adam", "--optim.learning-rate", "1e-3"),
+]
+
+
+def start(folder, devices, *arguments):
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+    environment |= {"XDG_CACHE_HOME": str(folder / f"cache{devices}")}
+    command = [sys.executable, str(ROOT / "scripts/train.py"), *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def start_two(folder, devices, *arguments):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+    several = ["--coordinator", coordinator, "--num-processes", 2, "--process-id"]
+    return [start(folder, devices, *arguments, *several, i) for i in (0, 1)]
+
+
+def finish(*processes, status=0):
+    results = [process.communicate(timeout=200) for process in processes]
+    for process, (out, err) in zip(processes, results, strict=True):
+        assert process.returncode == status, out + err
+    return results
+
+
+def history(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(a, b):
+    """Losses agree to float32's rounding in another order of summation, which two epochs of Adam amplify a little."""
+    for ours, theirs in zip(history(a), history(b), strict=True):
+        assert ours["step"] == theirs["step"]
+        for name in ("train_loss", "val_loss"):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with simulated data and a run on one device in runs/1."""
+    folder = tmp_path_factory.mktemp("work")
+    finish(start(folder, 1, *SMALL, "--run-dir", "runs/1"))
+    return folder
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_the_result_does_not_depend_on_the_number_of_devices(folder, devices):
+    ((out, _),) = finish(start(folder, devices, *SMALL, "--run-dir", f"runs/{devices}"))
+    assert f"{devices} x cpu" in out
+    assert_same_run(folder / f"runs/{devices}", folder / "runs/1")
+
+
+def test_nor_on_the_number_of_processes_of_which_one_prints_and_writes(folder):
+    (out, _), (other, _) = finish(*start_two(folder, 2, *SMALL, "--run-dir", "runs/2x2"))
+    assert "4 x cpu" in out and "epoch 2/2" in out and "epoch" not in other
+    assert_same_run(folder / "runs/2x2", folder / "runs/1")
+    assert (folder / "runs/2x2/report/metrics.json").exists()
+    (_, a), (_, b) = (load_run(folder / "runs" / name) for name in ("2x2", "1"))
+    np.testing.assert_allclose(a["params"]["head"]["kernel"], b["params"]["head"]["kernel"], atol=2e-3)
+
+
+def test_a_run_stopped_in_two_processes_resumes_on_other_devices(folder):
+    processes = start_two(folder, 2, *SMALL, "--run-dir", "runs/moved", "--epochs", 2000)
+    wait_for_epochs(folder / "runs/moved", 2, *processes)
+    processes[1].send_signal(signal.SIGTERM)  # one is enough: they stop together
+    for _, err in finish(*processes, status=143):
+        assert "SIGTERM: stopped after step" in err and "continue with --resume" in err
+    first = len(history(folder / "runs/moved"))
+    for devices in (1, 8):
+        process = start(folder, devices, "--run-dir", "runs/moved", "--resume")
+        first += 2
+        wait_for_epochs(folder / "runs/moved", first, process)
+        process.send_signal(signal.SIGINT)
+        finish(process, status=130)
+    steps = [line["step"] for line in history(folder / "runs/moved")]
+    assert steps == [3 * (i + 1) for i in range(len(steps))]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_if_one_of_two_processes_dies_the_other_ends_with_a_message(folder, victim):
+    name = f"runs/dies{victim}"
+    processes = start_two(folder, 1, *SMALL, "--run-dir", name, "--epochs", 2000)
+    wait_for_epochs(folder / name, 1, *processes)
+    processes[victim].kill()
+    start_of_wait = time.monotonic()
+    ((_, err),) = finish(processes[1 - victim], status=1)
+    assert time.monotonic() - start_of_wait < 60
+    assert "another process of this run has ended" in err and "--resume" in err and "Traceback" not in err
+    process = start(folder, 1, "--run-dir", name, "--resume")
+    wait_for_epochs(folder / name, len(history(folder / name)) + 1, process)
+    process.kill()
+    process.communicate()
+
+
+def wait_for_epochs(run_dir, n, *processes):
+    deadline = time.monotonic() + 150
+    while not ((run_dir / "metrics.jsonl").exists() and len(history(run_dir)) >= n):
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("localhost:1", None, None), "give all three, or none"),
+        ((None, 2, 0), "give all three, or none"),
+        (("auto", 2, 0), "give all three, or none"),
+        (("localhost", 2, 0), "expected HOST:PORT"),
+        (("localhost:1", 2, 2), "process_id=2: expected 0 to 1"),
+    ],
+)
+def test_arguments_that_do_not_belong_together_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        join_processes(*arguments)
