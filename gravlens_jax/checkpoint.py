@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from gravlens_jax.config import Config, InputError, check, from_dict, to_json
+from gravlens_jax.config import Config, InputError, check, from_dict, parse_json, to_json
 from gravlens_jax.model import ResNet, make_model
 from gravlens_jax.steps import TrainState
 
@@ -112,13 +112,7 @@ def read_run(run_dir: Path) -> RunInfo:
     """Reads config.json of a run directory."""
     path = Path(run_dir) / "config.json"
     check(path.is_file(), f"{run_dir} is not a run (no config.json); expected a directory made by scripts/train.py")
-    try:
-        values = json.loads(path.read_text())
-        classes, shape = tuple(values["classes"]), tuple(values["image_shape"])
-        assert all(isinstance(c, str) for c in classes) and [type(s) for s in shape] == [int, int]
-    except (json.JSONDecodeError, KeyError, TypeError, AssertionError) as error:
-        raise InputError(f"{path} is damaged: {error!r}; expected config, classes and image_shape in JSON") from error
-    return RunInfo(from_dict(Config, values["config"], str(path)), classes, shape)
+    return from_dict(RunInfo, parse_json(path.read_bytes(), str(path)), str(path))
 
 
 def read_history(path: Path, epochs: int | None = None) -> list[dict[str, Any]]:
@@ -284,7 +278,7 @@ def load_run(run_dir: str | Path, checkpoint: Which = "best") -> tuple[ResNet, A
     info = read_run(Path(run_dir))
     model = make_model(info.config.model, info.config.input, info.classes)
     size = model.input.crop // model.input.pool
-    abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 1)))
+    abstract = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 1), jnp.float32))
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
     with open_checkpoints(Path(run_dir)) as manager:

@@ -5,6 +5,7 @@ Every field is a command-line option of `scripts/train.py`; the comment beside i
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -25,6 +26,14 @@ def check(condition: bool, message: str) -> None:
     """Raises InputError(message) unless `condition` holds."""
     if not condition:
         raise InputError(message)
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """Returns what a JSON text says; InputError if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also bad UTF-8, and integers of thousands of digits
+        raise InputError(f"{where} is not readable JSON ({error}); it is damaged") from error
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,7 @@ class InputConfig:
 
     def __post_init__(self):
         check(self.crop >= 1 and self.pool >= 1, f"crop={self.crop}, pool={self.pool}: both must be at least 1")
+        check(self.crop <= 2**14, f"crop={self.crop}: expected at most {2**14} pixels")
         check(self.crop % self.pool == 0, f"crop={self.crop} is not a multiple of pool={self.pool}")
         check(self.std > 0, f"std={self.std}: expected a positive number")
 
@@ -84,10 +94,10 @@ class ModelConfig:
 
     def __post_init__(self):
         check(
-            self.depth >= 8 and self.depth % 6 == 2,
-            f"depth={self.depth}: expected 6n + 2 layers, such as 8, 14, 20, 32, 44 or 56",
+            8 <= self.depth <= 1202 and self.depth % 6 == 2,
+            f"depth={self.depth}: expected 6n + 2 layers, such as 8, 14, 20, 32, 44 or 56, at most 1202",
         )
-        check(self.width >= 1, f"width={self.width}: expected at least 1 filter")
+        check(1 <= self.width <= 2**12, f"width={self.width}: expected 1 to {2**12} filters")
 
 
 @dataclass(frozen=True)
@@ -180,14 +190,14 @@ def to_json(config: Any) -> str:
 
 
 def from_dict(cls: type, values: Any, where: str = "config") -> Any:
-    """Returns a `cls` dataclass from plain values; missing or unknown fields and wrong types raise InputError.
+    """Returns a `cls` from plain values; missing or unknown fields and wrong types raise InputError.
 
     Args:
-      cls: one of the dataclasses above.
+      cls: one of the dataclasses above, or a NamedTuple of what they hold.
       values: what `json.loads(to_json(config))` returns.
       where: what to call the whole in errors.
     """
-    check(isinstance(values, dict), f"{where}: expected an object, got {values!r}")
+    check(isinstance(values, dict), f"{where}: expected an object, got {values!r:.80}")
     hints = typing.get_type_hints(cls)
     for name in values.keys() ^ hints.keys():
         check(False, f"{where}: field {name!r} is {'unknown' if name in values else 'missing'}")
@@ -199,10 +209,15 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return from_dict(hint, value, where)
     options = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
-        check(value in options, f"{where}: expected one of {options}, got {value!r}")
+        check(value in options, f"{where}: expected one of {options}, got {value!r:.80}")
         return value
+    if typing.get_origin(hint) is tuple:  # tuple[str, ...] or tuple[int, int]
+        inner = options[:1] * len(value) if Ellipsis in options and isinstance(value, list) else options
+        check(isinstance(value, list) and len(value) == len(inner) > 0, f"{where}: expected {hint}, got {value!r:.80}")
+        return tuple(_value(kind, item, where) for kind, item in zip(inner, value, strict=True))
     allowed = options if isinstance(hint, types.UnionType) else (hint,)
-    if float in allowed and type(value) is int:
+    if float in allowed and type(value) is int and abs(value) < 2**53:
         value = float(value)
-    check(type(value) in allowed, f"{where}: expected {hint}, got {value!r}")
+    finite = type(value) is not float or math.isfinite(value)
+    check(type(value) in allowed and finite, f"{where}: expected {hint}, got {value!r:.80}")
     return value

@@ -1,26 +1,27 @@
-"""The file format: uncompressed .npz, written as a stream and read by memory map. No file is ever unpickled.
+"""The file format: uncompressed .npz, written as a stream and read by memory map.
 
 An .npz of this project holds images (n, height, width), labels int32 (n,), classes (names of the labels) and info (JSON
 text: where the images come from).
 """
 
-import io
 import json
+import math
 import os
+import shutil
 import sys
 import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from gravlens_jax.config import CLASSES, InputError, check
+from gravlens_jax.archive import MEMORY_BYTES, Header, data_start, member_header, members, open_archive, read_members
+from gravlens_jax.config import CLASSES, InputError, check, parse_json
 
 CHUNK_BYTES = 32 * 2**20  # unpacked at a time
-SMALL_MEMBERS = ("labels", "classes", "info")  # of an .npz, besides images
+MAX_RATIO = 200  # of unpacked to compressed images; photon counts have about 3, an archive made to fill disks 1000
+EXPECTED = "an .npz made by scripts/pack.py or scripts/simulate.py"
 
 
 class Dataset(NamedTuple):
@@ -66,6 +67,8 @@ def write_npz(
     """
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
+    check(needed <= free, f"{path} needs {needed:,} bytes, {free:,} are free; free space or choose another folder")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     small = {"labels": np.asarray(labels, np.int32), "classes": np.array(classes), "info": np.array(json.dumps(info))}
     small |= arrays or {}
@@ -105,85 +108,45 @@ def open_npz(path: str | Path, need_labels: bool = True) -> Dataset:
       InputError: the file is missing, damaged, has no images or labels, or labels outside its classes.
     """
     path = Path(path).resolve()
-    with _open_archive(path) as archive:
-        members = _members(path, archive, ("images", "labels") if need_labels else ("images",))
-        if members["images"].compress_type == zipfile.ZIP_STORED:
-            images = _map_member(path, members["images"])
-            small = {name: _read_member(archive, m) for name, m in members.items() if name in SMALL_MEMBERS}
-            return _checked(path, images, **small)
+    with open_archive(path, EXPECTED) as archive:
+        info = members(archive).get("images")
+        if info is None or info.compress_type == zipfile.ZIP_STORED:
+            header, *small = _read_small(archive, need_labels)
+            offset = data_start(archive, info) + header.offset
+            return Dataset(np.memmap(path, header.dtype, "r", offset, header.shape), *small)
     return open_npz(unpack_npz(path))
 
 
-@contextmanager
-def _open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Opens an .npz; whatever the libraries make of a damaged one becomes InputError."""
-    check(path.is_file(), f"{path}: no such file; expected an .npz made by scripts/pack.py or scripts/simulate.py")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except InputError:
-        raise
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, NotImplementedError) as error:
-        raise InputError(f"{path}: not a readable .npz ({error}); make it again") from error
-
-
-def _members(path: Path, archive: zipfile.ZipFile, needed: tuple[str, ...]) -> dict[str, zipfile.ZipInfo]:
-    members = {m.filename.removesuffix(".npy"): m for m in archive.infolist()}
-    for name in needed:
-        check(name in members, f"{path}: has no {name!r}, only {', '.join(sorted(members)) or 'nothing'}")
-    return members
-
-
-def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    with archive.open(member) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
-
-
-def _map_member(path: Path, member: zipfile.ZipInfo) -> np.ndarray:
-    """Maps a stored .npy member. The local header repeats name and extra field, with lengths of its own."""
-    with open(path, "rb") as file:
-        file.seek(member.header_offset)
-        local = file.read(30)
-        check(len(local) == 30 and local[:4] == b"PK\x03\x04", f"{path}: damaged header of {member.filename}")
-        file.seek(int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little"), io.SEEK_CUR)
-        start = file.tell()
-        shape, fortran_order, dtype = _read_npy_header(file)
-        offset = file.tell()
-    check(not dtype.hasobject, f"{path}: {member.filename} holds Python objects, which are never unpickled")
-    check(dtype.kind in "uif", f"{path}: {member.filename} has dtype {dtype}, expected real numbers")
-    check(not fortran_order, f"{path}: {member.filename} is in Fortran order, expected C order")
-    expected = offset - start + int(np.prod(shape, dtype=object)) * dtype.itemsize
-    check(
-        member.file_size == expected and start + expected <= path.stat().st_size,
-        f"{path}: {member.filename} announces {shape} of {dtype} but holds {member.file_size} bytes; make it again",
-    )
-    return np.memmap(path, dtype, "r", offset, shape)
-
-
-def _read_npy_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(file)
-
-
-def _checked(
-    path: Path, images: np.ndarray, labels: np.ndarray | None = None, classes: Any = CLASSES, info: Any = "{}"
-) -> Dataset:
-    if images.ndim == 4 and images.shape[1] == 1:
-        images = images[:, 0]
-    if labels is None:
-        labels = np.zeros(len(images), np.int32)
-    classes, info = tuple(map(str, classes)), json.loads(str(info))
-    check(images.ndim == 3, f"{path}: images have shape {images.shape}, expected (n, height, width)")
-    check(labels.shape == images.shape[:1], f"{path}: {len(images)} images but labels of shape {labels.shape}")
-    check(len(labels) > 0, f"{path}: holds no images")
-    check(labels.dtype.kind in "ui", f"{path}: labels have dtype {labels.dtype}, expected integers")
+def _read_small(
+    archive: zipfile.ZipFile, need_labels: bool = True, classes: tuple[str, ...] = CLASSES
+) -> tuple[Header, np.ndarray, tuple[str, ...], dict]:
+    """Reads all but the images: their header, with shape (n, height, width); labels, classes and info."""
+    path, infos = archive.filename, members(archive)
+    for name in ("images", "labels") if need_labels else ("images",):
+        check(name in infos, f"{path}: has no {name!r}, only {', '.join(sorted(infos)) or 'nothing':.200}")
+    header = member_header(archive, infos["images"], "uif")
+    shape, info = header.shape, {}
+    fits = len(shape) == 3 or (len(shape) == 4 and shape[1] == 1)
+    check(fits, f"{path}: images have shape {shape}, expected (n, height, width)")
+    check(not header.fortran_order, f"{path}: images are in Fortran order, expected C order")
+    if "labels" in infos:
+        announced = member_header(archive, infos["labels"], "ui").shape
+        check(announced == shape[:1], f"{path}: {shape[0]} images but labels of shape {announced}")
+        labels = read_members(archive, {"labels": infos["labels"]}, "ui")["labels"]
+    else:
+        labels = np.zeros(shape[0], np.int32)
+    texts = read_members(archive, {name: infos[name] for name in ("classes", "info") if name in infos}, "U")
+    if "classes" in texts:
+        classes = tuple(texts["classes"].ravel().tolist())
+    if "info" in texts:
+        info = parse_json(texts["info"].item(), f"{path}: info")
+    check(isinstance(info, dict), f"{path}: info is not an object of JSON")
     low, high = labels.min(), labels.max()
     check(
         low >= 0 and high < len(classes),
         f"{path}: labels run from {low} to {high}, expected 0 to {len(classes) - 1} for {', '.join(classes)}",
     )
-    return Dataset(images, labels.astype(np.int32), classes, info)
+    return header._replace(shape=(shape[0], *shape[-2:])), labels.astype(np.int32), classes, info
 
 
 def unpack_npz(path: Path, out: Path | None = None, classes: tuple[str, ...] = CLASSES) -> Path:
@@ -198,29 +161,26 @@ def unpack_npz(path: Path, out: Path | None = None, classes: tuple[str, ...] = C
     out = Path(out or path.with_suffix(".unpacked.npz")).resolve()
     if out.exists() and out.stat().st_mtime >= path.stat().st_mtime:
         return out
-    print(f"{path} cannot be memory-mapped as it is: unpacking it once to {out}", file=sys.stderr)
-    with _open_archive(path) as archive:
-        members = _members(path, archive, ("images", "labels"))
-        labels = _read_member(archive, members["labels"])
-        if "classes" in members:
-            classes = tuple(map(str, _read_member(archive, members["classes"])))
-        else:
+    with open_archive(path, EXPECTED) as archive:
+        (shape, dtype, _, offset), labels, classes, _ = _read_small(archive, classes=classes)
+        image_bytes, info = math.prod(shape[1:]) * dtype.itemsize, members(archive)["images"]
+        check(
+            image_bytes <= CHUNK_BYTES and info.file_size <= max(MEMORY_BYTES, MAX_RATIO * info.compress_size),
+            f"{path}: {info.compress_size:,} bytes would unpack to images {shape} of {dtype}, more than images can be "
+            f"compressed; if you trust the file, save it with numpy.savez",
+        )
+        print(f"{path} cannot be memory-mapped as it is: unpacking it once to {out}", file=sys.stderr)
+        if "classes" not in members(archive):
             names = ", ".join(classes)
             print(f"{path.name} does not name its classes: labels 0, 1, ... are taken as {names}", file=sys.stderr)
-        with archive.open(members["images"]) as member:
-            shape, fortran_order, dtype = _read_npy_header(member)
-            check(not dtype.hasobject, f"{path}: images.npy holds Python objects, which are never unpickled")
-            check(dtype.kind in "uif" and not fortran_order, f"{path}: images.npy must be real numbers in C order")
-            check(len(shape) == 3 or (len(shape) == 4 and shape[1] == 1), f"{path}: images have shape {shape}")
-            height, width = shape[-2:]
-            rows = max(1, CHUNK_BYTES // (height * width * dtype.itemsize))
+        rows = CHUNK_BYTES // image_bytes
+        with archive.open(info) as file:
+            file.read(offset)
 
             def chunks():
                 for start in range(0, shape[0], rows):
                     count = min(rows, shape[0] - start)
-                    data = member.read(count * height * width * dtype.itemsize)
-                    yield np.frombuffer(data, dtype).reshape(count, height, width)
+                    yield np.frombuffer(file.read(count * image_bytes), dtype).reshape(count, *shape[1:])
 
-            info = {"source": path.name}
-            write_npz(out, chunks(), (shape[0], height, width), dtype, labels, classes, info)
+            write_npz(out, chunks(), shape, dtype, labels, classes, {"source": path.name})
     return out

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from gravlens_jax.archive import members, open_archive, read_members
 from gravlens_jax.config import InputError, check
 
 
@@ -14,16 +15,20 @@ def load_state_dict(path: Path) -> dict[str, np.ndarray]:
     Raises:
       InputError: no such file, unreadable, or a .pth without torch.
     """
-    path = Path(path)
-    check(path.is_file(), f"{path}: no such file; expected a PyTorch state dict as .npz or .pth")
+    path, expected = Path(path), "a PyTorch state dict as .npz or .pth"
+    check(path.is_file(), f"{path}: no such file; expected {expected}")
+    if path.suffix == ".npz":
+        with open_archive(path, expected) as archive:
+            return read_members(archive, members(archive), "uif")
     try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                return dict(archive)
         import torch
 
+        version = tuple(map(int, torch.__version__.split(".")[:2]))
+        check(version >= (2, 10), f"{path}: torch {torch.__version__} may run code from a .pth; update torch to 2.10")
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
         return {name: value.numpy() for name, value in state_dict.items()}
+    except InputError:
+        raise
     except ImportError as error:
         raise InputError(f"{path}: reading .pth needs torch; install it, or save the arrays as .npz") from error
     except Exception as error:  # torch raises many kinds for damaged or unsafe files

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gravlens_jax.archive import members, open_archive, read_members
 from gravlens_jax.checkpoint import Which, load_run, read_history, read_run
-from gravlens_jax.config import InputConfig, InputError, ModelConfig, check, from_dict
+from gravlens_jax.config import InputConfig, ModelConfig, check, from_dict, parse_json
 from gravlens_jax.model import ResNet, make_model
 
 PRETRAINED = Path(__file__).with_name("pretrained.npz")
@@ -78,19 +78,30 @@ def export_run(run_dir: Path, out: Path, checkpoint: Which = "best") -> dict[str
     return about
 
 
+class _About(NamedTuple):
+    """What an exported network says of itself, as far as it is needed to run it."""
+
+    model: ModelConfig
+    input: InputConfig
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int]
+
+
 def _read(path: Path) -> Network:
-    check(path.is_file(), f"{path}: no such file; expected one written by scripts/export.py")
-    try:
-        with open(path, "rb") as opened, np.load(opened) as file:
-            arrays = dict(file)
-        about = json.loads(str(arrays.pop("about")))
-        classes, shape = tuple(about["classes"]), tuple(about["image_shape"])
-        configs = from_dict(ModelConfig, about["model"], "model"), from_dict(InputConfig, about["input"], "input")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is not a network ({error}); expected a file written by scripts/export.py") from error
-    model = make_model(*configs, classes)
+    with open_archive(path, "a network written by scripts/export.py") as archive:
+        infos = members(archive)
+        check("about" in infos, f"{path}: has no 'about'; expected a network written by scripts/export.py")
+        text = read_members(archive, {"about": infos.pop("about")}, "U")["about"].item()
+        arrays = read_members(archive, infos, "f")
+    values = parse_json(text, f"{path}: about")
+    check(isinstance(values, dict), f"{path}: about is not an object of JSON")
+    known = {name: values[name] for name in values.keys() & set(_About._fields)}
+    about = from_dict(_About, known, f"{path}: about")
+    model = make_model(about.model, about.input, about.classes)
     size = model.input.crop // model.input.pool
-    expected = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 1))), sep="/")
-    shapes = ({name: array.shape for name, array in some.items()} for some in (arrays, expected))
-    check(len({json.dumps(s, sort_keys=True) for s in shapes}) == 1, f"{path}: its arrays are not those of its model")
-    return Network(model, unflatten_dict({k: jnp.asarray(v) for k, v in arrays.items()}, sep="/"), shape)
+    image = jax.ShapeDtypeStruct((1, size, size, 1), jnp.float32)
+    expected = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), image), sep="/")
+    shapes, expected_shapes = ({name: array.shape for name, array in some.items()} for some in (arrays, expected))
+    check(shapes == expected_shapes, f"{path}: its arrays are not those of its model")
+    arrays = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
+    return Network(model, unflatten_dict(arrays, sep="/"), about.image_shape)

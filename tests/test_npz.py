@@ -76,7 +76,10 @@ def test_a_file_without_labels_serves_prediction_only(tmp_path):
         ({"images": np.zeros((3, 4, 4)), "labels": np.array([0, 1, 3])}, "labels run from 0 to 3, expected 0 to 2"),
         ({"images": np.zeros((3, 4, 4)), "labels": np.array([-1, 1, 2])}, "labels run from -1"),
         ({"images": np.zeros((3, 4, 4)), "labels": np.array([0, 1])}, "3 images but labels of shape"),
-        ({"images": np.zeros((3, 4, 4)), "labels": np.array([0.0, 1, 2])}, "labels have dtype float64"),
+        (
+            {"images": np.zeros((3, 4, 4)), "labels": np.array([0.0, 1, 2])},
+            "labels.npy has dtype float64, expected integers",
+        ),
         ({"images": np.zeros((3, 4)), "labels": np.array([0, 1, 2])}, r"shape \(3, 4\), expected \(n, height"),
         ({"images": np.zeros((3, 4, 4), complex), "labels": np.array([0, 1, 2])}, "dtype complex128"),
         ({"images": np.asfortranarray(np.zeros((3, 4, 4))), "labels": np.array([0, 1, 2])}, "Fortran order"),
@@ -96,10 +99,10 @@ def test_python_objects_are_never_unpickled(tmp_path):
 
     for save_archive in (np.savez, np.savez_compressed):
         save_archive(tmp_path / "a.npz", images=np.array([Bomb(), None]), labels=np.array([0, 1]))
-        with pytest.raises(InputError, match=r"Python objects|pickle"):
+        with pytest.raises(InputError, match=r"images\.npy holds Python objects"):
             open_npz(tmp_path / "a.npz")
     save_archive(tmp_path / "b.npz", images=np.zeros((1, 4, 4)), labels=np.array([Bomb()]))
-    with pytest.raises(InputError, match="allow_pickle=False"):
+    with pytest.raises(InputError, match=r"labels\.npy holds Python objects"):
         open_npz(tmp_path / "b.npz")
     assert not (tmp_path / "exploded").exists()
 

@@ -75,8 +75,8 @@ def test_a_head_of_another_size_is_named():
 def test_unreadable_weights_are_refused(tmp_path):
     (tmp_path / "a.npz").write_text(json.dumps({}))
     np.savez(tmp_path / "b.npz", x=np.array([{}], object))
-    for name in ("a.npz", "b.npz"):
-        with pytest.raises(InputError, match="not a readable state dict"):
+    for name, message in (("a.npz", "not a readable .npz"), ("b.npz", "holds Python objects")):
+        with pytest.raises(InputError, match=message):
             load_state_dict(tmp_path / name)
     with pytest.raises(InputError, match="no such file"):
         load_state_dict(tmp_path / "c.npz")
