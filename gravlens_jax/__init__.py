@@ -2,8 +2,9 @@
 
 from gravlens_jax.checkpoint import load_run
 from gravlens_jax.config import CLASSES, Config, InputError
+from gravlens_jax.explain import saliency
 from gravlens_jax.fit import fit
-from gravlens_jax.model import ResNet, ResNet20, predict, predict_logits
+from gravlens_jax.model import ResNet, ResNet20, embed, predict, predict_logits
 from gravlens_jax.npz import open_npz
 from gravlens_jax.priors import Priors
 from gravlens_jax.render import render_lens, sample_lens
@@ -16,6 +17,7 @@ __all__ = [
     "Priors",
     "ResNet",
     "ResNet20",
+    "embed",
     "fit",
     "load_network",
     "load_pretrained",
@@ -24,5 +26,6 @@ __all__ = [
     "predict",
     "predict_logits",
     "render_lens",
+    "saliency",
     "sample_lens",
 ]

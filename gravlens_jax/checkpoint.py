@@ -42,11 +42,14 @@ class RunInfo(NamedTuple):
     image_shape: tuple[int, int]  # height and width of the images it was trained on
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name, then renames it."""
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Writes a file under a temporary name, then renames it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_unused(run_dir: Path) -> None:

@@ -34,6 +34,11 @@ def no_sums() -> Sums:
     return {"loss": 0.0, "correct": 0.0, "count": 0.0}
 
 
+def means(sums: Sums) -> tuple[float, float]:
+    """Returns the loss and the accuracy."""
+    return sums["loss"] / sums["count"], sums["correct"] / sums["count"]
+
+
 def make_train_epoch(
     config: Config, model: ResNet, tx: optax.GradientTransformation, devices: Mesh
 ) -> Callable[..., tuple[TrainState, Sums]]:
@@ -79,9 +84,9 @@ def make_train_epoch(
         epoch: int,
         first_step: int,
         sums: Sums,
-        show: Show,
-        due: Callable[[], bool],
-        save: Callable[[TrainState, Sums], None],
+        show: Show = lambda step, sums: None,
+        due: Callable[[], bool] = lambda: False,
+        save: Callable[[TrainState, Sums], None] = lambda state, sums: None,
     ) -> tuple[TrainState, Sums]:
         step, sums, pending = int(state.step), dict(sums), None
 

@@ -10,6 +10,8 @@ import numpy as np
 from gravlens_jax import report
 from gravlens_jax.checkpoint import Which, read_history, write_atomically
 from gravlens_jax.config import check
+from gravlens_jax.data import take_rows
+from gravlens_jax.explain import saliency
 from gravlens_jax.folders import load_folder, load_image
 from gravlens_jax.metrics import evaluate
 from gravlens_jax.model import predict, predict_logits
@@ -58,6 +60,12 @@ def evaluate_run(
     np.savez(out / "predictions.npz", logits=logits, labels=dataset.labels, classes=np.array(model.classes))
     history = read_history(Path(run) / "metrics.jsonl")
     report.draw(out, dataset.images, logits, dataset.labels, model.classes, history)
+    right = logits.argmax(1) == dataset.labels
+    rows = np.concatenate([np.flatnonzero(right & (dataset.labels == k))[:3] for k in range(len(model.classes))])
+    if len(rows):
+        images = take_rows(dataset.images, rows)
+        maps = saliency(model, variables, images)
+        report.draw_saliency(out / "saliency.png", images, maps, dataset.labels[rows], model.classes)
     return values
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from gravlens_jax import checkpoint, data, mesh
 from gravlens_jax.config import FILES, SPLITS, STREAM, Config, check
-from gravlens_jax.epoch import Sums, check_finite, make_train_epoch, no_sums, place, sum_metrics
+from gravlens_jax.epoch import Sums, check_finite, make_train_epoch, means, no_sums, place, sum_metrics
 from gravlens_jax.evaluate import evaluate_run
 from gravlens_jax.model import check_images, make_model
 from gravlens_jax.npz import Dataset
@@ -134,7 +134,7 @@ def _train(
             start, seen = time.perf_counter(), sums["count"]
 
             def show(step: int, sums: Sums) -> None:
-                rate, loss, accuracy = (sums["count"] - seen) / (time.perf_counter() - start), *_means(sums)
+                rate, loss, accuracy = (sums["count"] - seen) / (time.perf_counter() - start), *means(sums)
                 text = f"{rate:,.0f} images/s loss {loss:.3f} accuracy {accuracy:.3f}"
                 bar.update(task, completed=step, description=name, text=text)
 
@@ -144,7 +144,7 @@ def _train(
         if step < easy_steps:
             easy = place(datasets["easy"], config, devices)
             state, sums, _ = pass_over("easy images", easy, state, sums, 0, 0)
-            loss, accuracy = _means(sums)
+            loss, accuracy = means(sums)
             say(f"easy images  train loss {loss:.4f} accuracy {accuracy:.4f}")
             sums = no_sums()
         train_data = place(train, config, devices)
@@ -157,7 +157,7 @@ def _train(
             state, sums, images_per_second = pass_over(name, train_data, state, sums, epoch, first_step)
             val_batches = data.eval_batches(val, mesh.local_rows(data.eval_rows(val.size, config.batch_size)))
             val_sums = sum_metrics(eval_fn, state, data.prefetch(val_batches), devices)
-            (train_loss, train_accuracy), (val_loss, val_accuracy) = _means(sums), _means(val_sums)
+            (train_loss, train_accuracy), (val_loss, val_accuracy) = means(sums), means(val_sums)
             check_finite(val_loss, "validation loss", step)
             state = end_epoch_fn(state, val_loss)
             line = {
@@ -212,11 +212,6 @@ def open_data(config: Config) -> dict[str, Dataset | Stream]:
         simulate_dataset(folder, s, track)
     mesh.wait_for_main()
     return data.load_splits(folder, ("val", "test") if streams else FILES) | streams
-
-
-def _means(sums: dict[str, float]) -> tuple[float, float]:
-    """Returns loss and accuracy."""
-    return sums["loss"] / sums["count"], sums["correct"] / sums["count"]
 
 
 def _epoch_text(line: dict[str, Any], epochs: int) -> str:

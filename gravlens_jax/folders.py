@@ -11,6 +11,11 @@ from gravlens_jax.config import CLASSES, InputError, check
 from gravlens_jax.npz import Dataset, write_npz
 
 
+def list_classes(folder: Path) -> tuple[str, ...]:
+    """Returns the names of the folders in `folder`, sorted."""
+    return tuple(sorted(f.name for f in Path(folder).iterdir() if f.is_dir() and not f.name.startswith(".")))
+
+
 def list_folder(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], np.ndarray]:
     """Returns the .npy files of `folder/<class>/`, numbers in numerical order, and their labels int32 (n,)."""
     files, labels = [], []

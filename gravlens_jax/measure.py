@@ -216,10 +216,7 @@ def busy_fraction(batch_size: int, size: int, dtype: str, steps: int, repeats: i
 
         def epoch() -> None:
             nonlocal state
-            first = int(state.step)
-            state, _ = train_epoch(
-                state, dataset, 0, first, no_sums(), lambda step, sums: None, lambda: False, lambda state, sums: None
-            )
+            state, _ = train_epoch(state, dataset, 0, int(state.step), no_sums())
 
         def alone() -> None:
             nonlocal state

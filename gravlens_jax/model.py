@@ -4,6 +4,7 @@
 as they are on disk, prepares them as the network wants them, and returns probabilities.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,8 @@ from gravlens_jax.augment import prepare, to_unit
 from gravlens_jax.config import CLASSES, InputConfig, ModelConfig, check
 from gravlens_jax.conv import conv_general_dilated
 from gravlens_jax.norm import BatchNorm
+
+ALL, BEFORE_HEAD = slice(None), slice(0, 5)  # parts of the network
 
 
 class ResNet(nn.Module):
@@ -39,12 +42,14 @@ class ResNet(nn.Module):
     input: InputConfig = InputConfig()
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False, parts: slice = ALL) -> jax.Array:
         """Returns logits, float32 (n, len(classes)).
 
         Args:
           x: float (n, height, width, 1), prepared images.
           train: normalise by the batch and update the running statistics (then pass mutable=["batch_stats"]).
+          parts: which of the six parts to run: first convolution, stages 1 to 3, mean over the pixels, head. `x` is
+            then what the first of them takes, and the result what the last of them makes.
         """
         conv = partial(
             nn.Conv,
@@ -58,8 +63,10 @@ class ResNet(nn.Module):
         # momentum weighs the old statistics: 0.9 here is PyTorch's 0.1.
         norm = partial(BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype)
 
-        x = nn.relu(norm(name="norm0")(conv3(self.width, name="conv0")(x)))
-        for stage in range(3):
+        def first(x):
+            return nn.relu(norm(name="norm0")(conv3(self.width, name="conv0")(x)))
+
+        def run_stage(stage, x):
             filters = self.width * 2**stage
             for block in range((self.depth - 2) // 6):
                 name = f"stage{stage + 1}_block{block + 1}"
@@ -73,8 +80,15 @@ class ResNet(nn.Module):
                 elif stride == 2:
                     x = jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (filters // 4, filters // 4)))
                 x = nn.relu(x + y)
-        x = x.astype(jnp.float32).mean((1, 2))
-        return nn.Dense(len(self.classes), dtype=jnp.float32, name="head")(x)
+            return x
+
+        def mean(x):
+            return x.astype(jnp.float32).mean((1, 2))
+
+        head = nn.Dense(len(self.classes), dtype=jnp.float32, name="head")
+        for part in [first, *(partial(run_stage, stage) for stage in range(3)), mean, head][parts]:
+            x = part(x)
+        return x
 
 
 ResNet20 = partial(ResNet, depth=20)
@@ -99,6 +113,11 @@ def _logits(variables, images: jax.Array, *, model: ResNet, tta: bool) -> jax.Ar
     return jnp.stack([model.apply(variables, some) for some in mirrored]).mean(0)
 
 
+@partial(jax.jit, static_argnames="model")
+def _features(variables, images: jax.Array, *, model: ResNet) -> jax.Array:
+    return model.apply(variables, prepare(to_unit(images), model.input), parts=BEFORE_HEAD)
+
+
 def predict_logits(
     model: ResNet, variables: Any, images: np.ndarray, batch_size: int = 128, tta: bool = False
 ) -> np.ndarray:
@@ -116,14 +135,24 @@ def predict_logits(
       InputError: not (n, height, width), or smaller than the crop.
     """
     check_images(images.shape, model.input)
-    logits = np.empty((len(images), len(model.classes)), np.float32)
+    function = partial(_logits, variables, model=model, tta=tta)
+    return _in_batches(function, images, batch_size, len(model.classes))
+
+
+def embed(model: ResNet, variables: Any, images: np.ndarray, batch_size: int = 128) -> np.ndarray:
+    """Returns what the head reads of each image, float32 (n, 4 * model.width); arguments as in `predict_logits`."""
+    check_images(images.shape, model.input)
+    return _in_batches(partial(_features, variables, model=model), images, batch_size, 4 * model.width)
+
+
+def _in_batches(function: Callable, images: np.ndarray, batch_size: int, columns: int) -> np.ndarray:
+    """Returns function(images), float32 (n, columns), batch by batch; the last one is filled up, to compile once."""
+    results = np.empty((len(images), columns), np.float32)
     for start in range(0, len(images), batch_size):
         batch = np.asarray(images[start : start + batch_size])
         padding = ((0, min(batch_size, len(images)) - len(batch)), (0, 0), (0, 0))
-        logits[start : start + len(batch)] = _logits(variables, np.pad(batch, padding), model=model, tta=tta)[
-            : len(batch)
-        ]
-    return logits
+        results[start : start + len(batch)] = function(np.pad(batch, padding))[: len(batch)]
+    return results
 
 
 def predict(model: ResNet, variables: Any, images: np.ndarray, batch_size: int = 128, tta: bool = False) -> np.ndarray:

@@ -135,6 +135,33 @@ def draw_examples(
     _save(figure, path)
 
 
+def draw_saliency(
+    path: Path, images: np.ndarray, maps: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], columns: int = 3
+) -> None:
+    """Pairs of an image and the map of what speaks for its class, up to `columns` of them in a row for each class.
+
+    Args:
+      path: where to write the PNG.
+      images: (n, height, width).
+      maps: float (n, height, width), 0 or more; each is scaled by its own maximum.
+      labels: int (n,), the class that each map is of.
+      classes: names.
+      columns: pairs in a row.
+    """
+    figure = Figure((3.1 * columns + 0.4, 1.6 * len(classes) + 0.3), dpi=DPI, layout="constrained")
+    grid = figure.subplots(len(classes), 2 * columns, squeeze=False)
+    for axes in grid.ravel():
+        axes.set(xticks=[], yticks=[], frame_on=False)
+    for label, row in enumerate(grid):
+        row[0].set_ylabel(classes[label], fontsize=11)
+        for column, index in enumerate(np.flatnonzero(labels == label)[:columns]):
+            row[2 * column].imshow(np.sqrt(images[index] - images[index].min()), cmap="inferno")
+            row[2 * column + 1].imshow(maps[index], cmap="viridis", vmin=0)
+    for axes, title in zip(grid[0], ["image", "speaks for its class"] * columns, strict=True):
+        axes.set_title(title, fontsize=9)
+    _save(figure, path)
+
+
 def draw_population(
     path: Path, images: np.ndarray, deflections: np.ndarray, classes: tuple[str, ...], width: float
 ) -> None:

@@ -2,18 +2,16 @@
 
 import dataclasses
 import importlib.metadata
-import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gravlens_jax import export
 from gravlens_jax.archive import members, open_archive, read_members
-from gravlens_jax.checkpoint import Which, load_run, read_history, read_run
+from gravlens_jax.checkpoint import Which, load_run, read_history, read_run, write_atomically, writing
 from gravlens_jax.config import InputConfig, ModelConfig, check, from_dict, parse_json
 from gravlens_jax.model import ResNet, make_model
 
@@ -51,31 +49,57 @@ def load_pretrained() -> tuple[ResNet, Any]:
     return load_network(PRETRAINED)[:2]
 
 
-def export_run(run_dir: Path, out: Path, checkpoint: Which = "best") -> dict[str, Any]:
-    """Writes the network of a run to an .npz of float32 arrays; returns what the file says of itself.
+def export_run(run: str | Path, out: Path, checkpoint: Which = "best") -> dict[str, Any]:
+    """Writes the network of a run as `write_network` does; returns what the file says of itself.
 
     Args:
-      run_dir: the run.
+      run: the run, or another source of `load_network`.
       out: the file, replaced if it exists.
       checkpoint: "best" or "final".
     """
-    check(out.suffix == ".npz", f"{out}: expected a name that ends in .npz")
-    info, (_, variables) = read_run(run_dir), load_run(run_dir, checkpoint)
-    config = info.config
-    about = {
-        "model": dataclasses.asdict(config.model),
-        "input": dataclasses.asdict(config.input),
-        "classes": info.classes,
-        "image_shape": info.image_shape,
-        "version": importlib.metadata.version("gravlens_jax"),
-        "config": dataclasses.asdict(config),
-        "history": read_history(run_dir / "metrics.jsonl"),
-    }
-    arrays = {name: np.asarray(array, np.float32) for name, array in flatten_dict(variables, sep="/").items()}
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp.npz")
-    np.savez(temporary, about=np.array(json.dumps(about)), **arrays)
-    os.replace(temporary, out)
+    network = load_network(run, checkpoint)
+    about = describe(network)
+    if (Path(run) / "config.json").exists():
+        config, history = read_run(Path(run)).config, read_history(Path(run) / "metrics.jsonl")
+        about |= {"config": dataclasses.asdict(config), "history": history}
+    write_network(out, network, about)
     return about
+
+
+def describe(network: Network) -> dict[str, Any]:
+    """Returns what a file must say of its network, ready for JSON."""
+    model, _, image_shape = network
+    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(ModelConfig)}
+    return {
+        "model": fields | {"dtype": jnp.dtype(model.dtype).name},
+        "input": dataclasses.asdict(model.input),
+        "classes": model.classes,
+        "image_shape": image_shape,
+        "version": importlib.metadata.version("gravlens_jax"),
+    }
+
+
+def write_network(out: Path, network: Network, about: dict[str, Any]) -> None:
+    """Writes a network to one file, in the format that its suffix names; a file that is there is replaced at the end.
+
+    Args:
+      out: .npz, which `load_network` reads, .safetensors or .stablehlo: see `export`.
+      network: the network.
+      about: `describe(network)`, and more if you like; not part of a .stablehlo.
+
+    Raises:
+      InputError: another suffix, a package that the format needs is missing, or the file cannot be written.
+    """
+    model, variables, image_shape = network
+    formats = {
+        ".npz": lambda: export.as_npz(variables, about),
+        ".safetensors": lambda: export.as_safetensors(variables, about),
+        ".stablehlo": lambda: export.as_stablehlo(model, variables, image_shape),
+    }
+    check(out.suffix in formats, f"{out}: expected a name that ends in {', '.join(formats)}")
+    data = formats[out.suffix]()
+    with writing(out):
+        write_atomically(out, data)
 
 
 class _About(NamedTuple):

@@ -14,11 +14,12 @@ def main(
     out: tyro.conf.Positional[Path],
     checkpoint: Literal["best", "final"] = "best",
 ) -> None:
-    """Writes the network of a run to one .npz that evaluate.py and predict.py accept in place of a run.
+    """Writes the network of a run to one file.
 
     Args:
-        run: directory made by train.py or import_torch.py.
-        out: .npz to write.
+        run: directory made by train.py or import_torch.py, .npz made by this script, or the word pretrained.
+        out: .npz, which evaluate.py and predict.py accept in place of a run; .safetensors, the same arrays for other
+            programs; or .stablehlo, the whole prediction, which jax.export.deserialize alone can run.
         checkpoint: the epoch of lowest validation loss, or the last one.
     """
     about = export_run(run, out, checkpoint)

@@ -63,7 +63,7 @@ def test_device_data_gives_the_same_run(folder):
 def test_a_run_directory_holds_everything(folder):
     names = {str(f.relative_to(folder / "runs/a")) for f in (folder / "runs/a").rglob("*")}
     assert {"config.json", "metrics.jsonl", "report/metrics.json", "report/predictions.npz"} <= names
-    for figure in ("history", "roc", "confusion", "examples"):
+    for figure in ("history", "roc", "confusion", "examples", "saliency"):
         assert (folder / f"runs/a/report/{figure}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     values = json.loads((folder / "runs/a/report/metrics.json").read_text())
     keys = {"n", "accuracy", "loss", "auc", "macro_auc", "ece", "confusion", "classes", "checkpoint", "tta"}
@@ -157,6 +157,9 @@ def test_the_simulation_benchmark_prints_a_table_and_a_json_line(folder):
         ("pack.py", ["nowhere", "out"], "has neither train/ nor val/"),
         ("pack.py", ["nowhere", "out", "--classes", "a,a"], "expected at least two different names"),
         ("import_torch.py", ["nowhere.npz", "runs/d"], "nowhere.npz: no such file"),
+        ("export.py", ["runs/a", "a.pth"], "expected a name that ends in .npz, .safetensors, .stablehlo"),
+        ("finetune.py", ["runs/a", "nowhere.npz", "new.npz"], "nowhere.npz: no such file"),
+        ("finetune.py", ["runs/a", "runs", "new.npz", "--classes", "x,y"], "expected one folder for each of the"),
     ],
 )
 def test_mistakes_end_with_status_2_and_one_paragraph(folder, script, arguments, message):
@@ -185,6 +188,23 @@ def test_an_exported_network_predicts_what_its_run_does(folder):
     assert run(folder, "predict.py", "a.npz", data) == run(folder, "predict.py", "runs/a", data)
     run(folder, "evaluate.py", "a.npz", data)
     assert (folder / "a-report/metrics.json").read_text() == (folder / "runs/a/report/metrics.json").read_text()
+
+
+def test_a_run_learns_classes_of_one_s_own(folder):
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        for name, place in (("flat", np.s_[68:82, 50:100]), ("tall", np.s_[50:100, 68:82])):
+            image = rng.random((150, 150)) * 0.2
+            image[place] += 0.5
+            (folder / "bars" / name).mkdir(parents=True, exist_ok=True)
+            np.save(folder / "bars" / name / f"{number}.npy", image)
+    out = run(folder, "finetune.py", "runs/a", "bars", "bars.npz", "--epochs", "6", "--batch-size", "8")
+    assert "epoch 6/6" in out and "bars.npz: classes flat, tall" in out
+    rows = list(csv.DictReader(io.StringIO(run(folder, "predict.py", "bars.npz", "bars"))))
+    assert rows[0].keys() == {"file", "class", "p_flat", "p_tall"}
+    assert np.mean([row["class"] == Path(row["file"]).parent.name for row in rows]) > 0.9
+    run(folder, "evaluate.py", "bars.npz", "bars")
+    assert json.loads((folder / "bars-report/metrics.json").read_text())["accuracy"] > 0.9
 
 
 def test_the_pretrained_network_is_one_word_away(folder):

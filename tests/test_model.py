@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gravlens_jax.config import InputConfig, InputError
-from gravlens_jax.model import ResNet, ResNet20, predict, predict_logits
+from gravlens_jax.model import ResNet, ResNet20, embed, predict, predict_logits
 
 SMALL = ResNet(depth=8, width=4, input=InputConfig(crop=16, pool=1, stretch="linear", mean=0.0, std=1.0))
 
@@ -100,6 +100,26 @@ def test_predict_pads_and_agrees_with_apply(n):
     np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_the_head_of_the_features_is_the_logits(n):
+    variables = initialise(SMALL)
+    images = np.random.default_rng(0).random((n, 16, 16))
+    features = embed(SMALL, variables, images, batch_size=4)
+    assert features.shape == (n, 16) and features.dtype == np.float32
+    head = variables["params"]["head"]
+    logits = predict_logits(SMALL, variables, images, batch_size=4)
+    np.testing.assert_allclose(features @ head["kernel"] + head["bias"][None], logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("cut", range(7))
+def test_the_parts_of_the_network_make_the_whole(cut):
+    model = SMALL.clone(projection=True)
+    variables = initialise(model)
+    x = jax.random.normal(jax.random.key(1), (2, 16, 16, 1))
+    first = model.apply(variables, x, parts=slice(0, cut))
+    np.testing.assert_array_equal(model.apply(variables, first, parts=slice(cut, None)), model.apply(variables, x))
+
+
 def test_tta_does_not_see_mirrors_and_is_the_mean_over_them():
     model = ResNet(depth=8, width=4, input=InputConfig(crop=16, pool=2))
     variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
@@ -114,3 +134,5 @@ def test_predict_refuses_what_it_cannot_crop():
     for shape, message in (((16, 16), r"expected \(n, height, width\)"), ((2, 12, 20), "crop of 16 x 16")):
         with pytest.raises(InputError, match=message):
             predict_logits(SMALL, initialise(SMALL), np.zeros(shape))
+        with pytest.raises(InputError, match=message):
+            embed(SMALL, initialise(SMALL), np.zeros(shape))
