@@ -3,41 +3,11 @@
 import csv
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-from gravlens_jax.checkpoint import load_run
-
-ROOT = Path(__file__).parent.parent
-SMALL = [
-    *("--preset", "smoke", "--simulation.train", "96", "--simulation.val", "24", "--simulation.test", "24"),
-    *("--model.width", "4", "--input.crop", "48", "--input.pool", "4"),
-]
-CACHE = tempfile.TemporaryDirectory()  # of compiled programs; not the user's
-ENVIRONMENT = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": CACHE.name}
-
-
-def start(folder, script, *arguments):
-    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def run(folder, script, *arguments, status=0):
-    process = start(folder, script, *arguments)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == status, out + err
-    assert "Traceback" not in err
-    return out if status == 0 else err
+from commands import ROOT, SMALL, history, run
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +21,7 @@ def folder(tmp_path_factory):
 
 def test_device_data_gives_the_same_run(folder):
     run(folder, "train.py", *SMALL, "--run-dir", "runs/device", "--device-data")
-    lines = [
-        [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("runs/device", "runs/a")
-    ]
-    for ours, theirs in zip(*lines, strict=True):
+    for ours, theirs in zip(history(folder / "runs/device"), history(folder / "runs/a"), strict=True):
         for name in ("step", "train_loss", "val_loss"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
 
@@ -68,30 +34,11 @@ def test_a_run_directory_holds_everything(folder):
     values = json.loads((folder / "runs/a/report/metrics.json").read_text())
     keys = {"n", "accuracy", "loss", "auc", "macro_auc", "ece", "confusion", "classes", "checkpoint", "tta"}
     assert values.keys() == keys and values["n"] == 24 and values["checkpoint"] == "best"
-    lines = [json.loads(line) for line in (folder / "runs/a/metrics.jsonl").read_text().splitlines()]
+    lines = history(folder / "runs/a")
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
     assert [line["step"] for line in lines] == [12, 18, 24, 30]  # 6 steps on easy images first
     best = min(lines, key=lambda line: line["val_loss"])["step"]
     assert {f.name for f in (folder / "runs/a/checkpoints").iterdir()} == {str(best), "30"}
-
-
-def test_a_killed_run_resumes_to_exactly_the_same_parameters(folder):
-    process = start(folder, "train.py", *SMALL, "--run-dir", "runs/b")
-    metrics = folder / "runs/b/metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    out = run(folder, "train.py", "--run-dir", "runs/b", "--resume")
-    assert "epoch 4/4" in out and "epoch 1/4" not in out
-    for checkpoint in ("best", "final"):
-        (_, a), (_, b) = (load_run(folder / "runs" / name, checkpoint) for name in "ab")
-        for module in a["params"]:
-            for name, value in a["params"][module].items():
-                np.testing.assert_array_equal(value, b["params"][module][name])
-    assert len(metrics.read_text().splitlines()) == 4
 
 
 def test_evaluate_reproduces_the_report_and_writes_where_told(folder):

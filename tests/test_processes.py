@@ -1,22 +1,17 @@
 """Several devices and several processes: each case is `train.py` in processes of its own, as a user runs it."""
 
-import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import finish, history, start, wait_for_epochs
 
 from gravlens_jax.checkpoint import load_run
 from gravlens_jax.config import InputError
 from gravlens_jax.mesh import join_processes
 
-ROOT = Path(__file__).parent.parent
 SMALL = [
     *("--preset", "smoke", "--simulation.train", "48", "--simulation.val", "12", "--simulation.test", "12"),
     *("--simulation.easy", "0", "--model.width", "4", "--input.crop", "48", "--input.pool", "4", "--epochs", "2"),
@@ -24,32 +19,12 @@ SMALL = [
 ]
 
 
-def start(folder, devices, *arguments):
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
-    environment |= {"XDG_CACHE_HOME": str(folder / f"cache{devices}")}
-    command = [sys.executable, str(ROOT / "scripts/train.py"), *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
 def start_two(folder, devices, *arguments):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
     several = ["--coordinator", coordinator, "--num-processes", 2, "--process-id"]
-    return [start(folder, devices, *arguments, *several, i) for i in (0, 1)]
-
-
-def finish(*processes, status=0):
-    results = [process.communicate(timeout=200) for process in processes]
-    for process, (out, err) in zip(processes, results, strict=True):
-        assert process.returncode == status, out + err
-    return results
-
-
-def history(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [start(folder, "train.py", *arguments, *several, i, devices=devices) for i in (0, 1)]
 
 
 def assert_same_run(a, b):
@@ -64,13 +39,13 @@ def assert_same_run(a, b):
 def folder(tmp_path_factory):
     """A folder with simulated data and a run on one device in runs/1."""
     folder = tmp_path_factory.mktemp("work")
-    finish(start(folder, 1, *SMALL, "--run-dir", "runs/1"))
+    finish(start(folder, "train.py", *SMALL, "--run-dir", "runs/1"))
     return folder
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_the_result_does_not_depend_on_the_number_of_devices(folder, devices):
-    ((out, _),) = finish(start(folder, devices, *SMALL, "--run-dir", f"runs/{devices}"))
+    ((out, _),) = finish(start(folder, "train.py", *SMALL, "--run-dir", f"runs/{devices}", devices=devices))
     assert f"{devices} x cpu" in out
     assert_same_run(folder / f"runs/{devices}", folder / "runs/1")
 
@@ -92,7 +67,7 @@ def test_a_run_stopped_in_two_processes_resumes_on_other_devices(folder):
         assert "SIGTERM: stopped after step" in err and "continue with --resume" in err
     first = len(history(folder / "runs/moved"))
     for devices in (1, 8):
-        process = start(folder, devices, "--run-dir", "runs/moved", "--resume")
+        process = start(folder, "train.py", "--run-dir", "runs/moved", "--resume", devices=devices)
         first += 2
         wait_for_epochs(folder / "runs/moved", first, process)
         process.send_signal(signal.SIGINT)
@@ -107,21 +82,15 @@ def test_if_one_of_two_processes_dies_the_other_ends_with_a_message(folder, vict
     processes = start_two(folder, 1, *SMALL, "--run-dir", name, "--epochs", 2000)
     wait_for_epochs(folder / name, 1, *processes)
     processes[victim].kill()
+    processes[victim].communicate()
     start_of_wait = time.monotonic()
     ((_, err),) = finish(processes[1 - victim], status=1)
     assert time.monotonic() - start_of_wait < 60
     assert "another process of this run has ended" in err and "--resume" in err and "Traceback" not in err
-    process = start(folder, 1, "--run-dir", name, "--resume")
+    process = start(folder, "train.py", "--run-dir", name, "--resume")
     wait_for_epochs(folder / name, len(history(folder / name)) + 1, process)
     process.kill()
     process.communicate()
-
-
-def wait_for_epochs(run_dir, n, *processes):
-    deadline = time.monotonic() + 150
-    while not ((run_dir / "metrics.jsonl").exists() and len(history(run_dir)) >= n):
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""The scripts as a user runs them, each in a process of its own; what the tests that do so share."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from gravlens_jax.checkpoint import load_run
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    *("--preset", "smoke", "--simulation.train", "96", "--simulation.val", "24", "--simulation.test", "24"),
+    *("--model.width", "4", "--input.crop", "48", "--input.pool", "4"),
+]
+CACHE = tempfile.TemporaryDirectory()  # of compiled programs; not the user's
+
+
+def start(folder, script, *arguments, devices=1, before=(), **options):
+    """Starts a script in `folder`; `before` are words of the command line before Python's."""
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+    environment |= {"XDG_CACHE_HOME": f"{CACHE.name}/{devices}", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [*before, sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment} | options
+    return subprocess.Popen(command, cwd=folder, **options)
+
+
+def finish(*processes, status=0):
+    """Waits for processes that must end with this status, without a traceback; returns (stdout, stderr) of each."""
+    results = [process.communicate(timeout=300) for process in processes]
+    for process, (out, err) in zip(processes, results, strict=True):
+        assert process.returncode == status, (process.returncode, out, err)
+        assert "Traceback" not in (err or ""), err
+    return results
+
+
+def run(folder, script, *arguments, status=0, **options):
+    """Runs a script; returns what it prints, or if the status is not 0 what it says went wrong."""
+    ((out, err),) = finish(start(folder, script, *arguments, **options), status=status)
+    return out if status == 0 else err
+
+
+def saved_within(run_dir):
+    """Returns the step of what is saved within an epoch, 0 if nothing is."""
+    return max((int(f.name) for f in (run_dir / "partial").glob("*") if f.name.isdecimal()), default=0)
+
+
+def history(run_dir):
+    """Returns the complete lines of metrics.jsonl."""
+    path = run_dir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def wait_for(condition, *processes):
+    """Returns when the condition holds; meanwhile no process may end."""
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert time.monotonic() < deadline
+        for process in processes:
+            assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def wait_for_epochs(run_dir, n, *processes):
+    """Returns when metrics.jsonl has `n` lines."""
+    wait_for(lambda: len(history(run_dir)) >= n, *processes)
+
+
+def assert_same_parameters(a, b):
+    """Best and final parameters and batch statistics of two runs agree bitwise."""
+    for which in ("best", "final"):
+        ours, theirs = (load_run(run_dir, which)[1] for run_dir in (a, b))
+        assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
