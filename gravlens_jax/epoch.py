@@ -53,7 +53,8 @@ def make_train_epoch(
       (state, dataset, epoch, first_step, sums, show, due, save) -> the state, which the call uses up, at the end of
       the epoch, and the sums of its metrics. The data set is what `place` returned; first_step is the step at which
       the epoch begins or began, sums those of its steps that `state` has behind it already. show(step, sums) is called
-      after every step or, with `device_data`, every few; then, wherever due() is true, save(state, sums).
+      after every step or, with `device_data`, every few; then, wherever due() is true, save(state, sums), but for the
+      last step, since the epoch does not end with it: validation is to come.
 
     Raises:
       FloatingPointError: in the function; the loss is not finite.
@@ -89,6 +90,7 @@ def make_train_epoch(
         save: Callable[[TrainState, Sums], None] = lambda state, sums: None,
     ) -> tuple[TrainState, Sums]:
         step, sums, pending = int(state.step), dict(sums), None
+        last_step = first_step + dataset.size // config.batch_size
 
         def take(metrics: Metrics | None, step: int) -> None:
             for name, value in (metrics or {}).items():
@@ -101,7 +103,7 @@ def make_train_epoch(
             if pending is not None:
                 take(pending, step)  # of the call before: reading it does not hold up the one just started
             pending, step = metrics, step + steps
-            if due():
+            if step < last_step and due():
                 take(pending, step)
                 pending = None
                 save(state, sums)
