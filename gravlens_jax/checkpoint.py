@@ -7,13 +7,15 @@
 A checkpoint has three items: `variables` (parameters and batch statistics: all that prediction needs), `training`
 (optimizer, plateau, step: what continuing needs besides) and `sums` (metrics of an unfinished epoch). Orbax writes each
 step under a temporary name and renames it. digests.json, written into it then, tells damaged files before Orbax reads
-them.
+them. What is to be removed is renamed first, so that a checkpoint is whole or not there.
 """
 
 import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,11 +29,13 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from gravlens_jax.config import Config, InputError, check, from_dict, parse_json, to_json
+from gravlens_jax.files import write_atomically, writing
 from gravlens_jax.model import ResNet, make_model
 from gravlens_jax.steps import TrainState
 
 Which = Literal["best", "final"]
 DIGESTS = "digests.json"
+REMOVED = "removed"  # folder beside the steps, for those that are being removed
 
 
 class RunInfo(NamedTuple):
@@ -42,35 +46,12 @@ class RunInfo(NamedTuple):
     image_shape: tuple[int, int]  # height and width of the images it was trained on
 
 
-def write_atomically(path: Path, data: str | bytes) -> None:
-    """Writes a file under a temporary name, then renames it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def check_unused(run_dir: Path) -> None:
     """Raises InputError if the directory holds a run already."""
     check(
         not (run_dir / "config.json").exists(),
         f"{run_dir} already holds a run; continue it with --resume, or give the new run another --run-dir",
     )
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns what a full disk or a read-only folder raises into InputError."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(
-            f"{path} could not be written: {reason}; what was there before is intact. Free space or mend the "
-            f"permissions (and continue a run with --resume), or choose another folder"
-        ) from error
 
 
 @contextmanager
@@ -124,10 +105,10 @@ def read_history(path: Path, epochs: int | None = None) -> list[dict[str, Any]]:
     Raises:
       InputError: a line is damaged.
     """
-    lines = path.read_text().splitlines()[:epochs] if path.exists() else []
+    lines = path.read_bytes().splitlines()[:epochs] if path.exists() else []
     try:
         return [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also bad UTF-8
         raise InputError(f"{path} has a damaged line ({error}); remove the file or that line") from error
 
 
@@ -149,10 +130,21 @@ def open_partial(run_dir: Path) -> ocp.CheckpointManager:
     return _manager(run_dir / "partial", max_to_keep=1)
 
 
+def sweep(run_dir: Path) -> None:
+    """Removes what a killed process has left half written or half removed; only for the process that holds the run."""
+    for folder in (run_dir / "checkpoints", run_dir / "partial"):
+        _sweep(folder)
+
+
+def _sweep(folder: Path) -> None:
+    for left in (*folder.glob("*.orbax-checkpoint-tmp*"), folder / REMOVED):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
     handlers = {name: ocp.StandardCheckpointHandler() for name in ("variables", "training")}
     # Not asynchronous: the files are small, and an error is raised where it happens.
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, todelete_subdir=REMOVED, **options)
     with writing(folder):
         return ocp.CheckpointManager(
             folder.resolve(), options=options, item_handlers=handlers | {"sums": ocp.JsonCheckpointHandler()}
@@ -185,7 +177,7 @@ def _verify(folder: Path, part: str = "") -> None:
 
 
 def _damaged(folder: Path, reason: str) -> InputError:
-    others = [other.name for other in folder.parent.glob("[0-9]*") if other.name != folder.name]
+    others = [other.name for other in folder.parent.iterdir() if other.name.isdecimal() and other != folder]
     advice = f"Remove it to go on from step {' or '.join(others)}" if others else "There is no other one beside it"
     return InputError(f"{folder} is damaged, or not of the network that config.json describes: {reason}. {advice}")
 
@@ -197,11 +189,14 @@ def _save(manager: ocp.CheckpointManager, step: int, items: dict[str, Any], sums
         manager.save(step, args=ocp.args.Composite(**args, sums=ocp.args.JsonSave(sums)), metrics=metrics)
         if jax.process_index() == 0:
             write_atomically(folder / DIGESTS, json.dumps(_digests(folder)))
+            _sweep(folder.parent)
     except (OSError, ValueError) as error:  # ValueError: of tensorstore, which writes the arrays
         if jax.process_count() > 1 and isinstance(error, ValueError):  # or of a lost connection
             raise
+        _sweep(folder.parent)  # on a full disk, room for others
+        code = re.search(r"(?:os_error_code='|\[Errno )(\d+)", str(error))
         with writing(folder):
-            raise OSError(" ".join(str(error).split())[:200]) from error
+            raise OSError(os.strerror(int(code[1])) if code else " ".join(str(error).split())[:200]) from error
 
 
 def save_state(manager: ocp.CheckpointManager, state: TrainState, val_loss: float) -> None:
@@ -225,6 +220,8 @@ def drop_partial(manager: ocp.CheckpointManager) -> None:
     """Removes what was saved within an epoch."""
     for step in manager.all_steps():
         manager.delete(step)
+    if jax.process_index() == 0:
+        _sweep(Path(manager.directory))
 
 
 def restore_state(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainState, dict[str, float]] | None:

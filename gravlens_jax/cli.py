@@ -1,8 +1,10 @@
 """What the scripts share: a mistake of the user's ends in one paragraph and exit status 2, without a traceback."""
 
+import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,14 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 def run(main: Callable[[], Any]) -> None:
     """Calls `main`; turns what ends it early into one paragraph and an exit status.
 
-    InputError: 2; a loss that is not finite, or the loss of another process of the same run: 1; SIGINT (Ctrl-C): 130;
-    SIGTERM: 143.
+    InputError, or a file or an output that cannot be read or written: 2; a loss that is not finite, or the loss of
+    another process of the same run: 1; SIGINT (Ctrl-C): 130; SIGTERM: 143.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    _silence_orbax()
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
         _stop(f"error: {error}", 2)
     except FloatingPointError as error:
@@ -43,7 +47,10 @@ def run(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         _stop("interrupted", 130)
     except BrokenPipeError:  # the reader of our output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
+    except OSError as error:
+        _discard_output()  # it may be the output itself that fills a disk
+        _stop(f"error: {error}; free space, mend the permissions or choose another place", 2)
 
 
 def use_huge_pages() -> None:
@@ -85,6 +92,23 @@ def split_names(text: str) -> tuple[str, ...]:
 
 def _terminate(number: int, _: Any) -> None:
     raise SystemExit(128 + number)  # on the way out temporary files are removed
+
+
+def _silence_orbax() -> None:
+    """Hides what each of Orbax's threads and tasks prints, beside the error that we catch, when a disk is full."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    def show_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = show_others
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _stop(message: str, status: int) -> None:

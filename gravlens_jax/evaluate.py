@@ -1,5 +1,6 @@
 """What a run makes of images: a report on labelled ones, probabilities for any."""
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from gravlens_jax import report
-from gravlens_jax.checkpoint import Which, read_history, write_atomically
+from gravlens_jax.checkpoint import Which, read_history
 from gravlens_jax.config import check
 from gravlens_jax.data import take_rows
 from gravlens_jax.explain import saliency
+from gravlens_jax.files import write_atomically, writing
 from gravlens_jax.folders import load_folder, load_image
 from gravlens_jax.metrics import evaluate
 from gravlens_jax.model import predict, predict_logits
@@ -55,17 +57,20 @@ def evaluate_run(
     values = evaluate(logits, dataset.labels, model.classes) | {"checkpoint": checkpoint, "tta": tta}
     if out is None:
         return values
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "metrics.json", json.dumps(values, indent=2) + "\n")
-    np.savez(out / "predictions.npz", logits=logits, labels=dataset.labels, classes=np.array(model.classes))
     history = read_history(Path(run) / "metrics.jsonl")
-    report.draw(out, dataset.images, logits, dataset.labels, model.classes, history)
     right = logits.argmax(1) == dataset.labels
     rows = np.concatenate([np.flatnonzero(right & (dataset.labels == k))[:3] for k in range(len(model.classes))])
-    if len(rows):
-        images = take_rows(dataset.images, rows)
-        maps = saliency(model, variables, images)
-        report.draw_saliency(out / "saliency.png", images, maps, dataset.labels[rows], model.classes)
+    arrays = io.BytesIO()
+    np.savez(arrays, logits=logits, labels=dataset.labels, classes=np.array(model.classes))
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "metrics.json", json.dumps(values, indent=2) + "\n")
+        write_atomically(out / "predictions.npz", arrays.getvalue())
+        report.draw(out, dataset.images, logits, dataset.labels, model.classes, history)
+        if len(rows):
+            images = take_rows(dataset.images, rows)
+            maps = saliency(model, variables, images)
+            report.draw_saliency(out / "saliency.png", images, maps, dataset.labels[rows], model.classes)
     return values
 
 

@@ -19,6 +19,7 @@ from gravlens_jax import checkpoint, data, mesh
 from gravlens_jax.config import FILES, SPLITS, STREAM, Config, check
 from gravlens_jax.epoch import Sums, check_finite, make_train_epoch, means, no_sums, place, sum_metrics
 from gravlens_jax.evaluate import evaluate_run
+from gravlens_jax.files import write_atomically, writing
 from gravlens_jax.model import check_images, make_model
 from gravlens_jax.npz import Dataset
 from gravlens_jax.optim import learning_rate_schedule, make_optimizer
@@ -86,6 +87,8 @@ def _train(
     end_epoch_fn = jax.jit(partial(end_epoch, config=config.optim), out_shardings=everywhere)
     history, main = run_dir / "metrics.jsonl", mesh.is_main()
     say = partial(print, flush=True) if main else lambda *_: None
+    if main:
+        checkpoint.sweep(run_dir)
     mesh.wait_for_main()  # it has made the run directory
 
     with (
@@ -173,7 +176,7 @@ def _train(
             }
             # The line first: if the run is killed in between, resuming drops it and repeats the epoch.
             if main:
-                with checkpoint.writing(history), open(history, "a") as file:
+                with writing(history), open(history, "a") as file:
                     file.write(json.dumps(line) + "\n")
             checkpoint.save_state(manager, state, val_loss)
             checkpoint.drop_partial(partial_manager)
@@ -240,7 +243,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
 
 def _keep_lines(history: Path, epochs: int) -> None:
     """Keeps the first `epochs` lines of metrics.jsonl, which belong to saved epochs."""
-    lines = "".join(json.dumps(line) + "\n" for line in checkpoint.read_history(history, epochs))
+    lines = checkpoint.read_history(history, epochs)
     if history.exists():
-        with checkpoint.writing(history):
-            checkpoint.write_atomically(history, lines)
+        with writing(history):
+            write_atomically(history, "".join(json.dumps(line) + "\n" for line in lines))

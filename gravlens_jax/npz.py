@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from gravlens_jax.archive import MEMORY_BYTES, Header, data_start, member_header, members, open_archive, read_members
-from gravlens_jax.config import CLASSES, InputError, check, parse_json
+from gravlens_jax.config import CLASSES, check, parse_json
+from gravlens_jax.files import writing
 
 CHUNK_BYTES = 32 * 2**20  # unpacked at a time
 MAX_RATIO = 200  # of unpacked to compressed images; photon counts have about 3, an archive made to fill disks 1000
@@ -66,32 +67,30 @@ def write_npz(
       arrays: more to store, name -> array.
     """
     path = Path(path).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
-    check(needed <= free, f"{path} needs {needed:,} bytes, {free:,} are free; free space or choose another folder")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     small = {"labels": np.asarray(labels, np.int32), "classes": np.array(classes), "info": np.array(json.dumps(info))}
     small |= arrays or {}
-    try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-            for name, array in small.items():
-                with archive.open(f"{name}.npy", "w") as member:
-                    np.lib.format.write_array(member, array, allow_pickle=False)
-            with archive.open("images.npy", "w", force_zip64=True) as member:
-                header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(shape)}
-                np.lib.format.write_array_header_1_0(member, header)
-                written = 0
-                for chunk in chunks:
-                    assert chunk.shape[1:] == tuple(shape[1:])
-                    member.write(np.ascontiguousarray(chunk, dtype).data.cast("B"))
-                    written += len(chunk)
-                assert written == shape[0], (written, shape)
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{path} could not be written: {reason}; free space or choose another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        needed, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
+        check(needed <= free, f"{path} needs {needed:,} bytes, {free:,} are free; free space or choose another folder")
+        try:
+            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+                for name, array in small.items():
+                    with archive.open(f"{name}.npy", "w") as member:
+                        np.lib.format.write_array(member, array, allow_pickle=False)
+                with archive.open("images.npy", "w", force_zip64=True) as member:
+                    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(shape)}
+                    np.lib.format.write_array_header_1_0(member, header)
+                    written = 0
+                    for chunk in chunks:
+                        assert chunk.shape[1:] == tuple(shape[1:])
+                        member.write(np.ascontiguousarray(chunk, dtype).data.cast("B"))
+                        written += len(chunk)
+                    assert written == shape[0], (written, shape)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def open_npz(path: str | Path, need_labels: bool = True) -> Dataset:

@@ -1,5 +1,6 @@
 """Figures of a run, from saved arrays alone; never imports jax."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from gravlens_jax.files import write_atomically
 from gravlens_jax.metrics import evaluate, roc_curves, softmax
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito: safe for colour-blind eyes
@@ -55,7 +57,9 @@ def table(values: dict[str, Any], where: Path) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    FigureCanvasAgg(figure).print_png(str(path))
+    data = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(data)
+    write_atomically(path, data.getvalue())
 
 
 def draw_history(path: Path, lines: list[dict]) -> None:

@@ -11,8 +11,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gravlens_jax import export
 from gravlens_jax.archive import members, open_archive, read_members
-from gravlens_jax.checkpoint import Which, load_run, read_history, read_run, write_atomically, writing
+from gravlens_jax.checkpoint import Which, load_run, read_history, read_run
 from gravlens_jax.config import InputConfig, ModelConfig, check, from_dict, parse_json
+from gravlens_jax.files import write_atomically, writing
 from gravlens_jax.model import ResNet, make_model
 
 PRETRAINED = Path(__file__).with_name("pretrained.npz")

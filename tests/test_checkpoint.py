@@ -116,6 +116,9 @@ def test_a_history_cut_in_mid_line_is_one_error(tmp_path):
     with pytest.raises(InputError, match=r"metrics\.jsonl has a damaged line"):
         checkpoint.read_history(tmp_path / "metrics.jsonl")
     assert checkpoint.read_history(tmp_path / "metrics.jsonl", 1) == [{"epoch": 1}]
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"epoch": "\xff"}')
+    with pytest.raises(InputError, match=r"metrics\.jsonl has a damaged line"):
+        checkpoint.read_history(tmp_path / "metrics.jsonl")
 
 
 def test_only_best_and_final_are_kept(tmp_path):
@@ -125,6 +128,17 @@ def test_only_best_and_final_are_kept(tmp_path):
         model, variables = checkpoint.load_run(tmp_path, which)
         assert model == make_model(CONFIG.model, CONFIG.input, CLASSES)
         assert_equal(variables, {"params": make_state(step).params, "batch_stats": make_state(step).batch_stats})
+
+
+def test_a_checkpoint_that_is_removed_is_renamed_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)  # as if killed at that moment
+    make_run(tmp_path, [0.5, 0.4])
+    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["2", "removed"]
+    assert [f.name for f in (tmp_path / "checkpoints/removed").iterdir()] == ["1"]
+    assert_equal(checkpoint.load_run(tmp_path)[1]["params"], make_state(2).params)
+    monkeypatch.undo()
+    checkpoint.sweep(tmp_path)
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 
 def test_nothing_saved_is_none(tmp_path):

@@ -141,7 +141,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         yield images[:2]
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(InputError, match="No space left on device; free space"):
+    with pytest.raises(InputError, match="No space left on device; what was there before is"):
         write_npz(tmp_path / "a.npz", chunks(), images.shape, images.dtype, np.zeros(5), CLASSES, {})
     np.testing.assert_array_equal(open_npz(tmp_path / "a.npz").images, images)
     assert [f.name for f in tmp_path.iterdir()] == ["a.npz"]
