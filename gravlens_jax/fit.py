@@ -3,7 +3,7 @@
 import json
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -33,13 +33,19 @@ from gravlens_jax.stream import Stream
 AGREE_EVERY = 16  # steps, after which several processes ask each other whether to save or stop
 
 
-def fit(config: Config, resume: bool = False, save_minutes: float = 10.0) -> dict[str, Any]:
+OnEpoch = Callable[[dict[str, Any]], None]
+
+
+def fit(
+    config: Config, resume: bool = False, save_minutes: float = 10.0, on_epoch: OnEpoch = lambda line: None
+) -> dict[str, Any]:
     """Trains, saves and evaluates a run; returns the metrics of its best checkpoint on the test split.
 
     Args:
       config: the run. Its directory must be new, or with `resume` hold a run of exactly this config.
       resume: go on where the run was last saved.
       save_minutes: time between saves within an epoch; 0 for none. An epoch's end is always saved.
+      on_epoch: takes what metrics.jsonl says of an epoch, when it is saved; at first, of those that are saved already.
 
     Raises:
       InputError: a mistake in the config, the data or the run directory; another process is at work on it.
@@ -66,12 +72,17 @@ def fit(config: Config, resume: bool = False, save_minutes: float = 10.0) -> dic
     with checkpoint.locked(run_dir) if main else nullcontext():
         if main and not resume:
             checkpoint.create_run(run_dir, checkpoint.RunInfo(config, train.classes, train.image_shape))
-        _train(config, run_dir, datasets, devices, save_minutes)
+        _train(config, run_dir, datasets, devices, save_minutes, on_epoch)
         return evaluate_run(run_dir, datasets["test"], "best", run_dir / "report" if main else None)
 
 
 def _train(
-    config: Config, run_dir: Path, datasets: dict[str, Dataset | Stream], devices: Mesh, save_minutes: float
+    config: Config,
+    run_dir: Path,
+    datasets: dict[str, Dataset | Stream],
+    devices: Mesh,
+    save_minutes: float,
+    on_epoch: OnEpoch,
 ) -> None:
     """Trains from the last save on, to the end."""
     train, val = datasets["train"], datasets["val"]
@@ -102,7 +113,8 @@ def _train(
         step = int(state.step)
         epochs_done = max(0, step - easy_steps) // steps_per_epoch
         if main:
-            _keep_lines(history, epochs_done)
+            for line in _keep_lines(history, epochs_done):
+                on_epoch(line)
         say(
             f"{run_dir}: {epochs_done} of {config.epochs} epochs done (step {step} of {total_steps}), {train.size:,} "
             f"{'fresh' if config.streams else 'training'} images and {steps_per_epoch} steps an epoch, "
@@ -181,6 +193,8 @@ def _train(
             checkpoint.save_state(manager, state, val_loss)
             checkpoint.drop_partial(partial_manager)
             last_save, sums = time.monotonic(), no_sums()
+            if main:
+                on_epoch(line)
             say(_epoch_text(line, config.epochs))
             told = mesh.agree(signal_number())
             if step < total_steps:
@@ -241,9 +255,10 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
         yield from _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
 
 
-def _keep_lines(history: Path, epochs: int) -> None:
-    """Keeps the first `epochs` lines of metrics.jsonl, which belong to saved epochs."""
+def _keep_lines(history: Path, epochs: int) -> list[dict[str, Any]]:
+    """Keeps, and returns, the first `epochs` lines of metrics.jsonl, which belong to saved epochs."""
     lines = checkpoint.read_history(history, epochs)
     if history.exists():
         with writing(history):
             write_atomically(history, "".join(json.dumps(line) + "\n" for line in lines))
+    return lines

@@ -3,13 +3,14 @@
 import argparse
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from gravlens_jax import cli
-from gravlens_jax.checkpoint import read_run
+from gravlens_jax import cli, tensorboard
+from gravlens_jax.checkpoint import read_history, read_run
 from gravlens_jax.config import PRESETS, Config
 from gravlens_jax.fit import fit
 from gravlens_jax.mesh import is_main, join_processes
@@ -30,6 +31,7 @@ class Arguments:
     preset: Literal["default", "best", "smoke", "published"] = "default"  # what every other option starts from
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on with --run-dir where it was last saved
     save_minutes: float = 10.0  # time between saves within an epoch; 0 for none; an epoch's end is always saved
+    tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # write RUN/tensorboard too
     coordinator: str | None = None  # HOST:PORT of process 0 of a run of several, or auto for what JAX finds out itself
     num_processes: int | None = None  # of that run
     process_id: int | None = None  # of this process: 0, 1, ...
@@ -53,11 +55,16 @@ def parse_arguments(arguments: list[str]) -> Arguments:
 def main() -> None:
     """Runs the command line."""
     arguments = parse_arguments(sys.argv[1:])
+    if arguments.tensorboard:
+        tensorboard.check_installed()
     join_processes(arguments.coordinator, arguments.num_processes, arguments.process_id)
     if arguments.compile_cache:
         cli.use_compile_cache()
-    values = fit(arguments.config, arguments.resume, arguments.save_minutes)
     run_dir = Path(arguments.config.run_dir)
+    on_epoch = {"on_epoch": partial(tensorboard.write_epoch, run_dir)} if arguments.tensorboard else {}
+    values = fit(arguments.config, arguments.resume, arguments.save_minutes, **on_epoch)
+    if arguments.tensorboard and is_main():
+        tensorboard.write_report(run_dir, read_history(run_dir / "metrics.jsonl")[-1]["step"], values)
     if is_main():
         print(f"test split: {table(values, run_dir / 'report')}\nrun: {run_dir}")
 

@@ -14,7 +14,7 @@ from commands import ROOT, SMALL, history, run
 def folder(tmp_path_factory):
     """A folder with simulated data in data/ and a finished run in runs/a."""
     folder = tmp_path_factory.mktemp("work")
-    out = run(folder, "train.py", *SMALL, "--run-dir", "runs/a")
+    out = run(folder, "train.py", *SMALL, "--run-dir", "runs/a", "--tensorboard")
     assert "epoch 4/4" in out and "test split: 24 images" in out
     return folder
 
@@ -37,6 +37,9 @@ def test_a_run_directory_holds_everything(folder):
     lines = history(folder / "runs/a")
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
     assert [line["step"] for line in lines] == [12, 18, 24, 30]  # 6 steps on easy images first
+    events = {f.name.removeprefix("events.out.tfevents.") for f in (folder / "runs/a/tensorboard").iterdir()}
+    steps = {f"{step:010}.epoch" for step in (12, 18, 24, 30)}
+    assert events == steps | {"0000000030.report"}
     best = min(lines, key=lambda line: line["val_loss"])["step"]
     assert {f.name for f in (folder / "runs/a/checkpoints").iterdir()} == {str(best), "30"}
 

@@ -148,13 +148,18 @@ def test_a_killed_stopped_and_cut_run_ends_with_exactly_the_same_parameters(fold
         fit(replace(config, run_dir=str(resumed), data=str(data)), resume=True)
     (resumed / "checkpoints/24.orbax-checkpoint-tmp/variables").mkdir(parents=True)
     (resumed / "partial/removed/3").mkdir(parents=True)
-    out = run(folder, "train.py", "--run-dir", "runs/c", "--resume")
+    out = run(folder, "train.py", "--run-dir", "runs/c", "--resume", "--tensorboard")
     assert f"runs/c: 1 of 2 epochs done (step {saved_within(stopped)} of 24)" in out and "epoch 1/2" not in out
     assert_same_parameters(resumed, folder / "runs/a")
     for ours, theirs in zip(history(resumed), history(folder / "runs/a"), strict=True):
         for name in ("epoch", "step", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate"):
             assert ours[name] == theirs[name]
     assert names(resumed / "partial") == []
+    assert [name.split(".")[-2:] for name in names(resumed / "tensorboard")] == [
+        ["0000000015", "epoch"],  # which the resumed run writes too
+        ["0000000024", "epoch"],
+        ["0000000024", "report"],
+    ]
     assert not [name for name in names(resumed) if "tmp" in name or "removed" in name]
 
 
