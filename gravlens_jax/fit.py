@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from gravlens_jax import checkpoint, data, mesh
 from gravlens_jax.config import FILES, SPLITS, STREAM, Config, check
 from gravlens_jax.epoch import Sums, check_finite, make_train_epoch, means, no_sums, place, sum_metrics
-from gravlens_jax.evaluate import evaluate_run
+from gravlens_jax.evaluate import calibrate_run, evaluate_run
 from gravlens_jax.model import check_images, make_model
 from gravlens_jax.npz import Dataset
 from gravlens_jax.optim import learning_rate_schedule, make_optimizer
@@ -66,6 +66,7 @@ def fit(config: Config, resume: bool = False, save_minutes: float = 10.0) -> dic
         if main and not resume:
             checkpoint.create_run(run_dir, checkpoint.RunInfo(config, train.classes, train.image_shape))
         _train(config, run_dir, datasets, devices, save_minutes)
+        calibrate_run(run_dir, datasets["val"])
         return evaluate_run(run_dir, datasets["test"], "best", run_dir / "report" if main else None)
 
 

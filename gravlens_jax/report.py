@@ -40,13 +40,15 @@ def draw(
 
 
 def table(values: dict[str, Any], where: Path) -> str:
-    """Returns the metrics of `metrics.evaluate` as a small text table, and where the report is."""
+    """Returns what `evaluate.evaluate_run` does as a small text table, and where the report is."""
     auc = values["auc"] | {"macro": values["macro_auc"]}
     confusion = zip(values["classes"], values["confusion"], strict=True)
     recall = {name: f"{row[k] / max(1, sum(row)):.3f}" for k, (name, row) in enumerate(confusion)}
+    low, high = values["interval_95"]["accuracy"]
     lines = [
         f"{values['n']:,} images, {values['checkpoint']} checkpoint",
-        f"  accuracy {values['accuracy']:.4f}   loss {values['loss']:.4f}   calibration error {values['ece']:.4f}",
+        f"  accuracy {values['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f})   loss {values['loss']:.4f}",
+        f"  calibration error {values['ece']:.4f} ({values['ece_uncalibrated']:.4f} without its temperature)",
         "  recall   " + "   ".join(f"{name} {value}" for name, value in recall.items()),
         "  AUC      " + "   ".join(f"{name} {'-' if v is None else f'{v:.4f}'}" for name, v in auc.items()),
         f"report: {where}",

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gravlens_jax import export
 from gravlens_jax.archive import members, open_archive, read_members
-from gravlens_jax.checkpoint import Which, load_run, read_history, read_run, write_atomically, writing
+from gravlens_jax.checkpoint import Which, load_calibrated, read_history, read_run, write_atomically, writing
 from gravlens_jax.config import InputConfig, ModelConfig, check, from_dict, parse_json
 from gravlens_jax.model import ResNet, make_model
 
@@ -24,6 +24,7 @@ class Network(NamedTuple):
     model: ResNet
     variables: Any
     image_shape: tuple[int, int]  # height and width of the images it was trained on
+    temperature: float = 1.0  # that calibration has divided the head by, once and for all
 
 
 def load_network(source: str | Path, checkpoint: Which = "best") -> Network:
@@ -41,7 +42,8 @@ def load_network(source: str | Path, checkpoint: Which = "best") -> Network:
         path = PRETRAINED
     if path.suffix == ".npz":
         return _read(path)
-    return Network(*load_run(path, checkpoint), read_run(path).image_shape)
+    model, variables, temperature = load_calibrated(path, checkpoint)
+    return Network(model, variables, read_run(path).image_shape, temperature)
 
 
 def load_pretrained() -> tuple[ResNet, Any]:
@@ -68,13 +70,14 @@ def export_run(run: str | Path, out: Path, checkpoint: Which = "best") -> dict[s
 
 def describe(network: Network) -> dict[str, Any]:
     """Returns what a file must say of its network, ready for JSON."""
-    model, _, image_shape = network
+    model, _, image_shape, temperature = network
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(ModelConfig)}
     return {
         "model": fields | {"dtype": jnp.dtype(model.dtype).name},
         "input": dataclasses.asdict(model.input),
         "classes": model.classes,
         "image_shape": image_shape,
+        "temperature": temperature,
         "version": importlib.metadata.version("gravlens_jax"),
     }
 
@@ -90,7 +93,7 @@ def write_network(out: Path, network: Network, about: dict[str, Any]) -> None:
     Raises:
       InputError: another suffix, a package that the format needs is missing, or the file cannot be written.
     """
-    model, variables, image_shape = network
+    model, variables, image_shape, _ = network
     formats = {
         ".npz": lambda: export.as_npz(variables, about),
         ".safetensors": lambda: export.as_safetensors(variables, about),
@@ -109,6 +112,7 @@ class _About(NamedTuple):
     input: InputConfig
     classes: tuple[str, ...]
     image_shape: tuple[int, int]
+    temperature: float
 
 
 def _read(path: Path) -> Network:
@@ -119,6 +123,7 @@ def _read(path: Path) -> Network:
         arrays = read_members(archive, infos, "f")
     values = parse_json(text, f"{path}: about")
     check(isinstance(values, dict), f"{path}: about is not an object of JSON")
+    values = {"temperature": 1.0} | values
     known = {name: values[name] for name in values.keys() & set(_About._fields)}
     about = from_dict(_About, known, f"{path}: about")
     model = make_model(about.model, about.input, about.classes)
@@ -128,4 +133,4 @@ def _read(path: Path) -> Network:
     shapes, expected_shapes = ({name: array.shape for name, array in some.items()} for some in (arrays, expected))
     check(shapes == expected_shapes, f"{path}: its arrays are not those of its model")
     arrays = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
-    return Network(model, unflatten_dict(arrays, sep="/"), about.image_shape)
+    return Network(model, unflatten_dict(arrays, sep="/"), about.image_shape, about.temperature)

@@ -67,6 +67,7 @@ def test_a_run_directory_holds_everything(folder):
         assert (folder / f"runs/a/report/{figure}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     values = json.loads((folder / "runs/a/report/metrics.json").read_text())
     keys = {"n", "accuracy", "loss", "auc", "macro_auc", "ece", "confusion", "classes", "checkpoint", "tta"}
+    keys |= {"interval_95", "temperature", "ece_uncalibrated"}
     assert values.keys() == keys and values["n"] == 24 and values["checkpoint"] == "best"
     lines = [json.loads(line) for line in (folder / "runs/a/metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]

@@ -46,5 +46,5 @@ def test_what_cannot_be_learnt_from_is_refused(network):
         finetune(network._replace(model=MODEL.clone(input=replace(MODEL.input, crop=32))), bars(4, 0))
     with pytest.raises(InputError, match="epochs=0"):
         finetune(network, bars(4, 0), epochs=0)
-    with pytest.raises(FloatingPointError, match="the loss is nan in epoch 1"):  # in its only batch, of 4 images
+    with pytest.raises(FloatingPointError, match="training loss is nan at step 1"):  # in its only batch, of 4 images
         finetune(network, bars(4, 0)._replace(images=np.full((4, 18, 18), np.nan, np.float32)))

@@ -23,7 +23,7 @@ def run_dir(tmp_path):
 
 def test_an_exported_network_is_the_run_s(run_dir, tmp_path):
     weights.export_run(run_dir, tmp_path / "net.npz")
-    model, variables, shape = weights.load_network(tmp_path / "net.npz")
+    model, variables, shape, _ = weights.load_network(tmp_path / "net.npz")
     images = np.random.default_rng(0).random((3, 20, 20))
     np.testing.assert_array_equal(predict_logits(model, variables, images), predict_logits(*load_run(run_dir), images))
     assert shape == (20, 20) and model.classes == CLASSES
