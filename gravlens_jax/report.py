@@ -12,6 +12,12 @@ from gravlens_jax.metrics import evaluate, roc_curves, softmax
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito: safe for colour-blind eyes
 DPI = 130
+# Validation accuracy of GravLensNet's published run after each of its epochs of 30,000 real images, from the record in
+# its repository, https://github.com/harish-jhr/GravLensNet.
+GRAVLENSNET = (
+    *(0.336, 0.339, 0.526, 0.610, 0.510, 0.793, 0.728, 0.713, 0.760, 0.814),
+    *(0.773, 0.790, 0.822, 0.882, 0.843, 0.879, 0.877, 0.876, 0.888, 0.791),
+)
 
 
 def draw(
@@ -75,6 +81,33 @@ def draw_history(path: Path, lines: list[dict]) -> None:
         axes.set(xlabel="epoch", title=quantity.replace("_", " "))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def draw_learning_curves(path: Path, histories: dict[str, list[dict]]) -> None:
+    """Validation accuracy of several runs over image-steps and minutes, beside GravLensNet's over image-steps.
+
+    Args:
+      path: where to write the PNG.
+      histories: name -> lines as in metrics.jsonl; those with a real_accuracy are shown with it too.
+    """
+    figure = Figure((9, 3.4), dpi=100, layout="constrained")
+    by_steps, by_minutes = figure.subplots(1, 2, sharey=True)
+    for colour, (name, lines) in zip(COLOURS, histories.items(), strict=False):
+        seen = [line["image_steps"] / 1000 for line in lines]
+        minutes = np.cumsum([line["wall_seconds"] for line in lines]) / 60
+        real = [line.get("real_accuracy", np.nan) for line in lines]
+        for axes, x in ((by_steps, seen), (by_minutes, minutes)):
+            axes.plot(x, [line["val_accuracy"] for line in lines], "o-", color=colour, ms=3, label=name)
+            if np.isfinite(real).any():
+                axes.plot(x, real, "x", color=colour, ms=5, label=f"{name}, 135 real images")
+    epochs = np.arange(1, len(GRAVLENSNET) + 1)
+    by_steps.plot(30 * epochs, GRAVLENSNET, "s--", color="0.5", ms=3, label="GravLensNet, 32 layers, real images")
+    by_steps.set(xlabel="thousands of image-steps", ylabel="validation accuracy", xscale="log", ylim=(0.3, 1))
+    by_minutes.set(xlabel="minutes of training")
+    for axes in (by_steps, by_minutes):
+        axes.grid(alpha=0.3)
+    by_steps.legend(frameon=False, fontsize=8, loc="lower right")
     _save(figure, path)
 
 

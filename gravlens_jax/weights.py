@@ -12,9 +12,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gravlens_jax import export
 from gravlens_jax.archive import members, open_archive, read_members
 from gravlens_jax.checkpoint import Which, load_calibrated, read_history, read_run, write_atomically, writing
-from gravlens_jax.config import InputConfig, ModelConfig, check, from_dict, parse_json
+from gravlens_jax.config import InputConfig, InputError, ModelConfig, check, from_dict, parse_json
 from gravlens_jax.model import ResNet, make_model
 
+EXPECTED = "a network written by scripts/export.py"
 PRETRAINED = Path(__file__).with_name("pretrained.npz")
 
 
@@ -37,13 +38,34 @@ def load_network(source: str | Path, checkpoint: Which = "best") -> Network:
     Raises:
       InputError: there is none, or it is damaged.
     """
-    path = Path(source)
-    if str(source) == "pretrained" and not path.exists():
-        path = PRETRAINED
+    path = _resolve(source)
     if path.suffix == ".npz":
         return _read(path)
     model, variables, temperature = load_calibrated(path, checkpoint)
     return Network(model, variables, read_run(path).image_shape, temperature)
+
+
+def load_history(source: str | Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl, with `image_steps` added, of a run or of the run that a file came from.
+
+    Args:
+      source: as in `load_network`.
+
+    Raises:
+      InputError: there is none, or the file does not say.
+    """
+    path = _resolve(source)
+    if path.suffix == ".npz":
+        about = _read_about(path)
+    else:
+        about = {"config": dataclasses.asdict(read_run(path).config), "history": read_history(path / "metrics.jsonl")}
+    try:
+        size = about["config"]["batch_size"]
+        history = [line | {"image_steps": line["step"] * size} for line in about["history"]]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: does not say how it was trained ({error!r})") from error
+    check(bool(history), f"{path}: has no epoch of training yet")
+    return history
 
 
 def load_pretrained() -> tuple[ResNet, Any]:
@@ -115,15 +137,26 @@ class _About(NamedTuple):
     temperature: float
 
 
-def _read(path: Path) -> Network:
-    with open_archive(path, "a network written by scripts/export.py") as archive:
+def _resolve(source: str | Path) -> Path:
+    path = Path(source)
+    return PRETRAINED if str(source) == "pretrained" and not path.exists() else path
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    with open_archive(path, EXPECTED) as archive:
         infos = members(archive)
-        check("about" in infos, f"{path}: has no 'about'; expected a network written by scripts/export.py")
-        text = read_members(archive, {"about": infos.pop("about")}, "U")["about"].item()
-        arrays = read_members(archive, infos, "f")
+        check("about" in infos, f"{path}: has no 'about'; expected {EXPECTED}")
+        text = read_members(archive, {"about": infos["about"]}, "U")["about"].item()
     values = parse_json(text, f"{path}: about")
     check(isinstance(values, dict), f"{path}: about is not an object of JSON")
-    values = {"temperature": 1.0} | values
+    return values
+
+
+def _read(path: Path) -> Network:
+    values = {"temperature": 1.0} | _read_about(path)
+    with open_archive(path, EXPECTED) as archive:
+        infos = members(archive)
+        arrays = read_members(archive, {name: info for name, info in infos.items() if name != "about"}, "f")
     known = {name: values[name] for name in values.keys() & set(_About._fields)}
     about = from_dict(_About, known, f"{path}: about")
     model = make_model(about.model, about.input, about.classes)

@@ -208,6 +208,11 @@ def test_a_run_learns_classes_of_one_s_own(folder):
     assert json.loads((folder / "bars-report/metrics.json").read_text())["accuracy"] > 0.9
 
 
+def test_learning_curves_are_drawn(folder):
+    run(folder, "learning_curve.py", "runs/a", "pretrained", "--figure", "curve.png")
+    assert (folder / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
 def test_the_pretrained_network_is_one_word_away(folder):
     data = next((folder / "data").iterdir()) / "test.npz"
     assert len(run(folder, "predict.py", "pretrained", data).splitlines()) == 1 + 24

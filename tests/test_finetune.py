@@ -30,7 +30,7 @@ def network():
 def test_the_new_classes_are_learnt_and_the_old_network_stays(network):
     before = jax.tree.map(np.array, network.variables)
     lines = []
-    model, variables, shape = finetune(network, bars(40, 0), epochs=5, batch_size=8, show=lines.append)
+    model, variables, shape, _ = finetune(network, bars(40, 0), epochs=5, batch_size=8, show=lines.append)
     assert model.classes == ("flat", "tall") and shape == (18, 18)
     test = bars(20, 1)
     assert (predict(model, variables, test.images).argmax(1) == test.labels).mean() > 0.9

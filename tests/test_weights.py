@@ -64,3 +64,15 @@ def test_the_pretrained_file_says_how_it_was_made():
         about = json.loads(str(file["about"]))
     assert about["classes"] == list(CLASSES) and about["config"]["seed"] >= 0 and about["history"][-1]["step"] > 0
     assert weights.PRETRAINED.stat().st_size < 2**21
+
+
+def test_the_history_of_a_file_counts_image_steps():
+    history = weights.load_history("pretrained")
+    assert history[-1]["image_steps"] > 100_000 and history[-1]["val_accuracy"] > 0.9
+
+
+def test_a_run_without_an_epoch_has_no_history(run_dir, tmp_path):
+    weights.export_run(run_dir, tmp_path / "net.npz")
+    for source in (run_dir, tmp_path / "net.npz"):
+        with pytest.raises(InputError, match="has no epoch of training yet"):
+            weights.load_history(source)
