@@ -198,7 +198,12 @@ def draw_saliency(
 
 
 def draw_population(
-    path: Path, images: np.ndarray, deflections: np.ndarray, classes: tuple[str, ...], width: float
+    path: Path,
+    images: np.ndarray,
+    deflections: np.ndarray,
+    classes: tuple[str, ...],
+    width: float,
+    probabilities: np.ndarray | None = None,
 ) -> None:
     """Pairs of an image and the deflection by its lens's substructure alone, a row for each class.
 
@@ -208,9 +213,10 @@ def draw_population(
       deflections: float, same shape, arcsec.
       classes: names.
       width: arcsec, of the whole image.
+      probabilities: float (classes, columns, classes), what a network makes of each image; written above it.
     """
     rows, columns = images.shape[:2]
-    figure = Figure((3.1 * columns + 0.9, 1.6 * rows + 0.3), dpi=75, layout="constrained")
+    figure = Figure((3.1 * columns + 0.9, 1.75 * rows + 0.3), dpi=75, layout="constrained")
     grid = figure.subplots(rows, 2 * columns, squeeze=False)
     extent = (-width / 2, width / 2, -width / 2, width / 2)
     for (row, column), axes in np.ndenumerate(grid):
@@ -221,8 +227,14 @@ def draw_population(
             shown = axes.imshow(
                 np.maximum(deflections[row, column // 2], 1e-6), cmap="viridis", extent=extent, norm=LogNorm(0.01, 0.3)
             )
-        if row == 0:
-            axes.set_title("image" if column % 2 == 0 else "substructure", fontsize=9)
+        if column % 2:
+            axes.set_title("its substructure", fontsize=9)
+        elif probabilities is None:
+            axes.set_title("image", fontsize=9)
+        else:
+            own = probabilities[row, column // 2]
+            colour = "black" if own.argmax() == row else "#C00000"
+            axes.set_title(f"predicted: {classes[own.argmax()]} {own.max():.2f}", fontsize=9, color=colour)
         if column == 0:
             axes.set_ylabel(classes[row], fontsize=11)
     figure.colorbar(shown, ax=grid, label="deflection by substructure [arcsec]", shrink=0.8, pad=0.01, extend="both")
