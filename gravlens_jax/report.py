@@ -103,7 +103,7 @@ def draw_learning_curves(path: Path, histories: dict[str, list[dict]]) -> None:
                 axes.plot(x, real, "x", color=colour, ms=5, label=f"{name}, 135 real images")
     epochs = np.arange(1, len(GRAVLENSNET) + 1)
     by_steps.plot(30 * epochs, GRAVLENSNET, "s--", color="0.5", ms=3, label="GravLensNet, 32 layers, real images")
-    by_steps.set(xlabel="thousands of image-steps", ylabel="validation accuracy", xscale="log", ylim=(0.3, 1))
+    by_steps.set(xlabel="thousands of image-steps", ylabel="validation accuracy", ylim=(0.3, 1))
     by_minutes.set(xlabel="minutes of training")
     for axes in (by_steps, by_minutes):
         axes.grid(alpha=0.3)
