@@ -13,11 +13,21 @@ import tyro
 
 from gravlens_jax import cli
 from gravlens_jax.config import check
-from gravlens_jax.measure import peaks
+from gravlens_jax.measure import machine, peaks, use_cpu_devices
 from gravlens_jax.measure_input import measure_readers, readers_table
+from gravlens_jax.measure_scaling import (
+    powers_of_two,
+    scaling_cases,
+    scaling_curves,
+    scaling_rows,
+    scaling_table,
+    time_cases,
+)
 from gravlens_jax.measure_simulation import rates_table, simulation_rates
 from gravlens_jax.measure_steps import Steps, sweep
+from gravlens_jax.mesh import is_main, join_processes
 from gravlens_jax.peers import check_peer
+from gravlens_jax.report import draw_scaling
 
 
 def simulate(seconds: float = 4.0, repeats: int = 3, lenstronomy: bool = True) -> None:
@@ -88,6 +98,56 @@ def infer(options: Annotated[Steps, tyro.conf.arg(name="")]) -> None:
     _sweep(False, options)
 
 
+def scale(
+    devices: tuple[int, ...] = (),
+    batch_per_device: int = 64,
+    batch_size: int | None = None,
+    image_size: int = 50,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    warmup: int = 3,
+    steps: int = 10,
+    repeats: int = 5,
+    figure: Path | None = None,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Measures training steps of ResNet-20 over 1, 2, ... devices: weak scaling and strong scaling.
+
+    All cases take turns; medians are printed, as a table and as a JSON line. Efficiency is the images per second of n
+    devices over n times those of one. Devices of a CPU are virtual and share its cores: images per second stay as they
+    are at best. A run of several processes is started like one of train.py, on CPUs with JAX_NUM_CPU_DEVICES set.
+
+    Args:
+        devices: numbers of devices; by default powers of two up to all. A CPU is split into as many as asked for.
+        batch_per_device: images a step on each device, for weak scaling.
+        batch_size: images a step on all devices together, for strong scaling; by default the largest of weak scaling.
+        image_size: pixels of the network's input, height and width.
+        dtype: of activations.
+        warmup: steps before each measurement.
+        steps: steps of each measurement.
+        repeats: measurements of each case, in turn.
+        figure: PNG to draw.
+        coordinator: HOST:PORT of process 0 of a run of several, or auto for what JAX finds out itself.
+        num_processes: of that run.
+        process_id: of this process: 0, 1, ...
+    """
+    cli.use_huge_pages()
+    join_processes(coordinator, num_processes, process_id)
+    if not jax.distributed.is_initialized():
+        use_cpu_devices(max(devices, default=1))
+    cases = scaling_cases(devices or powers_of_two(jax.device_count()), batch_per_device, batch_size)
+    seconds = time_cases(cases, image_size, dtype, warmup, steps, repeats)
+    if is_main():
+        rows = scaling_rows(cases, seconds, image_size)
+        facts = {"image_size": image_size, "dtype": dtype, "processes": jax.process_count(), "rows": rows}
+        print(scaling_table(rows))
+        if figure is not None:
+            draw_scaling(figure, scaling_curves(rows))
+            print(figure)
+        print(json.dumps({"benchmark": "scale"} | facts | machine((dtype,))))
+
+
 if __name__ == "__main__":
-    commands = {"train": train, "infer": infer, "input": measure_input, "simulate": simulate}
+    commands = {"train": train, "infer": infer, "scale": scale, "input": measure_input, "simulate": simulate}
     cli.run(lambda: tyro.extras.subcommand_cli_from_dict(commands))
