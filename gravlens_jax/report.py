@@ -239,3 +239,26 @@ def draw_population(
             axes.set_ylabel(classes[row], fontsize=11)
     figure.colorbar(shown, ax=grid, label="deflection by substructure [arcsec]", shrink=0.8, pad=0.01, extend="both")
     _save(figure, path)
+
+
+def draw_scaling(path: Path, curves: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
+    """Images per second and efficiency over the number of devices; dotted is what perfect scaling would give.
+
+    Args:
+      path: where to write the PNG.
+      curves: name -> devices, images per second, efficiency, each (n,).
+    """
+    figure = Figure((7, 3.2), dpi=DPI, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (name, (devices, rates, efficiencies)), colour in zip(curves.items(), COLOURS, strict=False):
+        left.loglog(devices, rates, "o-", color=colour, ms=3, label=f"{name} scaling", base=2)
+        left.loglog(devices, rates[0] * devices / devices[0], ":", color=colour, base=2)
+        right.semilogx(devices, efficiencies, "o-", color=colour, ms=3, base=2)
+    right.axhline(1, ls=":", color="0.6")
+    right.set_ylim(0)
+    left.yaxis.set_major_formatter("{x:,.0f}")
+    left.legend(frameon=False)
+    for axes, title in ((left, "images per second"), (right, "efficiency")):
+        axes.set(xlabel="devices", title=title, xticks=devices, xticklabels=devices)
+        axes.grid(alpha=0.3)
+    _save(figure, path)

@@ -225,3 +225,15 @@ def test_the_benchmark_prints_a_table_and_a_json_line(folder):
     assert [row["batch_size"] for row in result["rows"]] == [4, 6] and "of peak" in table
     assert all(row["images_per_second"] > 0 for row in result["rows"]) and result["versions"]["jax"]
     assert "expected one positive number" in run(folder, "benchmark.py", "train", "--batch-size", "0", status=2)
+
+
+def test_the_scaling_benchmark_splits_a_cpu_and_draws(folder):
+    options = ["--devices", "2", "--image-size", "8", "--batch-per-device", "2", "--steps", "2", "--repeats", "1"]
+    out = run(folder, "benchmark.py", "scale", *options, "--figure", "scale.png")
+    result = json.loads(out.splitlines()[-1])
+    assert [(row["scaling"], row["devices"], row["batch_size"]) for row in result["rows"]] == [
+        ("weak", 2, 4),
+        ("strong", 2, 4),
+    ]
+    assert result["device_kind"] == "cpu" and result["matmul_precision"] and "share the cores" in out
+    assert (folder / "scale.png").stat().st_size > 0
