@@ -3,6 +3,7 @@
     runs/<name>/config.json              what the run is; written before the first step
     runs/<name>/checkpoints/<step>/      the last epoch (`final`) and the epoch of lowest validation loss (`best`)
     runs/<name>/partial/<step>/          the last save within an epoch, until the epoch ends
+    runs/<name>/calibration.json         step -> temperature, of the checkpoints of a finished run
 
 A checkpoint has three items: `variables` (parameters and batch statistics: all that prediction needs), `training`
 (optimizer, plateau, step: what continuing needs besides) and `sums` (metrics of an unfinished epoch). Orbax writes each
@@ -261,8 +262,46 @@ def save_variables(run_dir: Path, variables: Any) -> None:
         _save(manager, 0, {"variables": variables}, {})
 
 
+def load_checkpoint(run_dir: Path, checkpoint: Which = "best") -> tuple[ResNet, Any, int]:
+    """Returns the network of a run, its variables as they were saved, and their step; otherwise as `load_run`."""
+    check(checkpoint in ("best", "final"), f"checkpoint={checkpoint!r}: expected best or final")
+    info = read_run(run_dir)
+    model = make_model(info.config.model, info.config.input, info.classes)
+    size = model.input.crop // model.input.pool
+    image = jax.ShapeDtypeStruct((1, size, size, 1), jnp.float32)
+    abstract = jax.eval_shape(model.init, jax.random.key(0), image)
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
+    with open_checkpoints(run_dir) as manager:
+        step = manager.best_step() if checkpoint == "best" else None
+        step = manager.latest_step() if step is None else step
+        check(step is not None, f"{run_dir} has no checkpoint yet; one is written at the end of each epoch")
+        return model, _restore(manager, step, {"variables": abstract})["variables"], step
+
+
+def save_temperatures(run_dir: Path, temperatures: dict[int, float]) -> None:
+    """Writes the temperature of each step's network, by which `load_run` divides its logits."""
+    with writing(run_dir):
+        write_atomically(run_dir / "calibration.json", json.dumps(temperatures) + "\n")
+
+
+def _read_temperature(run_dir: Path, step: int) -> float:
+    """Returns the temperature of a step's network: 1 if none was fitted."""
+    path = run_dir / "calibration.json"
+    if not path.exists():
+        return 1.0
+    values = parse_json(path.read_bytes(), str(path))
+    temperature = values.get(str(step), 1.0) if isinstance(values, dict) else None
+    fine = isinstance(temperature, float) and 0 < temperature < 1e3
+    check(fine, f"{path} is damaged: expected the temperature of each step; remove it")
+    return temperature
+
+
 def load_run(run_dir: str | Path, checkpoint: Which = "best") -> tuple[ResNet, Any]:
     """Returns the network of a run and its variables, ready for `predict`.
+
+    Its probabilities are calibrated, if the run has been finished: the head is divided by a temperature that was fitted
+    on the validation images.
 
     Args:
       run_dir: a directory made by scripts/train.py or scripts/import_torch.py.
@@ -274,15 +313,12 @@ def load_run(run_dir: str | Path, checkpoint: Which = "best") -> tuple[ResNet, A
     Raises:
       InputError: not a run, no checkpoint yet, or one of another network.
     """
-    check(checkpoint in ("best", "final"), f"checkpoint={checkpoint!r}: expected best or final")
-    info = read_run(Path(run_dir))
-    model = make_model(info.config.model, info.config.input, info.classes)
-    size = model.input.crop // model.input.pool
-    abstract = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 1), jnp.float32))
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
-    with open_checkpoints(Path(run_dir)) as manager:
-        step = manager.best_step() if checkpoint == "best" else None
-        step = manager.latest_step() if step is None else step
-        check(step is not None, f"{run_dir} has no checkpoint yet; one is written at the end of each epoch")
-        return model, _restore(manager, step, {"variables": abstract})["variables"]
+    return load_calibrated(Path(run_dir), checkpoint)[:2]
+
+
+def load_calibrated(run_dir: Path, checkpoint: Which = "best") -> tuple[ResNet, Any, float]:
+    """Returns what `load_run` does, and the temperature that the head has been divided by."""
+    model, variables, step = load_checkpoint(run_dir, checkpoint)
+    temperature = _read_temperature(run_dir, step)
+    head = jax.tree.map(lambda x: x / temperature, variables["params"]["head"])
+    return model, variables | {"params": {**variables["params"], "head": head}}, temperature

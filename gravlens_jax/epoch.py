@@ -126,6 +126,6 @@ def check_finite(loss: float, name: str, step: int) -> None:
     """Raises FloatingPointError, with advice, unless the loss is finite."""
     if not math.isfinite(loss):
         raise FloatingPointError(
-            f"{name} is {loss} at step {step}; the checkpoints of earlier epochs are intact. Look for NaN pixels in "
-            f"the data, or start again with a lower --optim.learning-rate"
+            f"{name} is {loss} at step {step}; what was saved before is intact. Look for NaN pixels in the data, or "
+            f"start again with a lower learning rate"
         )

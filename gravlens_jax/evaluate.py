@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from gravlens_jax import report
-from gravlens_jax.checkpoint import Which, read_history
+from gravlens_jax.checkpoint import Which, load_checkpoint, read_history, save_temperatures
 from gravlens_jax.config import check
 from gravlens_jax.data import take_rows
 from gravlens_jax.explain import saliency
 from gravlens_jax.files import write_atomically, writing
 from gravlens_jax.folders import load_folder, load_image
-from gravlens_jax.metrics import evaluate
+from gravlens_jax.mesh import is_main
+from gravlens_jax.metrics import calibration_error, evaluate, fit_temperature, intervals, softmax
 from gravlens_jax.model import predict, predict_logits
 from gravlens_jax.npz import Dataset, open_npz
 from gravlens_jax.weights import Network, load_network
@@ -33,6 +34,17 @@ def load_labelled(path: Path, classes: tuple[str, ...]) -> Dataset:
     return dataset._replace(labels=order[dataset.labels], classes=classes)
 
 
+def calibrate_run(run_dir: Path, dataset: Dataset) -> None:
+    """Fits the temperatures of a run's checkpoints on images it was not trained on, for `load_run` to use."""
+    temperatures = {}
+    for which in ("best", "final"):
+        model, variables, step = load_checkpoint(run_dir, which)
+        if step not in temperatures:
+            temperatures[step] = fit_temperature(predict_logits(model, variables, dataset.images), dataset.labels)
+    if is_main():
+        save_temperatures(run_dir, temperatures)
+
+
 def evaluate_run(
     run: str | Path, dataset: Dataset, checkpoint: Which, out: Path | None, tta: bool = False
 ) -> dict[str, Any]:
@@ -47,14 +59,21 @@ def evaluate_run(
       tta: average over mirror images: see `predict_logits`.
 
     Returns:
-      what metrics.json holds: see `metrics.evaluate`, and `checkpoint`, `tta`.
+      what metrics.json holds: see `metrics.evaluate`; and `checkpoint`, `tta`, `interval_95` (see `metrics.intervals`),
+      `temperature` and `ece_uncalibrated`, without it.
     """
-    model, variables, image_shape = load_network(run, checkpoint)
+    model, variables, image_shape, temperature = load_network(run, checkpoint)
     _check_shape(dataset.images.shape[1:], image_shape, "the images")
     logits = predict_logits(model, variables, dataset.images, tta=tta)
     bad = np.flatnonzero(~np.isfinite(logits).all(1))
     check(not len(bad), f"image {bad[0] if len(bad) else ''}: its logits are not finite; it has NaN or infinite pixels")
-    values = evaluate(logits, dataset.labels, model.classes) | {"checkpoint": checkpoint, "tta": tta}
+    values = evaluate(logits, dataset.labels, model.classes) | {
+        "checkpoint": checkpoint,
+        "tta": tta,
+        "interval_95": intervals(logits, dataset.labels, model.classes),
+        "temperature": temperature,
+        "ece_uncalibrated": calibration_error(softmax(logits * temperature), dataset.labels),
+    }
     if out is None:
         return values
     history = read_history(Path(run) / "metrics.jsonl")
@@ -82,7 +101,7 @@ def predict_files(network: Network, paths: list[Path], tta: bool = False) -> Ite
       paths: .npy files of one image, .npz files of images (named file.npz[i]), or folders, searched for both.
       tta: average over mirror images: see `predict_logits`.
     """
-    model, variables, image_shape = network
+    model, variables, image_shape, _ = network
     for path in _image_files(paths):
         if path.suffix == ".npz":
             images = open_npz(path, need_labels=False).images

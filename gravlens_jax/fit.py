@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from gravlens_jax import checkpoint, data, mesh
 from gravlens_jax.config import FILES, SPLITS, STREAM, Config, check
 from gravlens_jax.epoch import Sums, check_finite, make_train_epoch, means, no_sums, place, sum_metrics
-from gravlens_jax.evaluate import evaluate_run
+from gravlens_jax.evaluate import calibrate_run, evaluate_run
 from gravlens_jax.files import write_atomically, writing
 from gravlens_jax.model import check_images, make_model
 from gravlens_jax.npz import Dataset
@@ -73,6 +73,7 @@ def fit(
         if main and not resume:
             checkpoint.create_run(run_dir, checkpoint.RunInfo(config, train.classes, train.image_shape))
         _train(config, run_dir, datasets, devices, save_minutes, on_epoch)
+        calibrate_run(run_dir, datasets["val"])
         return evaluate_run(run_dir, datasets["test"], "best", run_dir / "report" if main else None)
 
 

@@ -1,9 +1,7 @@
-"""How fast a training step, inference and the input are here; what `scripts/benchmark.py` prints.
+"""How fast a training step, inference and the training loop are here, and what machine this is."""
 
-FLOPs are those of the convolutions and the head alone, 2 for a multiply-add: what the task needs, however a program
-does it. A training step counts three times the forward pass, less the gradient of the first convolution's input.
-"""
-
+import os
+import platform
 import statistics
 import tempfile
 import time
@@ -19,49 +17,13 @@ from jax.sharding import Mesh
 
 from gravlens_jax.augment import prepare, to_unit
 from gravlens_jax.config import CLASSES, AugmentConfig, Config, InputConfig, OptimConfig
+from gravlens_jax.costs import PEAKS
 from gravlens_jax.epoch import make_train_epoch, no_sums
 from gravlens_jax.mesh import check_batch_size, data_mesh, replicate, shard_batch
 from gravlens_jax.model import ResNet
 from gravlens_jax.npz import open_npz, write_npz
 from gravlens_jax.optim import make_optimizer
 from gravlens_jax.steps import TrainState, init_state, train_step
-
-# Dense peaks from the vendors' data sheets: TFLOP/s in float32 as JAX multiplies it by default (TF32 on NVIDIA where
-# there is one, bfloat16 passes on TPUs) and in bfloat16 (float16 on a T4), and GB/s of device memory.
-PEAKS = {
-    "H200": {"float32": 494.7, "bfloat16": 989.4, "bandwidth": 4800},
-    "H100": {"float32": 494.7, "bfloat16": 989.4, "bandwidth": 3350},
-    "A100": {"float32": 156.0, "bfloat16": 312.0, "bandwidth": 2039},
-    "L4": {"float32": 60.0, "bfloat16": 121.0, "bandwidth": 300},
-    "T4": {"float32": 8.1, "bfloat16": 65.0, "bandwidth": 320},
-    "TPU v6 lite": {"float32": 918.0, "bfloat16": 918.0, "bandwidth": 1640},
-    "TPU v5p": {"float32": 459.0, "bfloat16": 459.0, "bandwidth": 2765},
-    "TPU v5 lite": {"float32": 197.0, "bfloat16": 197.0, "bandwidth": 819},
-    "TPU v4": {"float32": 275.0, "bfloat16": 275.0, "bandwidth": 1228},
-}
-
-
-def forward_flops(size: int, depth: int = 20, width: int = 16, classes: int = 3) -> tuple[int, int]:
-    """Returns the FLOPs per image of the forward pass of `ResNet(depth, width)` on size x size pixels.
-
-    Returns:
-      total, and the share of the first convolution.
-    """
-    first = 2 * 9 * width * size**2
-    total, channels = first, width
-    for stage in range(3):
-        filters = width * 2**stage
-        size = -(-size // 2) if stage else size
-        for _ in range((depth - 2) // 6):
-            total += 2 * 9 * (channels + filters) * filters * size**2
-            channels = filters
-    return total + 2 * channels * classes, first
-
-
-def train_flops(size: int) -> int:
-    """Returns the FLOPs per image of a training step of `ResNet20`."""
-    total, first = forward_flops(size)
-    return 3 * total - first
 
 
 def peaks(dtype: str) -> dict[str, float]:
@@ -82,6 +44,31 @@ def peaks(dtype: str) -> dict[str, float]:
         if name in kind:
             return {"tflops": values[dtype], "bandwidth": values["bandwidth"]}
     return {}
+
+
+def machine(dtypes: tuple[str, ...]) -> dict[str, Any]:
+    """Returns what measurements depend on: devices, peaks for each of `dtypes`, precision, settings and versions."""
+    return {
+        "device_kind": jax.devices()[0].device_kind,
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "peaks": {dtype: peaks(dtype) for dtype in dtypes},
+        "matmul_precision": jax.config.jax_default_matmul_precision or "default",
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "huge_pages": os.environ.get("GLIBC_TUNABLES", ""),
+        "versions": {"jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version()},
+    }
+
+
+def use_cpu_devices(devices: int) -> None:
+    """Splits the CPU, where that is what JAX runs on, into so many devices; call it before anything touches one."""
+    if devices > 1:
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+def medians(runs: dict[Any, list[dict[str, float]]]) -> dict[Any, dict[str, float]]:
+    """Returns the medians over repeated measurements of each case."""
+    return {case: {k: float(np.median([run[k] for run in some])) for k in some[0]} for case, some in runs.items()}
 
 
 def time_calls(function: Callable[[], Any], warmup: int, calls: int) -> list[float]:
@@ -137,10 +124,10 @@ def compile_step(
 
     Args:
       train: a step of `train.py` with flips; else input preparation and forward pass.
-      batch_size: over all devices.
+      batch_size: over all devices; each process makes its own share.
       size: pixels, height and width of images and network's input.
       dtype: of activations.
-      devices: how many of the devices to use.
+      devices: how many of the devices to use; of several processes only those that own one of them may call.
 
     Returns:
       run: (warmup, steps) -> sorted seconds of `steps` steps after `warmup` others, each waited for.
@@ -149,8 +136,8 @@ def compile_step(
     """
     mesh = data_mesh(devices)
     check_batch_size(batch_size, mesh)
-    model, step, state = _start(size, dtype, mesh)
-    host_batch = random_batch(batch_size, size)
+    model, step, state = set_up(size, dtype, mesh)
+    host_batch = random_batch(batch_size // mesh.size * len(mesh.local_devices), size)
     batch = shard_batch(host_batch, mesh)
     transfers = time_calls(lambda: shard_batch(host_batch, mesh), 3, 10)
 
@@ -183,7 +170,8 @@ def compile_step(
 OPTIM = OptimConfig("adam", learning_rate=1e-3, weight_decay=1e-4)
 
 
-def _start(size: int, dtype: str, mesh: Mesh) -> tuple[ResNet, Callable, TrainState]:
+def set_up(size: int, dtype: str, mesh: Mesh) -> tuple[ResNet, Callable, TrainState]:
+    """Returns the network, the training step (state, batch) -> (state, metrics), and its first state on the devices."""
     model = ResNet(dtype=jnp.dtype(dtype), input=InputConfig(crop=size, pool=1))
     tx = make_optimizer(OPTIM, 1000)
     state = replicate(init_state(0, model, tx, OPTIM), mesh)
@@ -202,7 +190,7 @@ def busy_fraction(batch_size: int, size: int, dtype: str, steps: int, repeats: i
       repeats: epochs to time.
     """
     mesh = data_mesh(1)
-    model, step, state = _start(size, dtype, mesh)
+    model, step, state = set_up(size, dtype, mesh)
     n = batch_size * steps
     step = jax.jit(step, donate_argnums=0)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,11 @@
 """How fast random batches come from a packed file here, and from what others read; for `scripts/benchmark.py input`."""
 
+import os
+import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ import numpy as np
 
 from gravlens_jax.config import CLASSES, check
 from gravlens_jax.data import epoch_rows, train_batches
+from gravlens_jax.measure import medians
 from gravlens_jax.npz import open_npz, write_npz
 
 PIXELS = 150
@@ -52,6 +57,54 @@ def measure_reader(reader: str, folder: Path, batch_size: int, batches: int, wor
         done, most = done + 1, max(most, _resident_mib())
     rate = done / (time.perf_counter() - start)
     return {"open_seconds": opened, "open_mib": open_mib, "batches_per_second": rate, "read_mib": most - before}
+
+
+def measure_readers(
+    images: int, batch_size: int, batches: int, repeats: int, torch: bool
+) -> dict[tuple[str, int], dict[str, float]]:
+    """Measures all readers in turn, each time in a process of its own.
+
+    Args:
+      images, batch_size, batches: as in `write_files` and `measure_reader`.
+      repeats: measurements of each reader.
+      torch: whether to measure the DataLoader: with 0, 1 and as many workers as there are cores.
+
+    Returns:
+      (reader, workers) -> medians of what `measure_reader` returns; of the DataLoader with the best number of workers.
+    """
+    cases = [(reader, 0) for reader in READERS[:3]]
+    if torch:
+        cases += [(READERS[3], workers) for workers in sorted({0, 1, os.cpu_count() or 1})]
+    results: dict[tuple[str, int], list[dict[str, float]]] = {}
+    context = get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(Path(folder), images, torch)
+        for _ in range(repeats):
+            for reader, workers in cases:
+                with ProcessPoolExecutor(1, context) as pool:
+                    future = pool.submit(measure_reader, reader, Path(folder), batch_size, batches, workers)
+                    results.setdefault((reader, workers), []).append(future.result())
+    return best_loader(medians(results))
+
+
+def best_loader(results: dict[tuple[str, int], dict[str, float]]) -> dict[tuple[str, int], dict[str, float]]:
+    """Returns the results with, of the DataLoader's, only the one of most batches per second."""
+    loaders = [case for case in results if case[0] == READERS[3]]
+    best = max(loaders, key=lambda case: results[case]["batches_per_second"], default=None)
+    return {case: values for case, values in results.items() if case not in loaders or case == best}
+
+
+def readers_table(results: dict[tuple[str, int], dict[str, float]], batch_size: int) -> str:
+    """Returns the results of `measure_readers` as a text table."""
+    lines = [f"{'':24}{'open ms':>10}{'MiB':>8}{'batches/s':>11}{'images/s':>10}{'GB/s':>7}{'MiB':>8}"]
+    for (reader, workers), v in results.items():
+        gb = v["batches_per_second"] * batch_size * PIXELS**2 * (8 if reader == READERS[3] else 2) / 1e9
+        name = reader + (f", {workers} workers" if reader == READERS[3] else "")
+        lines.append(
+            f"{name:24}{1e3 * v['open_seconds']:10.1f}{v['open_mib']:8.0f}{v['batches_per_second']:11.1f}"
+            f"{v['batches_per_second'] * batch_size:10,.0f}{gb:7.2f}{v['read_mib']:8.0f}"
+        )
+    return "\n".join(lines)
 
 
 def _resident_mib() -> float:

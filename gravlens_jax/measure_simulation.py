@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from gravlens_jax.config import CLASSES
+from gravlens_jax.measure import medians
 from gravlens_jax.peers import lenstronomy_image
 from gravlens_jax.priors import PRESETS
 from gravlens_jax.render import sample_lens
@@ -69,3 +70,36 @@ def lenstronomy_rates(seconds: float) -> dict[str, float]:
             done, wall_seconds = done + 1, time.perf_counter() - start
         rates[name] = done / wall_seconds
     return rates
+
+
+def simulation_rates(
+    seconds: float, repeats: int, lenstronomy: bool, cores: list[int]
+) -> dict[tuple[str, int], dict[str, float]]:
+    """Measures the codes in turn, on the first of `cores` and on all; lenstronomy runs one process on each.
+
+    Args:
+      seconds: length of one measurement of one class.
+      repeats: measurements of each figure.
+      lenstronomy: whether to measure it.
+      cores: numbers of those to use.
+
+    Returns:
+      (code, number of cores) -> medians of the images per second of each class and of "all".
+    """
+    functions = {"gravlens_jax": our_rates} | ({"lenstronomy": lenstronomy_rates} if lenstronomy else {})
+    rates: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for _ in range(repeats):
+        for code, function in functions.items():
+            for used in (cores[:1], cores):
+                groups = [used] if code == "gravlens_jax" else [[core] for core in used]
+                rates.setdefault((code, len(used)), []).append(measure_on_cores(function, seconds, groups))
+    return medians(rates)
+
+
+def rates_table(rates: dict[tuple[str, int], dict[str, float]]) -> str:
+    """Returns the result of `simulation_rates` as a text table."""
+    names = (*CLASSES, "all")
+    lines = [f"{'images/s':28}" + "".join(f"{name:>10}" for name in names)]
+    for (code, n), values in rates.items():
+        lines.append(f"{code + f', {n} core' + 's' * (n > 1):28}" + "".join(f"{values[k]:10.1f}" for k in names))
+    return "\n".join(lines)

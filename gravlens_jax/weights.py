@@ -11,11 +11,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gravlens_jax import export
 from gravlens_jax.archive import members, open_archive, read_members
-from gravlens_jax.checkpoint import Which, load_run, read_history, read_run
-from gravlens_jax.config import InputConfig, ModelConfig, check, from_dict, parse_json
+from gravlens_jax.checkpoint import Which, load_calibrated, read_history, read_run
+from gravlens_jax.config import InputConfig, InputError, ModelConfig, check, from_dict, parse_json
 from gravlens_jax.files import write_atomically, writing
 from gravlens_jax.model import ResNet, make_model
 
+EXPECTED = "a network written by scripts/export.py"
 PRETRAINED = Path(__file__).with_name("pretrained.npz")
 
 
@@ -25,6 +26,7 @@ class Network(NamedTuple):
     model: ResNet
     variables: Any
     image_shape: tuple[int, int]  # height and width of the images it was trained on
+    temperature: float = 1.0  # that calibration has divided the head by, once and for all
 
 
 def load_network(source: str | Path, checkpoint: Which = "best") -> Network:
@@ -37,12 +39,34 @@ def load_network(source: str | Path, checkpoint: Which = "best") -> Network:
     Raises:
       InputError: there is none, or it is damaged.
     """
-    path = Path(source)
-    if str(source) == "pretrained" and not path.exists():
-        path = PRETRAINED
+    path = _resolve(source)
     if path.suffix == ".npz":
         return _read(path)
-    return Network(*load_run(path, checkpoint), read_run(path).image_shape)
+    model, variables, temperature = load_calibrated(path, checkpoint)
+    return Network(model, variables, read_run(path).image_shape, temperature)
+
+
+def load_history(source: str | Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl, with `image_steps` added, of a run or of the run that a file came from.
+
+    Args:
+      source: as in `load_network`.
+
+    Raises:
+      InputError: there is none, or the file does not say.
+    """
+    path = _resolve(source)
+    if path.suffix == ".npz":
+        about = _read_about(path)
+    else:
+        about = {"config": dataclasses.asdict(read_run(path).config), "history": read_history(path / "metrics.jsonl")}
+    try:
+        size = about["config"]["batch_size"]
+        history = [line | {"image_steps": line["step"] * size} for line in about["history"]]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: does not say how it was trained ({error!r})") from error
+    check(bool(history), f"{path}: has no epoch of training yet")
+    return history
 
 
 def load_pretrained() -> tuple[ResNet, Any]:
@@ -69,13 +93,14 @@ def export_run(run: str | Path, out: Path, checkpoint: Which = "best") -> dict[s
 
 def describe(network: Network) -> dict[str, Any]:
     """Returns what a file must say of its network, ready for JSON."""
-    model, _, image_shape = network
+    model, _, image_shape, temperature = network
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(ModelConfig)}
     return {
         "model": fields | {"dtype": jnp.dtype(model.dtype).name},
         "input": dataclasses.asdict(model.input),
         "classes": model.classes,
         "image_shape": image_shape,
+        "temperature": temperature,
         "version": importlib.metadata.version("gravlens_jax"),
     }
 
@@ -91,7 +116,7 @@ def write_network(out: Path, network: Network, about: dict[str, Any]) -> None:
     Raises:
       InputError: another suffix, a package that the format needs is missing, or the file cannot be written.
     """
-    model, variables, image_shape = network
+    model, variables, image_shape, _ = network
     formats = {
         ".npz": lambda: export.as_npz(variables, about),
         ".safetensors": lambda: export.as_safetensors(variables, about),
@@ -110,16 +135,29 @@ class _About(NamedTuple):
     input: InputConfig
     classes: tuple[str, ...]
     image_shape: tuple[int, int]
+    temperature: float
+
+
+def _resolve(source: str | Path) -> Path:
+    path = Path(source)
+    return PRETRAINED if str(source) == "pretrained" and not path.exists() else path
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    with open_archive(path, EXPECTED) as archive:
+        infos = members(archive)
+        check("about" in infos, f"{path}: has no 'about'; expected {EXPECTED}")
+        text = read_members(archive, {"about": infos["about"]}, "U")["about"].item()
+    values = parse_json(text, f"{path}: about")
+    check(isinstance(values, dict), f"{path}: about is not an object of JSON")
+    return values
 
 
 def _read(path: Path) -> Network:
-    with open_archive(path, "a network written by scripts/export.py") as archive:
+    values = {"temperature": 1.0} | _read_about(path)
+    with open_archive(path, EXPECTED) as archive:
         infos = members(archive)
-        check("about" in infos, f"{path}: has no 'about'; expected a network written by scripts/export.py")
-        text = read_members(archive, {"about": infos.pop("about")}, "U")["about"].item()
-        arrays = read_members(archive, infos, "f")
-    values = parse_json(text, f"{path}: about")
-    check(isinstance(values, dict), f"{path}: about is not an object of JSON")
+        arrays = read_members(archive, {name: info for name, info in infos.items() if name != "about"}, "f")
     known = {name: values[name] for name in values.keys() & set(_About._fields)}
     about = from_dict(_About, known, f"{path}: about")
     model = make_model(about.model, about.input, about.classes)
@@ -129,4 +167,4 @@ def _read(path: Path) -> Network:
     shapes, expected_shapes = ({name: array.shape for name, array in some.items()} for some in (arrays, expected))
     check(shapes == expected_shapes, f"{path}: its arrays are not those of its model")
     arrays = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
-    return Network(model, unflatten_dict(arrays, sep="/"), about.image_shape)
+    return Network(model, unflatten_dict(arrays, sep="/"), about.image_shape, about.temperature)

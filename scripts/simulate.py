@@ -10,10 +10,12 @@ import tyro
 
 from gravlens_jax import cli
 from gravlens_jax.config import CLASSES, PriorPreset, SimulationConfig, check
+from gravlens_jax.model import predict
 from gravlens_jax.priors import PRESETS, Priors
 from gravlens_jax.progress import track
 from gravlens_jax.report import draw_population
 from gravlens_jax.simulate import example_lenses, simulate_dataset
+from gravlens_jax.weights import load_network
 
 DEFAULT = SimulationConfig()
 
@@ -36,7 +38,7 @@ class Arguments:
     test: int = DEFAULT.test  # number of test images
     seed: int = DEFAULT.seed  # of the images
     parameters: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # store each lens's parameters in the files too
-    figure: Path | None = None  # PNG to draw: examples of each class beside the deflection of their substructure
+    figure: Path | None = None  # PNG to draw: examples of each class, predictions, deflection of the substructure
 
 
 def main() -> None:
@@ -53,7 +55,12 @@ def main() -> None:
     print(a.out)
     if a.figure is not None:
         width = a.prior.num_pixels * a.prior.pixel_scale
-        draw_population(a.figure, *example_lenses(a.seed, a.prior, columns=3), CLASSES, width)
+        images, deflections = example_lenses(a.seed, a.prior, columns=3)
+        network, guesses = load_network("pretrained"), None
+        if images.shape[2:] == network.image_shape:
+            guesses = predict(network.model, network.variables, images.reshape(-1, *network.image_shape))
+            guesses = guesses.reshape(*images.shape[:2], -1)
+        draw_population(a.figure, images, deflections, CLASSES, width, guesses)
         print(a.figure)
 
 

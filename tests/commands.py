@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gravlens_jax.checkpoint import load_run
+from gravlens_jax.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -75,6 +75,6 @@ def wait_for_epochs(run_dir, n, *processes):
 def assert_same_parameters(a, b):
     """Best and final parameters and batch statistics of two runs agree bitwise."""
     for which in ("best", "final"):
-        ours, theirs = (load_run(run_dir, which)[1] for run_dir in (a, b))
+        ours, theirs = (load_checkpoint(run_dir, which)[1] for run_dir in (a, b))
         assert jax.tree.structure(ours) == jax.tree.structure(theirs)
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)

@@ -169,6 +169,20 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path, model):
         checkpoint.load_run(tmp_path)
 
 
+def test_the_head_is_divided_by_the_temperature_of_its_step(tmp_path):
+    make_run(tmp_path, [0.3, 0.4])
+    checkpoint.save_temperatures(tmp_path, {2: 2.0})
+    for which, step, temperature in (("best", 1, 1.0), ("final", 2, 2.0)):
+        _, variables, found = checkpoint.load_calibrated(tmp_path, which)
+        expected = make_state(step).params
+        np.testing.assert_array_equal(variables["params"]["head"]["kernel"], expected["head"]["kernel"] / temperature)
+        np.testing.assert_array_equal(variables["params"]["conv0"]["kernel"], expected["conv0"]["kernel"])
+        assert found == temperature
+    (tmp_path / "calibration.json").write_text('{"2": 0.0}')
+    with pytest.raises(InputError, match=r"calibration\.json is damaged"):
+        checkpoint.load_run(tmp_path, "final")
+
+
 def test_a_run_directory_in_use_is_refused(tmp_path):
     checkpoint.create_run(tmp_path, INFO)
     with pytest.raises(InputError, match="already holds a run; continue it with --resume"):

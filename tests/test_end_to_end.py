@@ -33,6 +33,7 @@ def test_a_run_directory_holds_everything(folder):
         assert (folder / f"runs/a/report/{figure}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     values = json.loads((folder / "runs/a/report/metrics.json").read_text())
     keys = {"n", "accuracy", "loss", "auc", "macro_auc", "ece", "confusion", "classes", "checkpoint", "tta"}
+    keys |= {"interval_95", "temperature", "ece_uncalibrated"}
     assert values.keys() == keys and values["n"] == 24 and values["checkpoint"] == "best"
     lines = history(folder / "runs/a")
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
@@ -157,6 +158,11 @@ def test_a_run_learns_classes_of_one_s_own(folder):
     assert json.loads((folder / "bars-report/metrics.json").read_text())["accuracy"] > 0.9
 
 
+def test_learning_curves_are_drawn(folder):
+    run(folder, "learning_curve.py", "runs/a", "pretrained", "--figure", "curve.png")
+    assert (folder / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
 def test_the_pretrained_network_is_one_word_away(folder):
     data = next((folder / "data").iterdir()) / "test.npz"
     assert len(run(folder, "predict.py", "pretrained", data).splitlines()) == 1 + 24
@@ -169,3 +175,15 @@ def test_the_benchmark_prints_a_table_and_a_json_line(folder):
     assert [row["batch_size"] for row in result["rows"]] == [4, 6] and "of peak" in table
     assert all(row["images_per_second"] > 0 for row in result["rows"]) and result["versions"]["jax"]
     assert "expected one positive number" in run(folder, "benchmark.py", "train", "--batch-size", "0", status=2)
+
+
+def test_the_scaling_benchmark_splits_a_cpu_and_draws(folder):
+    options = ["--devices", "2", "--image-size", "8", "--batch-per-device", "2", "--steps", "2", "--repeats", "1"]
+    out = run(folder, "benchmark.py", "scale", *options, "--figure", "scale.png")
+    result = json.loads(out.splitlines()[-1])
+    assert [(row["scaling"], row["devices"], row["batch_size"]) for row in result["rows"]] == [
+        ("weak", 2, 4),
+        ("strong", 2, 4),
+    ]
+    assert result["device_kind"] == "cpu" and result["matmul_precision"] and "share the cores" in out
+    assert (folder / "scale.png").stat().st_size > 0

@@ -49,7 +49,7 @@ def test_a_fresh_process_predicts_the_same_without_this_package(network, tmp_pat
 
 
 def test_the_program_is_for_every_platform_and_any_number_of_images(network):
-    program = jax.export.deserialize(bytearray(export.as_stablehlo(*network)))
+    program = jax.export.deserialize(bytearray(export.as_stablehlo(*network[:3])))
     assert program.platforms == ("cpu", "cuda", "tpu")
     assert [str(size) for size in program.in_avals[0].shape] == ["n", "20", "20"]
 

@@ -1,19 +1,7 @@
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gravlens_jax import measure, measure_input
-from gravlens_jax.model import ResNet
-
-
-@pytest.mark.parametrize("size", [100, 150])
-def test_flops_are_the_compiler_s_count(size):
-    model = ResNet()
-    variables = model.init(jax.random.key(0), jnp.zeros((1, size, size, 1)))
-    forward = jax.jit(model.apply).trace(variables, jnp.zeros((2, size, size, 1))).lower(lowering_platforms=("cuda",))
-    # The compiler counts normalisation and ReLU too, and leaves out products with the padding.
-    assert measure.forward_flops(size)[0] == pytest.approx(forward.cost_analysis()["flops"] / 2, rel=0.05)
+from gravlens_jax import measure, measure_input, measure_simulation
 
 
 def test_a_compiled_step_is_timed():
@@ -51,3 +39,24 @@ def test_readers_give_batches(reader, tmp_path):
     assert values["batches_per_second"] > 0 and values["open_seconds"] > 0
     with np.load(tmp_path / "compressed.npz") as a, np.load(tmp_path / "packed.npz") as b:
         np.testing.assert_array_equal(a["images"], b["images"])
+
+
+def test_of_the_data_loaders_only_the_fastest_is_shown():
+    values = {"open_seconds": 0.001, "open_mib": 1.0, "read_mib": 2.0}
+    rates = {("memory map", 0): 5.0, ("DataLoader", 0): 1.0, ("DataLoader", 1): 3.0, ("DataLoader", 2): 2.0}
+    best = measure_input.best_loader({case: values | {"batches_per_second": rate} for case, rate in rates.items()})
+    assert list(best) == [("memory map", 0), ("DataLoader", 1)]
+    lines = measure_input.readers_table(best, 10).splitlines()
+    assert lines[1].split() == ["memory", "map", "1.0", "1", "5.0", "50", "0.00", "2"]
+    assert lines[2].startswith("DataLoader, 1 workers")
+
+
+def test_medians_of_repeated_measurements():
+    runs = {"a": [{"x": 1.0, "y": 5.0}, {"x": 9.0, "y": 7.0}, {"x": 2.0, "y": 6.0}]}
+    assert measure.medians(runs) == {"a": {"x": 2.0, "y": 6.0}}
+
+
+def test_the_simulator_s_table_names_codes_and_cores():
+    rates = {"no": 1.0, "sphere": 2.0, "vort": 3.0, "all": 1.6}
+    lines = measure_simulation.rates_table({("a", 1): rates, ("b", 2): rates}).splitlines()
+    assert lines[1].split() == ["a,", "1", "core", "1.0", "2.0", "3.0", "1.6"] and lines[2].startswith("b, 2 cores")

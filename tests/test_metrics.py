@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from gravlens_jax.config import CLASSES
-from gravlens_jax.metrics import calibration_error, evaluate, softmax
+from gravlens_jax.metrics import calibration_error, evaluate, fit_temperature, intervals, softmax
 
 RNG = np.random.default_rng(0)
 
@@ -46,3 +46,30 @@ def test_calibration_error():
     probabilities = np.array([[0.9, 0.1]] * 10 + [[0.6, 0.4]] * 10)
     labels = np.array([0] * 9 + [1] + [1] * 10)  # 90 % sure and right in 9 of 10; 60 % sure and always wrong
     assert calibration_error(probabilities, labels) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 1.0, 4.0])
+def test_the_temperature_makes_too_sharp_and_too_flat_logits_honest(sharpness):
+    logits = 2 * RNG.normal(size=(20_000, 3))
+    labels = (RNG.random((20_000, 1)) > softmax(logits).cumsum(1)).sum(1)  # drawn from the probabilities themselves
+    temperature = fit_temperature(sharpness * logits, labels)
+    assert temperature == pytest.approx(sharpness, rel=0.04)
+    assert calibration_error(softmax(sharpness * logits / temperature), labels) < 0.015
+
+
+def test_intervals_hold_the_value_and_shrink_with_the_images():
+    labels = RNG.integers(0, 3, 800)
+    logits = RNG.normal(size=(800, 3)) + 2 * np.eye(3)[labels]
+    few, many = (intervals(logits[:n], labels[:n], CLASSES, resamples=100) for n in (50, 800))
+    value = evaluate(logits, labels, CLASSES)
+    for found, expected in ((many["accuracy"], value["accuracy"]), (many["auc"]["no"], value["auc"]["no"])):
+        assert found[0] < expected < found[1]
+    # The standard error of an accuracy p is sqrt(p (1 - p) / n); a 95 % interval is 3.92 of them.
+    p = value["accuracy"]
+    assert many["accuracy"][1] - many["accuracy"][0] == pytest.approx(3.92 * np.sqrt(p * (1 - p) / 800), rel=0.3)
+    assert few["macro_auc"][1] - few["macro_auc"][0] > 2 * (many["macro_auc"][1] - many["macro_auc"][0])
+
+
+def test_an_interval_is_none_where_a_resample_lacks_a_class():
+    found = intervals(np.eye(3)[[0, 1]], np.array([0, 1]), CLASSES, resamples=20)
+    assert found["auc"]["vort"] is None and found["macro_auc"] is None and len(found["accuracy"]) == 2

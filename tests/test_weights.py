@@ -23,7 +23,7 @@ def run_dir(tmp_path):
 
 def test_an_exported_network_is_the_run_s(run_dir, tmp_path):
     weights.export_run(run_dir, tmp_path / "net.npz")
-    model, variables, shape = weights.load_network(tmp_path / "net.npz")
+    model, variables, shape, _ = weights.load_network(tmp_path / "net.npz")
     images = np.random.default_rng(0).random((3, 20, 20))
     np.testing.assert_array_equal(predict_logits(model, variables, images), predict_logits(*load_run(run_dir), images))
     assert shape == (20, 20) and model.classes == CLASSES
@@ -64,3 +64,15 @@ def test_the_pretrained_file_says_how_it_was_made():
         about = json.loads(str(file["about"]))
     assert about["classes"] == list(CLASSES) and about["config"]["seed"] >= 0 and about["history"][-1]["step"] > 0
     assert weights.PRETRAINED.stat().st_size < 2**21
+
+
+def test_the_history_of_a_file_counts_image_steps():
+    history = weights.load_history("pretrained")
+    assert history[-1]["image_steps"] > 100_000 and history[-1]["val_accuracy"] > 0.9
+
+
+def test_a_run_without_an_epoch_has_no_history(run_dir, tmp_path):
+    weights.export_run(run_dir, tmp_path / "net.npz")
+    for source in (run_dir, tmp_path / "net.npz"):
+        with pytest.raises(InputError, match="has no epoch of training yet"):
+            weights.load_history(source)

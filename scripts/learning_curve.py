@@ -1,0 +1,24 @@
+"""Draws how fast runs learnt, beside GravLensNet's published run."""
+
+from pathlib import Path
+
+import tyro
+
+from gravlens_jax import cli
+from gravlens_jax.report import draw_learning_curves
+from gravlens_jax.weights import load_history
+
+
+def main(runs: tyro.conf.Positional[tuple[Path, ...]], figure: Path = Path("learning_curve.png")) -> None:
+    """Draws validation accuracy over image-steps and minutes, beside GravLensNet's.
+
+    Args:
+        runs: directories made by train.py, .npz made by export.py, or the word pretrained.
+        figure: PNG to draw.
+    """
+    draw_learning_curves(figure, {run.stem: load_history(run) for run in runs})
+    print(figure)
+
+
+if __name__ == "__main__":
+    cli.run_function(main)
