@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -62,6 +62,7 @@ def members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
 def data_start(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
     """Returns where in the file a member's bytes start; its local header must repeat what the directory says."""
     archive.open(info).close()  # compares signature and name
+    assert archive.fp is not None
     archive.fp.seek(info.header_offset)
     flags, method, crc, packed, size, name_bytes, extra_bytes = struct.unpack("<6xHH4xLLLHH", archive.fp.read(30))
     extra = archive.fp.read(name_bytes + extra_bytes)[name_bytes:]
@@ -74,7 +75,7 @@ def data_start(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
     return info.header_offset + 30 + name_bytes + extra_bytes
 
 
-def read_header(file: BinaryIO, size: int, kinds: str, where: str) -> Header:
+def read_header(file: IO[bytes], size: int, kinds: str, where: str) -> Header:
     """Reads the header of an array, one of KINDS, that is announced to end `size` bytes after the file's position."""
     head = io.BytesIO(file.read(HEADER_BYTES))
     try:
@@ -103,6 +104,7 @@ def read_members(archive: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo], ki
     """Reads whole members, name -> array; if one is not of `kinds`, or all are too large together, reads none."""
     for info in infos.values():
         member_header(archive, info, kinds)
+    assert archive.filename is not None
     total, most = sum(i.file_size for i in infos.values()), max(MEMORY_BYTES, os.path.getsize(archive.filename))
     check(total <= most, f"{archive.filename}: {', '.join(infos):.80} unpack to {total:,} bytes, expected {most:,}")
     arrays = {}

@@ -225,15 +225,12 @@ def drop_partial(manager: ocp.CheckpointManager) -> None:
         _sweep(Path(manager.directory))
 
 
-def restore_state(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainState, dict[str, float]] | None:
-    """Returns the last saved state with the shapes and shardings of `like`, and its sums; None if nothing was saved."""
-    if manager.latest_step() is None:
-        return None
-    abstract = _items(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
-    items = _restore(manager, manager.latest_step(), abstract)
-    step, opt_state, plateau = items["training"]
+def restore_state(manager: ocp.CheckpointManager, step: int, like: TrainState) -> tuple[TrainState, dict[str, float]]:
+    """Returns the state saved at `step`, with the shapes and shardings of `like`, and its sums."""
+    items = _restore(manager, step, _items(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)))
+    at, opt_state, plateau = items["training"]
     variables = items["variables"]
-    return TrainState(step, variables["params"], variables["batch_stats"], opt_state, plateau), items["sums"]
+    return TrainState(at, variables["params"], variables["batch_stats"], opt_state, plateau), items["sums"]
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
@@ -292,9 +289,9 @@ def _read_temperature(run_dir: Path, step: int) -> float:
         return 1.0
     values = parse_json(path.read_bytes(), str(path))
     temperature = values.get(str(step), 1.0) if isinstance(values, dict) else None
-    fine = isinstance(temperature, float) and 0 < temperature < 1e3
-    check(fine, f"{path} is damaged: expected the temperature of each step; remove it")
-    return temperature
+    if isinstance(temperature, float) and 0 < temperature < 1e3:
+        return temperature
+    raise InputError(f"{path} is damaged: expected the temperature of each step; remove it")
 
 
 def load_run(run_dir: str | Path, checkpoint: Which = "best") -> tuple[ResNet, Any]:

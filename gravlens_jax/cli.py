@@ -70,7 +70,7 @@ def use_compile_cache() -> None:
 
     A cache that is set already (JAX_COMPILATION_CACHE_DIR) is respected.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gravlens_jax"
         jax.config.update("jax_compilation_cache_dir", str(folder))
 

@@ -16,6 +16,7 @@ SPLITS = ("train", "val", "test")
 FILES = (*SPLITS, "easy")  # of a data set; easy.npz may be missing
 STREAM = "simulate:"
 PriorPreset = Literal["ct1", "model_a", "paper", "deeplensesim_i"]
+PRIOR_PRESETS: tuple[PriorPreset, ...] = typing.get_args(PriorPreset)
 
 
 class InputError(ValueError):
@@ -142,15 +143,15 @@ class Config:
         check(0 <= self.seed < 2**31, f"seed={self.seed}: expected 0 <= seed < 2^31")
         check(self.epochs >= 1, f"epochs={self.epochs}: expected at least 1")
         check(self.batch_size >= 1, f"batch_size={self.batch_size}: expected at least 1")
-        if self.streams:
-            preset, known = self.data.removeprefix(STREAM), typing.get_args(PriorPreset)
-            check(preset in known, f"data={self.data}: expected {STREAM} and one of {', '.join(known)}")
+        if self.data is not None and self.data.startswith(STREAM):
+            known = ", ".join(PRIOR_PRESETS)
+            check(self.stream is not None, f"data={self.data}: expected {STREAM} and one of {known}")
             check(not self.device_data, f"data={self.data} holds no images that device_data could hold; leave one out")
 
     @property
-    def streams(self) -> bool:
-        """Whether training images are simulated as they are needed."""
-        return self.data is not None and self.data.startswith(STREAM)
+    def stream(self) -> PriorPreset | None:
+        """The population of which training images are simulated as they are needed; None for images in files."""
+        return next((preset for preset in PRIOR_PRESETS if self.data == STREAM + preset), None)
 
 
 PRESETS = {
@@ -205,7 +206,7 @@ def from_dict(cls: type, values: Any, where: str = "config") -> Any:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)
     options = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:

@@ -84,8 +84,7 @@ def _weight_gradient(x, kernel, grad, strides, padding):
         images = jnp.pad(images, ((0, 0), *padding, (0, 0)))
         grads = jax.lax.dynamic_slice_in_dim(grad, index * group, group)
         span = (out_width - 1) * strides[1] + 1
-        columns = [images[:, :, j : j + span : strides[1]] for j in range(kernel_width)]
-        columns = jnp.concatenate(columns, axis=-1)
+        columns = jnp.concatenate([images[:, :, j : j + span : strides[1]] for j in range(kernel_width)], axis=-1)
         return [
             total + product(columns[:, p[0] :: strides[0]], grads, len(p))
             for p, total in zip(phases, totals, strict=True)
@@ -94,8 +93,8 @@ def _weight_gradient(x, kernel, grad, strides, padding):
     def product(columns, grads, taps):
         height = columns.shape[1]
         grads = jnp.pad(grads, ((0, 0), (taps - 1, height - out_height), (0, 0), (0, 0)))
-        rows = [grads[:, taps - 1 - tap : taps - 1 - tap + height] for tap in range(taps)]
-        rows = jnp.concatenate(rows, axis=-1).reshape(-1, taps * filters)
+        rows = jnp.concatenate([grads[:, taps - 1 - tap : taps - 1 - tap + height] for tap in range(taps)], axis=-1)
+        rows = rows.reshape(-1, taps * filters)
         columns = columns.reshape(-1, kernel_width * channels)
         return jax.lax.dot_general(rows, columns, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
 

@@ -23,7 +23,7 @@ STEPS_PER_CALL = 64  # with `device_data`
 
 def place(dataset: Dataset | Stream, config: Config, devices: Mesh) -> Dataset | Stream:
     """Returns the images as an epoch wants them: as they are, or with `device_data` a copy in each device's memory."""
-    if not config.device_data:
+    if isinstance(dataset, Stream) or not config.device_data:
         return dataset
     held = mesh.replicate({"images": np.asarray(dataset.images), "labels": dataset.labels}, devices)
     return dataset._replace(**held)

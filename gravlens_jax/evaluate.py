@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def evaluate_run(
     return values
 
 
-def predict_files(network: Network, paths: list[Path], tta: bool = False) -> Iterator[tuple[str, str, np.ndarray]]:
+def predict_files(network: Network, paths: Iterable[Path], tta: bool = False) -> Iterator[tuple[str, str, np.ndarray]]:
     """Yields (file, class, probabilities (classes,)) for every image of the paths.
 
     Args:
@@ -122,7 +122,7 @@ def _check_shape(shape: tuple[int, ...], expected: tuple[int, int], what: str) -
     )
 
 
-def _image_files(paths: list[Path]) -> list[Path]:
+def _image_files(paths: Iterable[Path]) -> list[Path]:
     files = []
     for path in map(Path, paths):
         check(path.exists(), f"{path}: no such file or folder")

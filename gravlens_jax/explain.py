@@ -14,7 +14,7 @@ import numpy as np
 
 from gravlens_jax.augment import prepare, to_unit
 from gravlens_jax.lens import Pair, blur, pixel_grid
-from gravlens_jax.model import ResNet, check_images
+from gravlens_jax.model import ResNet, check_images, forward
 
 BEFORE, AFTER = slice(0, 3), slice(3, None)  # the parts of the network up to stage 2, and the rest
 
@@ -23,8 +23,8 @@ BEFORE, AFTER = slice(0, 3), slice(3, None)  # the parts of the network up to st
 def _maps(variables, images: jax.Array, labels: jax.Array | None, *, model: ResNet) -> jax.Array:
     n, height, width = images.shape
     crop, pool = model.input.crop, model.input.pool
-    activations = model.apply(variables, prepare(to_unit(images), model.input), parts=BEFORE)
-    logits, pull_back = jax.vjp(lambda a: model.apply(variables, a, parts=AFTER), activations)
+    activations = forward(model, variables, prepare(to_unit(images), model.input), BEFORE)
+    logits, pull_back = jax.vjp(lambda a: forward(model, variables, a, AFTER), activations)
     labels = logits.argmax(-1) if labels is None else labels
     (gradient,) = pull_back(jax.nn.one_hot(labels, logits.shape[-1]))
     coarse = jnp.sum(activations * jax.nn.relu(gradient), axis=-1, dtype=jnp.float32)

@@ -13,7 +13,7 @@ from jax import export
 
 from gravlens_jax.augment import prepare, to_unit
 from gravlens_jax.config import check
-from gravlens_jax.model import ResNet
+from gravlens_jax.model import ResNet, forward
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -26,7 +26,8 @@ def to_arrays(variables: Any) -> dict[str, np.ndarray]:
 def as_npz(variables: Any, about: dict[str, Any]) -> bytes:
     """Returns an .npz of `to_arrays`, and as `about` what the network says of itself, in JSON."""
     file = io.BytesIO()
-    np.savez(file, about=np.array(json.dumps(about)), **to_arrays(variables))
+    arrays: dict[str, Any] = {"about": np.array(json.dumps(about)), **to_arrays(variables)}
+    np.savez(file, **arrays)
     return file.getvalue()
 
 
@@ -48,7 +49,7 @@ def as_stablehlo(model: ResNet, variables: Any, image_shape: tuple[int, int]) ->
 
     @jax.jit
     def predict(images):
-        return jax.nn.softmax(model.apply(variables, prepare(to_unit(images), model.input)))
+        return jax.nn.softmax(forward(model, variables, prepare(to_unit(images), model.input)))
 
     (n,) = export.symbolic_shape("n")
     images = jax.ShapeDtypeStruct((n, *image_shape), jnp.float32)

@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gravlens_jax import checkpoint, data, mesh
-from gravlens_jax.config import FILES, SPLITS, STREAM, Config, check
+from gravlens_jax.config import Config, check
 from gravlens_jax.epoch import Sums, check_finite, make_train_epoch, means, no_sums, place, sum_metrics
 from gravlens_jax.evaluate import calibrate_run, evaluate_run
 from gravlens_jax.files import write_atomically, writing
-from gravlens_jax.model import check_images, make_model
+from gravlens_jax.model import make_model
 from gravlens_jax.npz import Dataset
 from gravlens_jax.optim import learning_rate_schedule, make_optimizer
-from gravlens_jax.priors import PRESETS, make_easy
-from gravlens_jax.progress import progress_bar, track
+from gravlens_jax.progress import progress_bar
 from gravlens_jax.signals import Stopped, noted_signals
-from gravlens_jax.simulate import simulate_dataset
+from gravlens_jax.splits import Splits, open_splits
 from gravlens_jax.steps import TrainState, end_epoch, eval_step, init_state
 from gravlens_jax.stream import Stream
 
@@ -60,34 +59,27 @@ def fit(
     check(save_minutes >= 0, f"save_minutes={save_minutes}: expected a number >= 0")
     devices = mesh.data_mesh()
     mesh.check_batch_size(config.batch_size, devices)
-    datasets = open_data(config)
-    train = datasets["train"]
-    check_images((train.size, *train.image_shape), config.input)
-    for split in {"train", "easy"} & datasets.keys():
-        n = datasets[split].size
-        check(
-            n >= config.batch_size,
-            f"{split} holds {n} images, fewer than batch_size={config.batch_size}; give more or lower it",
-        )
+    splits = open_splits(config)
+    train = splits.train
     with checkpoint.locked(run_dir) if main else nullcontext():
         if main and not resume:
             checkpoint.create_run(run_dir, checkpoint.RunInfo(config, train.classes, train.image_shape))
-        _train(config, run_dir, datasets, devices, save_minutes, on_epoch)
-        calibrate_run(run_dir, datasets["val"])
-        return evaluate_run(run_dir, datasets["test"], "best", run_dir / "report" if main else None)
+        _train(config, run_dir, splits, devices, save_minutes, on_epoch)
+        calibrate_run(run_dir, splits.val)
+        return evaluate_run(run_dir, splits.test, "best", run_dir / "report" if main else None)
 
 
 def _train(
     config: Config,
     run_dir: Path,
-    datasets: dict[str, Dataset | Stream],
+    splits: Splits,
     devices: Mesh,
     save_minutes: float,
     on_epoch: OnEpoch,
 ) -> None:
     """Trains from the last save on, to the end."""
-    train, val = datasets["train"], datasets["val"]
-    easy_steps = datasets["easy"].size // config.batch_size if "easy" in datasets else 0
+    train, val, _, easy = splits
+    easy_steps = easy.size // config.batch_size if easy else 0
     steps_per_epoch = train.size // config.batch_size
     total_steps = easy_steps + config.epochs * steps_per_epoch
     model = make_model(config.model, config.input, train.classes)
@@ -118,7 +110,7 @@ def _train(
                 on_epoch(line)
         say(
             f"{run_dir}: {epochs_done} of {config.epochs} epochs done (step {step} of {total_steps}), {train.size:,} "
-            f"{'fresh' if config.streams else 'training'} images and {steps_per_epoch} steps an epoch, "
+            f"{'fresh' if config.stream else 'training'} images and {steps_per_epoch} steps an epoch, "
             f"{devices.size} x {jax.devices()[0].device_kind}"
         )
         task = bar.add_task("", total=total_steps, completed=step, text="")
@@ -157,9 +149,8 @@ def _train(
             state, sums = train_epoch(state, dataset, epoch, first_step, sums, show, due, save)
             return state, sums, (sums["count"] - seen) / (time.perf_counter() - start)
 
-        if step < easy_steps:
-            easy = place(datasets["easy"], config, devices)
-            state, sums, _ = pass_over("easy images", easy, state, sums, 0, 0)
+        if easy and step < easy_steps:
+            state, sums, _ = pass_over("easy images", place(easy, config, devices), state, sums, 0, 0)
             loss, accuracy = means(sums)
             say(f"easy images  train loss {loss:.4f} accuracy {accuracy:.4f}")
             sums = no_sums()
@@ -206,30 +197,9 @@ def _last_save(manager, partial_manager, state: TrainState) -> tuple[TrainState,
     """Returns the latest of what is saved at and within epochs; `state` itself if nothing is."""
     latest, within = manager.latest_step() or 0, partial_manager.latest_step() or 0
     if within > latest:
-        return checkpoint.restore_state(partial_manager, state)
+        return checkpoint.restore_state(partial_manager, within, state)
     checkpoint.drop_partial(partial_manager)
-    state, _ = checkpoint.restore_state(manager, state) or (state, {})
-    return state, no_sums()
-
-
-def open_data(config: Config) -> dict[str, Dataset | Stream]:
-    """Returns the images of each split; simulates files first if the config names none and they are not there."""
-    if config.data is not None and not config.streams:
-        return data.load_splits(Path(config.data))
-    s, streams = config.simulation, {}
-    for split in SPLITS:
-        check(getattr(s, split) > 0, f"--simulation.{split} is 0; training needs images of every split")
-    if config.streams:
-        s = replace(s, preset=config.data.removeprefix(STREAM), train=0, easy=0)
-        priors = PRESETS[s.preset]
-        streams["train"] = Stream(config.simulation.train, s.seed, "train", priors)
-        if config.simulation.easy:
-            streams["easy"] = Stream(config.simulation.easy, s.seed, "easy", make_easy(priors))
-    folder = Path("data") / f"{s.preset}-{s.easy}-{s.train}-{s.val}-{s.test}-seed{s.seed}"
-    if mesh.is_main():
-        simulate_dataset(folder, s, track)
-    mesh.wait_for_main()
-    return data.load_splits(folder, ("val", "test") if streams else FILES) | streams
+    return (checkpoint.restore_state(manager, latest, state)[0] if latest else state), no_sums()
 
 
 def _epoch_text(line: dict[str, Any], epochs: int) -> str:

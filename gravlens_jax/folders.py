@@ -65,11 +65,11 @@ def load_folder(folder: Path, classes: tuple[str, ...]) -> Dataset:
 def split_indices(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Splits indices in two, stratified by label: sorted int arrays, the second with `fraction` of each class."""
     rng = np.random.default_rng(seed)
-    second = []
+    parts = []
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
-        second.append(members[: round(fraction * len(members))])
-    second = np.sort(np.concatenate(second))
+        parts.append(members[: round(fraction * len(members))])
+    second = np.sort(np.concatenate(parts))
     return np.setdiff1d(np.arange(len(labels)), second), second
 
 

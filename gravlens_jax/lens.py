@@ -9,7 +9,9 @@ Ciotti & Bertin 1999, A&A 352, 447 (Sersic b_n).
 """
 
 import math
+import operator
 from collections.abc import Callable
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ FOUR_G_OVER_C2_ARCSEC2_MPC = 4 * 4.30091727e-9 / SPEED_OF_LIGHT_KM_S**2 * math.d
 SOFTENING = 1e-6
 
 Pair = tuple[jax.Array, jax.Array]
+Number = jax.Array | float
 
 
 def pixel_grid(num_pixels: int, pixel_scale: float, supersampling: int = 1) -> Pair:
@@ -37,10 +40,11 @@ def pixel_grid(num_pixels: int, pixel_scale: float, supersampling: int = 1) -> P
     """
     n = num_pixels * supersampling
     centres = (jnp.arange(n) - (n - 1) / 2) * (pixel_scale / supersampling)
-    return tuple(jnp.meshgrid(centres, -centres))
+    x, y = jnp.meshgrid(centres, -centres)
+    return x, y
 
 
-def luminosity_distance(z: jax.Array, hubble: float = 70.0, omega_m: float = 0.3) -> jax.Array:
+def luminosity_distance(z: Number, hubble: float = 70.0, omega_m: float = 0.3) -> jax.Array:
     """Returns the luminosity distance in Mpc at redshift `z` (any shape) in a flat LambdaCDM cosmology.
 
     The integral of c / H(z) is taken with 16 Gauss-Legendre nodes (relative error below 1e-12 for z < 2).
@@ -53,7 +57,7 @@ def luminosity_distance(z: jax.Array, hubble: float = 70.0, omega_m: float = 0.3
     return (1 + z) * comoving
 
 
-def einstein_radius_squared(mass: jax.Array, z_lens: jax.Array, z_source: jax.Array) -> jax.Array:
+def einstein_radius_squared(mass: Number, z_lens: Number, z_source: Number) -> jax.Array:
     """Returns theta_E^2 in arcsec^2 of `mass` (solar masses); it is linear in mass.
 
     Distances are luminosity distances and D_LS = D_S - D_L, as in the code that made the public images; the textbook
@@ -63,13 +67,13 @@ def einstein_radius_squared(mass: jax.Array, z_lens: jax.Array, z_source: jax.Ar
     return FOUR_G_OVER_C2_ARCSEC2_MPC * mass * (d_source - d_lens) / (d_lens * d_source)
 
 
-def deflect_sis(x: jax.Array, y: jax.Array, theta_E: jax.Array) -> Pair:
+def deflect_sis(x: jax.Array, y: jax.Array, theta_E: Number) -> Pair:
     """Returns the deflection theta_E (x, y) / r of a singular isothermal sphere at the origin."""
     k = theta_E * jax.lax.rsqrt(x * x + y * y + SOFTENING**2)
     return k * x, k * y
 
 
-def deflect_sie(x: jax.Array, y: jax.Array, theta_E: jax.Array, axis_ratio: jax.Array, angle: jax.Array) -> Pair:
+def deflect_sie(x: jax.Array, y: jax.Array, theta_E: Number, axis_ratio: Number, angle: Number) -> Pair:
     """Returns the deflection of a singular isothermal ellipsoid at the origin.
 
     With the major axis along x, psi^2 = q^2 x^2 + y^2 and f^2 = 1 - q^2:
@@ -99,7 +103,7 @@ def _arc_over_argument(s: jax.Array, function: Callable, sign: int) -> jax.Array
     return jnp.where(small, 1 + sign * s / 3 + s**2 / 5 + sign * s**3 / 7, function(root) / root)
 
 
-def deflect_shear(x: jax.Array, y: jax.Array, gamma: jax.Array, phi: jax.Array) -> Pair:
+def deflect_shear(x: jax.Array, y: jax.Array, gamma: Number, phi: Number) -> Pair:
     """Returns the deflection of an external shear of strength `gamma` along the direction `phi` (radians)."""
     g1, g2 = gamma * jnp.cos(2 * phi), gamma * jnp.sin(2 * phi)
     return g1 * x + g2 * y, g2 * x - g1 * y
@@ -127,7 +131,7 @@ def deflect_points(x: jax.Array, y: jax.Array, centres: jax.Array, theta_E_squar
 
 
 def deflect_string(
-    x: jax.Array, y: jax.Array, centre: jax.Array, angle: jax.Array, length: jax.Array, theta_E_squared: jax.Array
+    x: jax.Array, y: jax.Array, centre: jax.Array, angle: Number, length: Number, theta_E_squared: Number
 ) -> Pair:
     """Returns the deflection of a straight string of uniform density: the point-mass kernel integrated along it.
 
@@ -149,7 +153,7 @@ def deflect_string(
 
 
 def sersic_light(
-    x: jax.Array, y: jax.Array, n: jax.Array, effective_radius: jax.Array, axis_ratio: jax.Array, angle: jax.Array
+    x: jax.Array, y: jax.Array, n: Number, effective_radius: Number, axis_ratio: Number, angle: Number
 ) -> jax.Array:
     """Returns the surface brightness of an elliptical Sersic profile at the origin, 1 at the effective radius.
 
@@ -171,8 +175,9 @@ def sersic_light(
 
 def bin_pixels(image: jax.Array, factor: int) -> jax.Array:
     """Averages blocks of `factor` x `factor` pixels: (n, m) -> (n / factor, m / factor)."""
-    rows = sum(image[i::factor] for i in range(factor))  # sums of slices: XLA vectorises them on a CPU, a mean not
-    return sum(rows[:, i::factor] for i in range(factor)) / factor**2
+    # Sums of slices: XLA vectorises them on a CPU, a mean not.
+    rows = reduce(operator.add, (image[i::factor] for i in range(factor)))
+    return reduce(operator.add, (rows[:, i::factor] for i in range(factor))) / factor**2
 
 
 def blur(image: jax.Array, sigma: float, size: int) -> jax.Array:
@@ -188,6 +193,6 @@ def blur(image: jax.Array, sigma: float, size: int) -> jax.Array:
     kernel /= kernel.sum()
     height, width = image.shape
     padded = jnp.pad(image, ((half, half), (0, 0)))
-    image = sum(k * padded[i : i + height] for i, k in enumerate(kernel.tolist()))
+    image = reduce(operator.add, (k * padded[i : i + height] for i, k in enumerate(kernel.tolist())))
     padded = jnp.pad(image, ((0, 0), (half, half)))
-    return sum(k * padded[:, i : i + width] for i, k in enumerate(kernel.tolist()))
+    return reduce(operator.add, (k * padded[:, i : i + width] for i, k in enumerate(kernel.tolist())))

@@ -53,7 +53,7 @@ def machine(dtypes: tuple[str, ...]) -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "peaks": {dtype: peaks(dtype) for dtype in dtypes},
-        "matmul_precision": jax.config.jax_default_matmul_precision or "default",
+        "matmul_precision": jax.config.values["jax_default_matmul_precision"] or "default",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "huge_pages": os.environ.get("GLIBC_TUNABLES", ""),
         "versions": {"jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version()},
@@ -147,12 +147,13 @@ def compile_step(
 
     start = time.perf_counter()
     compiled = jax.jit(step if train else forward, donate_argnums=0).lower(state, batch).compile()
-    memory = compiled.memory_analysis()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    assert memory is not None and cost is not None, "the compiler does not count what a program needs"
     facts = {
         "compile_seconds": time.perf_counter() - start,
         "transfer_seconds": statistics.median(transfers),
         "memory_bytes": memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes,
-        "accessed_bytes": float(compiled.cost_analysis().get("bytes accessed", 0)),
+        "accessed_bytes": float(cost.get("bytes accessed", 0)),
     }
 
     def run(warmup: int, steps: int) -> list[float]:
@@ -212,7 +213,7 @@ def busy_fraction(batch_size: int, size: int, dtype: str, steps: int, repeats: i
                 state, _ = step(state, batch)
             jax.block_until_ready(state)
 
-        seconds = {run: [] for run in (epoch, alone)}
+        seconds: dict[Callable[[], None], list[float]] = {run: [] for run in (epoch, alone)}
         for _ in range(1 + repeats):
             for run in seconds:
                 seconds[run] += time_calls(run, 0, 1)

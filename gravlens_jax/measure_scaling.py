@@ -148,8 +148,11 @@ def scaling_table(rows: list[dict[str, Any]]) -> str:
 
 def scaling_curves(rows: list[dict[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Returns devices, images per second and efficiency of each scaling, as `report.draw_scaling` wants them."""
-    names = ("devices", "images_per_second", "efficiency")
+
+    def column(scaling: str, name: str) -> np.ndarray:
+        return np.array([row[name] for row in rows if row["scaling"] == scaling])
+
     return {
-        scaling: tuple(np.array([row[name] for row in rows if row["scaling"] == scaling]) for name in names)
+        scaling: (column(scaling, "devices"), column(scaling, "images_per_second"), column(scaling, "efficiency"))
         for scaling in dict.fromkeys(row["scaling"] for row in rows)
     }

@@ -58,7 +58,7 @@ def sweep(train: bool, a: Steps, show: Callable[[str], None]) -> dict[str, Any]:
         here = ours.submit(machine, a.dtype).result()
         show(f"{here['device_kind']}; peaks: {here['peaks']}\n{HEADER}")
         for size, batch_size, dtype, devices in itertools.product(a.image_size, a.batch_size, a.dtype, a.devices):
-            row = {"image_size": size, "batch_size": batch_size, "dtype": dtype, "devices": devices}
+            row: dict[str, Any] = {"image_size": size, "batch_size": batch_size, "dtype": dtype, "devices": devices}
             row |= ours.submit(_prepare, train, batch_size, size, dtype, devices).result()
             if a.peer:
                 row["torch"] = peer.submit(_prepare_torch, train, batch_size, size, dtype).result()

@@ -38,7 +38,7 @@ def join_processes(
         (num_processes is not None) == (process_id is not None) == explicit,
         f"coordinator={coordinator}, num_processes={num_processes}, process_id={process_id}: give all three, or none",
     )
-    if explicit:
+    if coordinator is not None and num_processes is not None and process_id is not None:
         host, _, port = coordinator.rpartition(":")
         check(bool(host) and port.isdecimal(), f"coordinator={coordinator}: expected HOST:PORT, or auto")
         check(

@@ -73,7 +73,7 @@ def roc_curves(probabilities: np.ndarray, labels: np.ndarray, classes: tuple[str
 
     None for a class that all or none of the labels are.
     """
-    curves = {}
+    curves: dict[str, tuple | None] = {}
     for k, name in enumerate(classes):
         positive = labels == k
         curves[name] = None

@@ -86,7 +86,9 @@ class ResNet(nn.Module):
             return x.astype(jnp.float32).mean((1, 2))
 
         head = nn.Dense(len(self.classes), dtype=jnp.float32, name="head")
-        for part in [first, *(partial(run_stage, stage) for stage in range(3)), mean, head][parts]:
+        stages = (partial(run_stage, stage) for stage in range(3))
+        every: list[Callable[[jax.Array], jax.Array]] = [first, *stages, mean, head]
+        for part in every[parts]:
             x = part(x)
         return x
 
@@ -106,16 +108,23 @@ def make_model(config: ModelConfig, input_config: InputConfig, classes: tuple[st
     )
 
 
+def forward(model: ResNet, variables: Any, x: jax.Array, parts: slice = ALL) -> jax.Array:
+    """Returns `model.apply(variables, x, parts=parts)`: what these parts make of `x`, by the running statistics."""
+    y = model.apply(variables, x, parts=parts)
+    assert not isinstance(y, tuple)  # it is one if variables may change
+    return y
+
+
 @partial(jax.jit, static_argnames=("model", "tta"))
 def _logits(variables, images: jax.Array, *, model: ResNet, tta: bool) -> jax.Array:
     x = prepare(to_unit(images), model.input)
     mirrored = [x, x[:, ::-1], x[:, :, ::-1], x[:, ::-1, ::-1]] if tta else [x]
-    return jnp.stack([model.apply(variables, some) for some in mirrored]).mean(0)
+    return jnp.stack([forward(model, variables, some) for some in mirrored]).mean(0)
 
 
 @partial(jax.jit, static_argnames="model")
 def _features(variables, images: jax.Array, *, model: ResNet) -> jax.Array:
-    return model.apply(variables, prepare(to_unit(images), model.input), parts=BEFORE_HEAD)
+    return forward(model, variables, prepare(to_unit(images), model.input), BEFORE_HEAD)
 
 
 def predict_logits(

@@ -47,7 +47,7 @@ class Dataset(NamedTuple):
 def write_npz(
     path: Path,
     chunks: Iterable[np.ndarray],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     dtype: np.dtype,
     labels: np.ndarray,
     classes: tuple[str, ...],
@@ -110,9 +110,9 @@ def open_npz(path: str | Path, need_labels: bool = True) -> Dataset:
     with open_archive(path, EXPECTED) as archive:
         info = members(archive).get("images")
         if info is None or info.compress_type == zipfile.ZIP_STORED:
-            header, *small = _read_small(archive, need_labels)
-            offset = data_start(archive, info) + header.offset
-            return Dataset(np.memmap(path, header.dtype, "r", offset, header.shape), *small)
+            header, labels, classes, about = _read_small(archive, need_labels)
+            offset = data_start(archive, members(archive)["images"]) + header.offset
+            return Dataset(np.memmap(path, header.dtype, "r", offset, header.shape), labels, classes, about)
     return open_npz(unpack_npz(path))
 
 

@@ -64,7 +64,8 @@ def lenstronomy_image(lens_params: dict, priors: Priors, string_points: int = 10
         direction = np.array([np.cos(p["vortex_angle"]), np.sin(p["vortex_angle"])])
         masses = np.full(string_points, p["vortex_mass"] / string_points)
         centres = p["vortex_centre"] + along[:, None] * direction
-    radii = np.sqrt(np.asarray(einstein_radius_squared(masses, p["z_lens"], p["z_source"])))
+    strength = float(einstein_radius_squared(1.0, float(p["z_lens"]), float(p["z_source"])))
+    radii = np.sqrt(strength * masses)
     for radius, (x, y) in zip(radii, centres, strict=True):
         if radius > 0:
             models.append("POINT_MASS")
@@ -75,7 +76,7 @@ def lenstronomy_image(lens_params: dict, priors: Priors, string_points: int = 10
         "n_sersic": priors.source_n,
         "center_x": p["source"][0],
         "center_y": p["source"][1],
-    } | ellipticity(p["source_axis_ratio"], p["source_angle"])
+    } | ellipticity(float(p["source_axis_ratio"]), float(p["source_angle"]))
     numerics = {"supersampling_factor": priors.supersampling, "supersampling_convolution": False}
     model = ImageModel(*_camera(priors), LensModel(models), LightModel(["SERSIC_ELLIPSE"]), kwargs_numerics=numerics)
     image = model.image(kwargs_lens=keywords, kwargs_source=[source])

@@ -53,7 +53,7 @@ def sample_lens(key: jax.Array, priors: Priors, substructure: str) -> dict[str, 
     }
     substructure_mass = jnp.float32(0)
     if substructure == "sphere":
-        number = jax.random.poisson(next(keys), priors.subhalo_number)
+        number: jax.Array | int = jax.random.poisson(next(keys), priors.subhalo_number)
         if not priors.subhalo_poisson:
             number = round(priors.subhalo_number)
         padding = priors.subhalo_padding

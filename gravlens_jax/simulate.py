@@ -98,7 +98,7 @@ def simulate_images(
     block = CPU_BLOCK if jax.default_backend() == "cpu" else ACCELERATOR_BLOCK
     chunk = len(classes) * block
     make = partial(_simulate_chunk, block=block, seed=seed, split=FILES.index(split), priors=priors, classes=classes)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = 3 * cores  # threads often wait for each other's rays: with one a core, cores stand idle
     stop, left_out = start + n, start % chunk  # chunks always begin at multiples of their size
     begins = iter(range(start - left_out, stop, chunk))
@@ -119,7 +119,7 @@ def simulate_parameters(n: int, seed: int, split: str, priors: Priors) -> dict[s
 
     The names are those of `sample_lens`; a parameter that a class does not have is NaN there.
     """
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for label, substructure in enumerate(CLASSES):
         indices = jnp.arange(label, n, len(CLASSES))
         draw = jax.vmap(lambda i, s=substructure: sample_lens(_lens_key(seed, FILES.index(split), i), priors, s))
@@ -147,7 +147,7 @@ def simulate_dataset(
     """
     priors = PRESETS[config.preset] if priors is None else priors
     source = {"preset": config.preset, "seed": config.seed, "parameters": parameters}
-    todo = {}
+    todo: dict[str, tuple[Path, int, Priors, dict]] = {}
     for split in FILES:
         path, n = Path(out) / f"{split}.npz", getattr(config, split)
         population = make_easy(priors) if split == "easy" and n else priors

@@ -8,7 +8,7 @@ import optax
 
 from gravlens_jax.augment import augment, prepare, to_unit
 from gravlens_jax.config import AugmentConfig, OptimConfig
-from gravlens_jax.model import ResNet
+from gravlens_jax.model import ResNet, forward
 from gravlens_jax.optim import init_plateau, update_plateau
 
 Batch = dict[str, jax.Array]  # images (batch, height, width), labels int32 (batch,), in evaluation mask bool (batch,)
@@ -97,7 +97,7 @@ def train_steps(state: TrainState, dataset: Batch, rows: jax.Array, **arguments:
 def eval_step(state: TrainState, batch: Batch, *, model: ResNet) -> Metrics:
     """Returns the metrics of the examples that batch["mask"] marks."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    logits = model.apply(variables, prepare(to_unit(batch["images"]), model.input))
+    logits = forward(model, variables, prepare(to_unit(batch["images"]), model.input))
     return _sums(logits, batch["labels"], batch["mask"])
 
 

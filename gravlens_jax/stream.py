@@ -51,8 +51,8 @@ def stream_batches(
     steps = stream.size // batch_size
     first, last = (epoch * steps + skip) * batch_size, (epoch + 1) * steps * batch_size
     if jax.default_backend() != "cpu":
-        render = partial(_render_batch, priors=stream.priors, batch_size=batch_size)
-        render = jax.jit(render, out_shardings=batch_sharding(devices))
+        whole_batch = partial(_render_batch, priors=stream.priors, batch_size=batch_size)
+        render = jax.jit(whole_batch, out_shardings=batch_sharding(devices))
         split = FILES.index(stream.split)
         for start in range(first, last, batch_size):
             yield render(start, stream.seed, split)

@@ -166,5 +166,5 @@ def _read(path: Path) -> Network:
     expected = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), image), sep="/")
     shapes, expected_shapes = ({name: array.shape for name, array in some.items()} for some in (arrays, expected))
     check(shapes == expected_shapes, f"{path}: its arrays are not those of its model")
-    arrays = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
-    return Network(model, unflatten_dict(arrays, sep="/"), about.image_shape, about.temperature)
+    variables = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
+    return Network(model, unflatten_dict(variables, sep="/"), about.image_shape, about.temperature)

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -149,5 +150,11 @@ def scale(
 
 
 if __name__ == "__main__":
-    commands = {"train": train, "infer": infer, "scale": scale, "input": measure_input, "simulate": simulate}
+    commands: dict[str, Callable[..., None]] = {
+        "train": train,
+        "infer": infer,
+        "scale": scale,
+        "input": measure_input,
+        "simulate": simulate,
+    }
     cli.run(lambda: tyro.extras.subcommand_cli_from_dict(commands))

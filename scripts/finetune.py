@@ -1,6 +1,7 @@
 """Teaches a trained network other classes."""
 
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -36,7 +37,7 @@ def main(
     """
     names = list_classes(data) if data.is_dir() else open_npz(data).classes
     dataset = load_labelled(data, cli.split_names(classes) if classes else names)
-    options = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
+    options: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
     network = finetune(load_network(run), dataset, **options)
     write_network(out, network, describe(network) | {"finetuned": {"run": str(run), "data": str(data), **options}})
     print(f"{out}: classes {', '.join(network.model.classes)}")

@@ -42,7 +42,7 @@ def test_the_path_for_accelerators_makes_the_same_lenses(monkeypatch):
 
 
 def test_streams_are_named_by_their_preset():
-    assert Config(data="simulate:ct1").streams and not Config(data="packed").streams
+    assert Config(data="simulate:ct1").stream == "ct1" and Config(data="packed").stream is None
     with pytest.raises(InputError, match="data=simulate:ct2: expected simulate: and one of ct1, model_a"):
         Config(data="simulate:ct2")
     with pytest.raises(InputError, match="leave one out"):
