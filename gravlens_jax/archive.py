@@ -62,7 +62,7 @@ def members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
 def data_start(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
     """Returns where in the file a member's bytes start; its local header must repeat what the directory says."""
     archive.open(info).close()  # compares signature and name
-    assert archive.fp is not None
+    assert archive.fp is not None  # it is open
     archive.fp.seek(info.header_offset)
     flags, method, crc, packed, size, name_bytes, extra_bytes = struct.unpack("<6xHH4xLLLHH", archive.fp.read(30))
     extra = archive.fp.read(name_bytes + extra_bytes)[name_bytes:]
@@ -104,7 +104,7 @@ def read_members(archive: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo], ki
     """Reads whole members, name -> array; if one is not of `kinds`, or all are too large together, reads none."""
     for info in infos.values():
         member_header(archive, info, kinds)
-    assert archive.filename is not None
+    assert archive.filename is not None  # it is a file
     total, most = sum(i.file_size for i in infos.values()), max(MEMORY_BYTES, os.path.getsize(archive.filename))
     check(total <= most, f"{archive.filename}: {', '.join(infos):.80} unpack to {total:,} bytes, expected {most:,}")
     arrays = {}

@@ -24,7 +24,7 @@ FOUR_G_OVER_C2_ARCSEC2_MPC = 4 * 4.30091727e-9 / SPEED_OF_LIGHT_KM_S**2 * math.d
 SOFTENING = 1e-6
 
 Pair = tuple[jax.Array, jax.Array]
-Number = jax.Array | float
+Number = jax.Array | float  # a scalar or, where arrays are meant, an array
 
 
 def pixel_grid(num_pixels: int, pixel_scale: float, supersampling: int = 1) -> Pair:
