@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gravlens_jax.config import CLASSES, FILES
-from gravlens_jax.mesh import batch_sharding, shard_batch
+from gravlens_jax.mesh import batch_sharding, local_rows, shard_batch
 from gravlens_jax.priors import Priors
 from gravlens_jax.simulate import labels_of, render_block, simulate_images
 
@@ -57,13 +57,15 @@ def stream_batches(
         for start in range(first, last, batch_size):
             yield render(start, stream.seed, split)
         return
+    own = local_rows(np.arange(batch_size)[None])[0]  # every process simulates the whole batch and keeps its share
     ready = np.empty((0, *stream.image_shape), np.uint16)
     chunks = simulate_images(last - first, stream.seed, stream.split, stream.priors, start=first)
     for start in range(first, last, batch_size):
         while len(ready) < batch_size:
             ready = np.concatenate([ready, next(chunks)])
-        batch, ready = ready[:batch_size].copy(), ready[batch_size:]
-        yield shard_batch({"images": batch, "labels": labels_of(batch_size, start)}, devices)
+        batch = {"images": ready[own], "labels": labels_of(batch_size, start)[own]}
+        ready = ready[batch_size:]
+        yield shard_batch(batch, devices)
 
 
 def _render_batch(first, seed, split, *, priors: Priors, batch_size: int) -> dict[str, jax.Array]:
