@@ -29,7 +29,7 @@ def noted_signals() -> Iterator[Callable[[], int]]:
     def note(number, _):
         nonlocal came
         came = number
-        signal.signal(number, before[number])
+        signal.signal(number, before[number] or signal.SIG_DFL)  # None: a handler that Python does not know
 
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -39,4 +39,4 @@ def noted_signals() -> Iterator[Callable[[], int]]:
         yield lambda: came
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
