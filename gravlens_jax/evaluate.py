@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gravlens_jax import report
-from gravlens_jax.checkpoint import Which, load_checkpoint, read_history, save_temperatures
+from gravlens_jax.checkpoint import Which, load_checkpoint, save_temperatures
 from gravlens_jax.config import check
 from gravlens_jax.data import take_rows
 from gravlens_jax.explain import saliency
@@ -19,6 +19,7 @@ from gravlens_jax.mesh import is_main
 from gravlens_jax.metrics import calibration_error, evaluate, fit_temperature, intervals, softmax
 from gravlens_jax.model import predict, predict_logits
 from gravlens_jax.npz import Dataset, open_npz
+from gravlens_jax.run import read_history
 from gravlens_jax.weights import Network, load_network
 
 

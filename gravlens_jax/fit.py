@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gravlens_jax import checkpoint, data, mesh
+from gravlens_jax import checkpoint, data, mesh, run
 from gravlens_jax.config import Config, check
 from gravlens_jax.epoch import Sums, check_finite, make_train_epoch, means, no_sums, place, sum_metrics
 from gravlens_jax.evaluate import calibrate_run, evaluate_run
@@ -53,17 +53,17 @@ def fit(
     """
     run_dir, main = Path(config.run_dir), mesh.is_main()
     if resume:
-        _check_same(checkpoint.read_run(run_dir).config, config)
+        _check_same(run.read_run(run_dir).config, config)
     elif main:
-        checkpoint.check_unused(run_dir)
+        run.check_unused(run_dir)
     check(save_minutes >= 0, f"save_minutes={save_minutes}: expected a number >= 0")
     devices = mesh.data_mesh()
     mesh.check_batch_size(config.batch_size, devices)
     splits = open_splits(config)
     train = splits.train
-    with checkpoint.locked(run_dir) if main else nullcontext():
+    with run.locked(run_dir) if main else nullcontext():
         if main and not resume:
-            checkpoint.create_run(run_dir, checkpoint.RunInfo(config, train.classes, train.image_shape))
+            run.create_run(run_dir, run.RunInfo(config, train.classes, train.image_shape))
         _train(config, run_dir, splits, devices, save_minutes, on_epoch)
         calibrate_run(run_dir, splits.val)
         return evaluate_run(run_dir, splits.test, "best", run_dir / "report" if main else None)
@@ -228,7 +228,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
 
 def _keep_lines(history: Path, epochs: int) -> list[dict[str, Any]]:
     """Keeps, and returns, the first `epochs` lines of metrics.jsonl, which belong to saved epochs."""
-    lines = checkpoint.read_history(history, epochs)
+    lines = run.read_history(history, epochs)
     if history.exists():
         with writing(history):
             write_atomically(history, "".join(json.dumps(line) + "\n" for line in lines))

@@ -11,10 +11,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gravlens_jax import export
 from gravlens_jax.archive import members, open_archive, read_members
-from gravlens_jax.checkpoint import Which, load_calibrated, read_history, read_run
+from gravlens_jax.checkpoint import Which, load_calibrated
 from gravlens_jax.config import InputConfig, InputError, ModelConfig, check, from_dict, parse_json
 from gravlens_jax.files import write_atomically, writing
 from gravlens_jax.model import ResNet, make_model
+from gravlens_jax.run import read_history, read_run
 
 EXPECTED = "a network written by scripts/export.py"
 PRETRAINED = Path(__file__).with_name("pretrained.npz")

@@ -5,8 +5,9 @@ from pathlib import Path
 import tyro
 
 from gravlens_jax import cli
-from gravlens_jax.checkpoint import RunInfo, check_unused, create_run, save_variables
+from gravlens_jax.checkpoint import save_variables
 from gravlens_jax.config import PRESETS, Config, ModelConfig
+from gravlens_jax.run import RunInfo, check_unused, create_run
 from gravlens_jax.torch_weights import load_state_dict, to_variables
 
 

@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 import tyro
 
 from gravlens_jax import cli, tensorboard
-from gravlens_jax.checkpoint import read_history, read_run
 from gravlens_jax.config import PRESETS, Config
 from gravlens_jax.fit import fit
 from gravlens_jax.mesh import is_main, join_processes
 from gravlens_jax.report import table
+from gravlens_jax.run import read_history, read_run
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gravlens_jax import checkpoint
+from gravlens_jax import checkpoint, run
 from gravlens_jax.config import CLASSES, Config, InputConfig, InputError, ModelConfig
 from gravlens_jax.model import make_model
 from gravlens_jax.optim import make_optimizer
 from gravlens_jax.steps import init_state
 
 CONFIG = Config(model=ModelConfig(depth=8, width=4), input=InputConfig(crop=16, pool=1))
-INFO = checkpoint.RunInfo(CONFIG, CLASSES, (16, 16))
+INFO = run.RunInfo(CONFIG, CLASSES, (16, 16))
 
 
 def make_state(step):
@@ -28,7 +28,7 @@ def make_state(step):
 
 
 def make_run(run_dir, losses):
-    checkpoint.create_run(run_dir, INFO)
+    run.create_run(run_dir, INFO)
     with checkpoint.open_checkpoints(run_dir) as manager:
         for epoch, loss in enumerate(losses):
             checkpoint.save_state(manager, make_state(epoch + 1), loss)
@@ -93,32 +93,32 @@ def test_a_damaged_file_of_a_checkpoint_is_refused_and_the_other_checkpoint_load
 def test_a_second_process_on_a_run_directory_is_refused(tmp_path):
     code = f"""
 from pathlib import Path
-from gravlens_jax import checkpoint
-with checkpoint.locked(Path({str(tmp_path)!r})):
+from gravlens_jax import run
+with run.locked(Path({str(tmp_path)!r})):
     pass
 """
-    with checkpoint.locked(tmp_path):
+    with run.locked(tmp_path):
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert other.returncode and f"is in use by another process (process {os.getpid()} on" in other.stderr
-    with checkpoint.locked(tmp_path):  # it is free again
+    with run.locked(tmp_path):  # it is free again
         pass
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder_is_one_error(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(InputError, match="Permission denied"), checkpoint.locked(tmp_path / "run"):
+    with pytest.raises(InputError, match="Permission denied"), run.locked(tmp_path / "run"):
         pass
 
 
 def test_a_history_cut_in_mid_line_is_one_error(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
     with pytest.raises(InputError, match=r"metrics\.jsonl has a damaged line"):
-        checkpoint.read_history(tmp_path / "metrics.jsonl")
-    assert checkpoint.read_history(tmp_path / "metrics.jsonl", 1) == [{"epoch": 1}]
+        run.read_history(tmp_path / "metrics.jsonl")
+    assert run.read_history(tmp_path / "metrics.jsonl", 1) == [{"epoch": 1}]
     (tmp_path / "metrics.jsonl").write_bytes(b'{"epoch": "\xff"}')
     with pytest.raises(InputError, match=r"metrics\.jsonl has a damaged line"):
-        checkpoint.read_history(tmp_path / "metrics.jsonl")
+        run.read_history(tmp_path / "metrics.jsonl")
 
 
 def test_only_best_and_final_are_kept(tmp_path):
@@ -142,7 +142,7 @@ def test_a_checkpoint_that_is_removed_is_renamed_first(tmp_path, monkeypatch):
 
 
 def test_nothing_saved_is_none(tmp_path):
-    checkpoint.create_run(tmp_path, INFO)
+    run.create_run(tmp_path, INFO)
     with checkpoint.open_checkpoints(tmp_path) as manager:
         assert manager.latest_step() is None
     with pytest.raises(InputError, match="has no checkpoint yet"):
@@ -150,7 +150,7 @@ def test_nothing_saved_is_none(tmp_path):
 
 
 def test_a_network_trained_elsewhere_is_best_and_final(tmp_path):
-    checkpoint.create_run(tmp_path, INFO)
+    run.create_run(tmp_path, INFO)
     variables = {"params": make_state(1).params, "batch_stats": make_state(1).batch_stats}
     checkpoint.save_variables(tmp_path, variables)
     for which in ("best", "final"):
@@ -184,22 +184,22 @@ def test_the_head_is_divided_by_the_temperature_of_its_step(tmp_path):
 
 
 def test_a_run_directory_in_use_is_refused(tmp_path):
-    checkpoint.create_run(tmp_path, INFO)
+    run.create_run(tmp_path, INFO)
     with pytest.raises(InputError, match="already holds a run; continue it with --resume"):
-        checkpoint.create_run(tmp_path, INFO)
+        run.create_run(tmp_path, INFO)
 
 
 def test_config_survives_the_run_directory(tmp_path):
     info = INFO._replace(config=replace(CONFIG, data="somewhere"), classes=("a", "b"))
-    checkpoint.create_run(tmp_path, info)
-    assert checkpoint.read_run(tmp_path) == info
+    run.create_run(tmp_path, info)
+    assert run.read_run(tmp_path) == info
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"config": {}, "classes": [], "image_shape": [1, 2]}'])
 def test_a_damaged_config_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match=r"config\.json"):
-        checkpoint.read_run(tmp_path)
+        run.read_run(tmp_path)
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):

@@ -24,6 +24,7 @@ from gravlens_jax.evaluate import evaluate_run
 from gravlens_jax.fit import fit
 from gravlens_jax.folders import pack
 from gravlens_jax.npz import open_npz, write_npz
+from gravlens_jax.run import locked, read_run
 from gravlens_jax.weights import export_run
 
 FILES = [*SMALL, "--simulation.train", "144", "--epochs", "2"]  # 6 easy steps, then epochs of 9: steps 7-15 and 16-24
@@ -138,11 +139,11 @@ def test_a_killed_stopped_and_cut_run_ends_with_exactly_the_same_parameters(fold
     last = history(resumed)[0] | {"epoch": 2, "step": 24}  # of an epoch that was killed before its checkpoint
     with open(resumed / "metrics.jsonl", "a") as file:
         file.write(json.dumps(last) + "\n" + json.dumps(last)[:50])
-    config = checkpoint.read_run(resumed).config
+    config = read_run(resumed).config
     (data,) = (folder / "data").iterdir()
     (resumed / "config.json").write_text((resumed / "config.json").read_text().replace("null", json.dumps(str(data))))
     with (
-        checkpoint.locked(resumed),
+        locked(resumed),
         pytest.raises(InputError, match=f"in use by another process .process {os.getpid()} "),
     ):
         fit(replace(config, run_dir=str(resumed), data=str(data)), resume=True)
@@ -269,9 +270,9 @@ def test_a_run_on_a_read_only_disk_is_read_but_not_resumed(disk, folder):
     shutil.copy(folder / "runs/a/config.json", disk / "run")
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     checkpoint.load_run(disk / "run")
-    config = replace(checkpoint.read_run(disk / "run").config, data=str(next((folder / "data").iterdir())))
+    config = replace(read_run(disk / "run").config, data=str(next((folder / "data").iterdir())))
     with pytest.raises(InputError, match=r"run could not be written: Read-only file system"):
-        checkpoint.locked(disk / "run").__enter__()
+        locked(disk / "run").__enter__()
     with pytest.raises(InputError, match=r"new could not be written: Read-only file system"):
         fit(replace(config, run_dir=str(disk / "new")))
 

@@ -18,11 +18,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gravlens_jax.checkpoint import RunInfo, create_run, read_run
 from gravlens_jax.config import CLASSES, PRESETS, Config, InputConfig, InputError, ModelConfig, to_json
 from gravlens_jax.folders import load_image
 from gravlens_jax.model import make_model
 from gravlens_jax.npz import open_npz, write_npz
+from gravlens_jax.run import RunInfo, create_run, read_run
 from gravlens_jax.torch_weights import load_state_dict
 from gravlens_jax.weights import load_network
 

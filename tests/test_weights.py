@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from gravlens_jax import weights
-from gravlens_jax.checkpoint import RunInfo, create_run, load_run, save_variables
+from gravlens_jax.checkpoint import load_run, save_variables
 from gravlens_jax.config import CLASSES, Config, InputConfig, InputError, ModelConfig
 from gravlens_jax.evaluate import load_labelled
 from gravlens_jax.model import make_model, predict, predict_logits
+from gravlens_jax.run import RunInfo, create_run
 
 CONFIG = Config(model=ModelConfig(depth=8, width=4), input=InputConfig(crop=16, pool=1))
 
