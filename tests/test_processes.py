@@ -2,7 +2,6 @@
 
 import signal
 import socket
-import time
 
 import numpy as np
 import pytest
@@ -90,10 +89,12 @@ def test_if_one_of_two_processes_dies_the_other_ends_with_a_message(folder, vict
     wait_for_epochs(folder / name, 1, *processes)
     processes[victim].kill()
     processes[victim].communicate()
-    start_of_wait = time.monotonic()
-    ((_, err),) = finish(processes[1 - victim], status=1)
-    assert time.monotonic() - start_of_wait < 60
-    assert "another process of this run has ended" in err and "--resume" in err and "Traceback" not in err
+    _, err = processes[1 - victim].communicate(timeout=60)
+    if processes[1 - victim].returncode == -signal.SIGABRT:  # JAX's own watch over the processes was faster than us
+        assert "the JAX distributed service detected fatal errors" in err
+    else:
+        assert processes[1 - victim].returncode == 1
+        assert "another process of this run has ended" in err and "--resume" in err and "Traceback" not in err
     process = start(folder, "train.py", "--run-dir", name, "--resume")
     wait_for_epochs(folder / name, len(history(folder / name)) + 1, process)
     process.kill()
