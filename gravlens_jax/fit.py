@@ -93,7 +93,7 @@ def _train(
     say = partial(print, flush=True) if main else lambda *_: None
     if main:
         checkpoint.sweep(run_dir)
-    mesh.wait_for_main()  # it has made the run directory
+    mesh.wait_for_all("the run directory is made")
 
     with (
         checkpoint.open_checkpoints(run_dir) as manager,

@@ -15,14 +15,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from orbax.checkpoint import multihost
 
 from gravlens_jax.config import check
 from gravlens_jax.costs import train_flops
 from gravlens_jax.measure import compile_step
-from gravlens_jax.mesh import check_batch_size, data_mesh
-
-BARRIER_MILLISECONDS = 3_600_000
+from gravlens_jax.mesh import check_batch_size, data_mesh, wait_for_all
 
 
 class Case(NamedTuple):
@@ -83,17 +80,15 @@ def time_cases(cases: Cases, size: int, dtype: str, warmup: int, steps: int, rep
     meshes = {case: data_mesh(case.devices) for case in distinct}
     for case, mesh in meshes.items():
         check_batch_size(case.batch_size, mesh)
-    # Processes without a device in a case wait at a barrier; a collective on CPUs would not wait while others compile.
-    barrier = multihost.get_barrier_sync_fn()
     runs: dict[Case, Callable[[int, int], list[float]]] = {}
     for case in distinct:
-        barrier(key=f"compile {case}", timeout_ms=BARRIER_MILLISECONDS)
+        wait_for_all(f"compile {case}")  # also those without a device in a case
         if meshes[case].local_devices:
             runs[case], _ = compile_step(True, case.batch_size, size, dtype, case.devices)
     seconds: dict[Case, list[float]] = {case: [] for case in runs}
     for i in range(repeats):
         for case in distinct:
-            barrier(key=f"time {i} {case}", timeout_ms=BARRIER_MILLISECONDS)
+            wait_for_all(f"time {i} {case}")
             if case in runs:
                 seconds[case] += runs[case](warmup, steps)
     return seconds
@@ -147,7 +142,7 @@ def scaling_table(rows: list[dict[str, Any]]) -> str:
 
 
 def scaling_curves(rows: list[dict[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Returns devices, images per second and efficiency of each scaling, as `report.draw_scaling` wants them."""
+    """Returns devices, images per second and efficiency of each scaling, as `figures.draw_scaling` wants them."""
 
     def column(scaling: str, name: str) -> np.ndarray:
         return np.array([row[name] for row in rows if row["scaling"] == scaling])

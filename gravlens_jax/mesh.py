@@ -86,10 +86,10 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_main() -> None:
-    """Returns when every process has come here."""
+def wait_for_all(where: str) -> None:
+    """Returns when every process has come here; `where` is in words, the same in all."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("main")
+        multihost_utils.sync_global_devices(where)
 
 
 def agree(value: int) -> int:

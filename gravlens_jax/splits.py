@@ -65,5 +65,5 @@ def _simulate(config: Config) -> Path:
     folder = Path("data") / f"{s.preset}-{s.easy}-{s.train}-{s.val}-{s.test}-seed{s.seed}"
     if mesh.is_main():
         simulate_dataset(folder, s, track)
-    mesh.wait_for_main()
+    mesh.wait_for_all("the images are simulated")
     return folder

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +59,8 @@ def load_history(source: str | Path) -> list[dict[str, Any]]:
     """
     path = _resolve(source)
     if path.suffix == ".npz":
-        about = _read_about(path)
+        with open_archive(path, EXPECTED) as archive:
+            about = _read_about(path, archive)
     else:
         about = {"config": dataclasses.asdict(read_run(path).config), "history": read_history(path / "metrics.jsonl")}
     try:
@@ -144,19 +146,18 @@ def _resolve(source: str | Path) -> Path:
     return PRETRAINED if str(source) == "pretrained" and not path.exists() else path
 
 
-def _read_about(path: Path) -> dict[str, Any]:
-    with open_archive(path, EXPECTED) as archive:
-        infos = members(archive)
-        check("about" in infos, f"{path}: has no 'about'; expected {EXPECTED}")
-        text = read_members(archive, {"about": infos["about"]}, "U")["about"].item()
+def _read_about(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
+    infos = members(archive)
+    check("about" in infos, f"{path}: has no 'about'; expected {EXPECTED}")
+    text = read_members(archive, {"about": infos["about"]}, "U")["about"].item()
     values = parse_json(text, f"{path}: about")
     check(isinstance(values, dict), f"{path}: about is not an object of JSON")
     return values
 
 
 def _read(path: Path) -> Network:
-    values = {"temperature": 1.0} | _read_about(path)
     with open_archive(path, EXPECTED) as archive:
+        values = {"temperature": 1.0} | _read_about(path, archive)
         infos = members(archive)
         arrays = read_members(archive, {name: info for name, info in infos.items() if name != "about"}, "f")
     known = {name: values[name] for name in values.keys() & set(_About._fields)}

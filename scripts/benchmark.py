@@ -14,6 +14,7 @@ import tyro
 
 from gravlens_jax import cli
 from gravlens_jax.config import check
+from gravlens_jax.figures import draw_scaling
 from gravlens_jax.measure import machine, peaks, use_cpu_devices
 from gravlens_jax.measure_input import measure_readers, readers_table
 from gravlens_jax.measure_scaling import (
@@ -28,7 +29,6 @@ from gravlens_jax.measure_simulation import rates_table, simulation_rates
 from gravlens_jax.measure_steps import Steps, sweep
 from gravlens_jax.mesh import is_main, join_processes
 from gravlens_jax.peers import check_peer
-from gravlens_jax.report import draw_scaling
 
 
 def simulate(seconds: float = 4.0, repeats: int = 3, lenstronomy: bool = True) -> None:

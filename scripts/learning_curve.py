@@ -5,7 +5,7 @@ from pathlib import Path
 import tyro
 
 from gravlens_jax import cli
-from gravlens_jax.report import draw_learning_curves
+from gravlens_jax.figures import draw_learning_curves
 from gravlens_jax.weights import load_history
 
 

@@ -10,10 +10,10 @@ import tyro
 
 from gravlens_jax import cli
 from gravlens_jax.config import CLASSES, PriorPreset, SimulationConfig, check
+from gravlens_jax.figures import draw_population
 from gravlens_jax.model import predict
 from gravlens_jax.priors import PRESETS, Priors
 from gravlens_jax.progress import track
-from gravlens_jax.report import draw_population
 from gravlens_jax.simulate import example_lenses, simulate_dataset
 from gravlens_jax.weights import load_network
 

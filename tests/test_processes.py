@@ -90,7 +90,8 @@ def test_if_one_of_two_processes_dies_the_other_ends_with_a_message(folder, vict
     processes[victim].kill()
     processes[victim].communicate()
     _, err = processes[1 - victim].communicate(timeout=60)
-    if processes[1 - victim].returncode == -signal.SIGABRT:  # JAX's own watch over the processes was faster than us
+    if victim == 0 and processes[1].returncode == -signal.SIGABRT:
+        # Process 0 is JAX's coordinator: who misses it is aborted by JAX, perhaps before our own message.
         assert "the JAX distributed service detected fatal errors" in err
     else:
         assert processes[1 - victim].returncode == 1
