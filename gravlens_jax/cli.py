@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -15,6 +15,14 @@ import tyro
 from gravlens_jax.config import InputError, check
 from gravlens_jax.signals import Stopped
 
+Run = Annotated[
+    Path,
+    tyro.conf.Positional,
+    tyro.conf.arg(
+        metavar="RUN",
+        help="directory made by train.py or import_torch.py, .npz made by export.py, or the word pretrained",
+    ),
+]
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
@@ -25,7 +33,7 @@ def run(main: Callable[[], Any]) -> None:
     another process of the same run: 1; SIGINT (Ctrl-C): 130; SIGTERM: 143.
     """
     signal.signal(signal.SIGTERM, _terminate)
-    _silence_orbax()
+    silence_orbax()
     try:
         main()
         sys.stdout.flush()
@@ -90,11 +98,7 @@ def split_names(text: str) -> tuple[str, ...]:
     return names
 
 
-def _terminate(number: int, _: Any) -> None:
-    raise SystemExit(128 + number)  # on the way out temporary files are removed
-
-
-def _silence_orbax() -> None:
+def silence_orbax() -> None:
     """Hides what each of Orbax's threads and tasks prints, beside the error that we catch, when a disk is full."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -105,6 +109,10 @@ def _silence_orbax() -> None:
 
     sys.unraisablehook = show_others
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+
+def _terminate(number: int, _: Any) -> None:
+    raise SystemExit(128 + number)  # on the way out temporary files are removed
 
 
 def _discard_output() -> None:

@@ -99,7 +99,7 @@ def _train(
         checkpoint.open_checkpoints(run_dir) as manager,
         checkpoint.open_partial(run_dir) as partial_manager,
         noted_signals() as signal_number,
-        progress_bar("steps") as bar,
+        progress_bar() as bar,
     ):
         state = mesh.replicate(init_state(config.seed, model, tx, config.optim), devices)
         state, sums = _last_save(manager, partial_manager, state)
@@ -143,7 +143,7 @@ def _train(
 
             def show(step: int, sums: Sums) -> None:
                 rate, loss, accuracy = (sums["count"] - seen) / (time.perf_counter() - start), *means(sums)
-                text = f"{rate:,.0f} images/s loss {loss:.3f} accuracy {accuracy:.3f}"
+                text = f"{rate:,.0f} images/s loss {loss:.3f} acc {accuracy:.3f}"
                 bar.update(task, completed=step, description=name, text=text)
 
             state, sums = train_epoch(state, dataset, epoch, first_step, sums, show, due, save)

@@ -12,16 +12,19 @@ from gravlens_jax.weights import load_network
 
 
 def main(
-    run: tyro.conf.Positional[Path],
-    data: tyro.conf.Positional[Path],
+    run: cli.Run,
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")],
     checkpoint: Literal["best", "final"] = "best",
     out: Path | None = None,
     tta: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
     """Evaluates a run on labelled images: metrics.json, predictions.npz and figures.
 
+    examples:
+      python scripts/evaluate.py runs/default packed/test.npz
+      python scripts/evaluate.py pretrained dataset/val --tta --out real
+
     Args:
-        run: directory made by train.py or import_torch.py, .npz made by export.py, or the word pretrained.
         data: .npz made by pack.py or simulate.py, or a folder with one folder of .npy images for each class.
         checkpoint: the epoch of lowest validation loss, or the last one.
         out: folder for the report; RUN/report if not given, or for a file RUN-report; it replaces the one before.

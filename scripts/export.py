@@ -1,7 +1,7 @@
 """Writes the network of a run to one small file."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -10,14 +10,17 @@ from gravlens_jax.weights import export_run
 
 
 def main(
-    run: tyro.conf.Positional[Path],
-    out: tyro.conf.Positional[Path],
+    run: cli.Run,
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     checkpoint: Literal["best", "final"] = "best",
 ) -> None:
     """Writes the network of a run to one file.
 
+    examples:
+      python scripts/export.py runs/default mine.npz
+      python scripts/export.py pretrained predict.stablehlo
+
     Args:
-        run: directory made by train.py or import_torch.py, .npz made by this script, or the word pretrained.
         out: .npz, which evaluate.py and predict.py accept in place of a run; .safetensors, the same arrays for other
             programs; or .stablehlo, the whole prediction, which jax.export.deserialize alone can run.
         checkpoint: the epoch of lowest validation loss, or the last one.

@@ -1,7 +1,7 @@
 """Teaches a trained network other classes."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -14,9 +14,9 @@ from gravlens_jax.weights import describe, load_network, write_network
 
 
 def main(
-    run: tyro.conf.Positional[Path],
-    data: tyro.conf.Positional[Path],
-    out: tyro.conf.Positional[Path],
+    run: cli.Run,
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     classes: str | None = None,
     epochs: int = 10,
     learning_rate: float = 0.01,
@@ -25,8 +25,10 @@ def main(
 ) -> None:
     """Trains a network further, with a new head, on images of your own classes; RUN itself stays as it is.
 
+    example:
+      python scripts/finetune.py pretrained my_images mine.npz --classes cdm,axion
+
     Args:
-        run: directory made by train.py or import_torch.py, .npz made by export.py, or the word pretrained.
         data: .npz made by pack.py, or a folder with one folder of .npy images for each class.
         out: .npz to write, which evaluate.py and predict.py accept in place of a run (or another of export.py's files).
         classes: names, separated by commas, in the order that the network shall have; those of DATA if not given.

@@ -1,6 +1,7 @@
 """Turns PyTorch weights of the published network into a run directory."""
 
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -12,12 +13,15 @@ from gravlens_jax.torch_weights import load_state_dict, to_variables
 
 
 def main(
-    weights: tyro.conf.Positional[Path],
-    run: tyro.conf.Positional[Path],
+    weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS")],
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     depth: int = 32,
     classes: str = "no,vort,sphere",
 ) -> None:
     """Turns a PyTorch state dict of GravLensNet into a run that evaluate.py and predict.py accept.
+
+    example:
+      python scripts/import_torch.py resnet.pth runs/gravlensnet
 
     Args:
         weights: state dict, .npz (parameter name -> array) or .pth (needs torch).

@@ -1,6 +1,7 @@
 """Draws how fast runs learnt, beside GravLensNet's published run."""
 
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -9,8 +10,14 @@ from gravlens_jax.figures import draw_learning_curves
 from gravlens_jax.weights import load_history
 
 
-def main(runs: tyro.conf.Positional[tuple[Path, ...]], figure: Path = Path("learning_curve.png")) -> None:
+def main(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")],
+    figure: Path = Path("learning_curve.png"),
+) -> None:
     """Draws validation accuracy over image-steps and minutes, beside GravLensNet's.
+
+    example:
+      python scripts/learning_curve.py pretrained runs/default --figure learning_curve.png
 
     Args:
         runs: directories made by train.py, .npz made by export.py, or the word pretrained.

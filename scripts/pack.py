@@ -1,7 +1,7 @@
 """Packs folders of .npy images into memory-mappable .npz files."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -13,8 +13,8 @@ from gravlens_jax.progress import track
 
 
 def main(
-    source: tyro.conf.Positional[Path],
-    out: tyro.conf.Positional[Path],
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     dtype: Literal["float32", "float16"] = "float32",
     classes: str = ",".join(CLASSES),
     test_fraction: float = 0.5,
@@ -24,6 +24,10 @@ def main(
 
     SOURCE may also be one .npz, made elsewhere, of `images` and `labels`: it is copied to the file OUT, uncompressed
     and with its class names.
+
+    examples:
+      python scripts/pack.py dataset packed
+      python scripts/pack.py theirs.npz packed/train.npz --classes no,vort,sphere
 
     Args:
         source: folder that holds train/ and val/ (the public data set's is called dataset), or an .npz.

@@ -29,7 +29,8 @@ class Arguments:
       python scripts/simulate.py data/few --train 9 --val 0 --test 0 --parameters --figure few.png
     """
 
-    out: tyro.conf.Positional[Path]  # folder to write to; files that are there from the same arguments are kept
+    # folder to write to; files that are there from the same arguments are kept
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     prior: Priors
     preset: PriorPreset = DEFAULT.preset  # population that --prior options start from; ct1 re-simulates public images
     train: int = DEFAULT.train  # number of training images, all classes together; 0 for no such file

@@ -55,6 +55,7 @@ def parse_arguments(arguments: list[str]) -> Arguments:
 def main() -> None:
     """Runs the command line."""
     arguments = parse_arguments(sys.argv[1:])
+    cli.use_huge_pages()
     if arguments.tensorboard:
         tensorboard.check_installed()
     join_processes(arguments.coordinator, arguments.num_processes, arguments.process_id)
@@ -70,5 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.use_huge_pages()
     cli.run(main)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT, SMALL, history, run
+from commands import ROOT, SMALL, history, run, run_here
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,7 @@ def test_the_simulation_benchmark_prints_a_table_and_a_json_line(folder):
         ("evaluate.py", ["runs/a", "nowhere.npz"], "no such file"),
         ("evaluate.py", ["runs/none", "nowhere.npz"], "runs/none is not a run"),
         ("evaluate.py", ["runs/a", "runs"], "expected one folder for each of the classes"),
+        ("predict.py", ["runs/a"], "no PATH given"),
         ("predict.py", ["runs/a", "nowhere.npy"], "nowhere.npy: no such file or folder"),
         ("predict.py", ["runs/a", "runs/a/config.json"], "expected a .npy or .npz file or a folder"),
         ("predict.py", ["runs/a", "small.npy"], "16 x 16 pixels, but the network was trained on 150 x 150"),
@@ -113,11 +114,11 @@ def test_the_simulation_benchmark_prints_a_table_and_a_json_line(folder):
         ("finetune.py", ["runs/a", "runs", "new.npz", "--classes", "x,y"], "expected one folder for each of the"),
     ],
 )
-def test_mistakes_end_with_status_2_and_one_paragraph(folder, script, arguments, message):
+def test_mistakes_end_with_status_2_and_one_paragraph(folder, script, arguments, message, monkeypatch, capsys):
     np.save(folder / "small.npy", np.zeros((16, 16)))
     np.save(folder / "nan.npy", np.full((150, 150), np.nan))
-    err = run(folder, script, *arguments, status=2)
-    assert message in " ".join(err.split())
+    run_here(monkeypatch, folder, script, *arguments, status=2)
+    assert message in " ".join(capsys.readouterr().err.split())
     assert not (folder / "runs/c").exists() and not (folder / "runs/d").exists()
 
 
@@ -129,8 +130,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_best(folder
 
 
 @pytest.mark.parametrize("script", sorted(f.name for f in (ROOT / "scripts").glob("*.py")))
-def test_help(tmp_path, script):
-    assert "usage" in run(tmp_path, script, "--help")
+def test_help(tmp_path, script, monkeypatch, capsys):
+    run_here(monkeypatch, tmp_path, script, "--help", status=0)
+    assert "usage" in capsys.readouterr().out
 
 
 def test_an_exported_network_predicts_what_its_run_does(folder):

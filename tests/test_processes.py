@@ -14,7 +14,7 @@ from gravlens_jax.mesh import join_processes
 SMALL = [
     *("--preset", "smoke", "--simulation.train", "48", "--simulation.val", "12", "--simulation.test", "12"),
     *("--simulation.easy", "0", "--model.width", "4", "--input.crop", "48", "--input.pool", "4", "--epochs", "2"),
-    *("--optim.method", "adam", "--optim.learning-rate", "1e-3"),
+    *("--optim.method", "adam", "--optim.learning-rate", "1e-3", "--optim.decay", "constant"),
 ]
 
 
