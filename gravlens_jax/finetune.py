@@ -56,5 +56,5 @@ def finetune(
     for epoch in range(epochs):
         state, sums = train_epoch(state, dataset, epoch, epoch * steps, no_sums())
         loss, accuracy = means(sums)
-        show(f"epoch {epoch + 1}/{epochs}  train loss {loss:.4f} accuracy {accuracy:.4f}")
+        show(f"epoch {epoch + 1}/{epochs}: train loss {loss:.3f} acc {accuracy:.3f}")
     return Network(model, {"params": state.params, "batch_stats": state.batch_stats}, dataset.image_shape)

@@ -109,8 +109,8 @@ def _train(
             for line in _keep_lines(history, epochs_done):
                 on_epoch(line)
         say(
-            f"{run_dir}: {epochs_done} of {config.epochs} epochs done (step {step} of {total_steps}), {train.size:,} "
-            f"{'fresh' if config.stream else 'training'} images and {steps_per_epoch} steps an epoch, "
+            f"{run_dir}: {epochs_done} of {config.epochs} epochs done (step {step} of {total_steps})\n"
+            f"{train.size:,} {'fresh' if config.stream else 'training'} images and {steps_per_epoch} steps an epoch, "
             f"{devices.size} x {jax.devices()[0].device_kind}"
         )
         task = bar.add_task("", total=total_steps, completed=step, text="")
@@ -152,7 +152,7 @@ def _train(
         if easy and step < easy_steps:
             state, sums, _ = pass_over("easy images", place(easy, config, devices), state, sums, 0, 0)
             loss, accuracy = means(sums)
-            say(f"easy images  train loss {loss:.4f} accuracy {accuracy:.4f}")
+            say(f"easy images: train loss {loss:.3f} acc {accuracy:.3f}")
             sums = no_sums()
         train_data = place(train, config, devices)
         for epoch in range(epochs_done, config.epochs):
@@ -203,11 +203,9 @@ def _last_save(manager, partial_manager, state: TrainState) -> tuple[TrainState,
 
 
 def _epoch_text(line: dict[str, Any], epochs: int) -> str:
-    return (
-        f"epoch {line['epoch']}/{epochs}  train loss {line['train_loss']:.4f} accuracy {line['train_accuracy']:.4f}  "
-        f"val loss {line['val_loss']:.4f} accuracy {line['val_accuracy']:.4f}  lr {line['learning_rate']:.1e}  "
-        f"{line['images_per_second']:,.0f} images/s  {line['wall_seconds']:.0f} s"
-    )
+    """What is printed of a line of metrics.jsonl: 80 columns hold it."""
+    train, val = (f"loss {line[f'{split}_loss']:.3f} acc {line[f'{split}_accuracy']:.3f}" for split in ("train", "val"))
+    return f"epoch {line['epoch']}/{epochs}: train {train}, val {val}, {line['images_per_second']:,.0f} images/s"
 
 
 def _check_same(saved: Config, given: Config) -> None:

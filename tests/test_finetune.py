@@ -34,7 +34,7 @@ def test_the_new_classes_are_learnt_and_the_old_network_stays(network):
     assert model.classes == ("flat", "tall") and shape == (18, 18)
     test = bars(20, 1)
     assert (predict(model, variables, test.images).argmax(1) == test.labels).mean() > 0.9
-    assert len(lines) == 5 and lines[0].startswith("epoch 1/5  train loss")
+    assert len(lines) == 5 and lines[0].startswith("epoch 1/5: train loss")
     jax.tree.map(np.testing.assert_array_equal, network.variables, before)
     assert (variables["params"]["conv0"]["kernel"] != before["params"]["conv0"]["kernel"]).any()
 
