@@ -1,5 +1,6 @@
 """Batches: a pure function of the data set, the seed and the epoch, read ahead in a thread."""
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from mmap import mmap
@@ -54,8 +55,8 @@ def take_rows(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
     row_bytes = batch.nbytes // max(1, len(rows))
     with open(images.filename, "rb", buffering=0) as file:
         for image, row in zip(batch, rows, strict=True):
-            file.seek(images.offset + int(row) * row_bytes)
-            check(file.readinto(image) == row_bytes, f"{images.filename}: ends before image {row}; make it again")
+            count = os.preadv(file.fileno(), [image], images.offset + int(row) * row_bytes)
+            check(count == row_bytes, f"{images.filename}: ends before image {row}; make it again")
     return batch
 
 

@@ -74,6 +74,7 @@ def measure_input(
     check(Path("/proc/self/statm").exists(), "this benchmark reads its memory from /proc, which only Linux has")
     check(images >= batch_size, f"--images {images} do not fill a batch of {batch_size}; give more")
     check_peer(peer)
+    _set_huge_pages()
     results = measure_readers(images, batch_size, batches, repeats, peer is not None)
     copy = peaks("float32")["bandwidth"] / 2 if jax.default_backend() == "cpu" else None
     print(readers_table(results, batch_size))
@@ -84,8 +85,13 @@ def measure_input(
     )
 
 
+def _set_huge_pages() -> None:
+    """Gives processes to come the memory that train.py has; PyTorch's too."""
+    os.environ.setdefault("GLIBC_TUNABLES", cli.HUGE_PAGES)
+
+
 def _sweep(training: bool, options: Steps) -> None:
-    os.environ.setdefault("GLIBC_TUNABLES", cli.HUGE_PAGES)  # as train.py does; for both codes
+    _set_huge_pages()
     print(json.dumps(sweep(training, options, partial(print, flush=True))))
 
 

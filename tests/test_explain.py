@@ -75,4 +75,4 @@ def test_the_pretrained_network_s_maps_peak_on_the_substructure():
     for label in (1, 2):
         own = {name: jnp.array(v[label::3]) for name, v in parameters.items() if np.isfinite(v[label::3]).all()}
         rate, chance = hit_rates(saliency(*load_pretrained(), images[label::3]), own, PRIORS.pixel_scale, radius=0.2)
-        assert rate > 0.75 and chance < 0.25  # 430 lenses of each class: .87 and .92, chance .05 and .13
+        assert rate > 0.75 and chance < 0.25  # 430 lenses of each class: .82 and .96, chance .04 and .13
