@@ -162,9 +162,8 @@ PRESETS = {
         data="simulate:ct1",
         epochs=24,
         simulation=SimulationConfig(train=30_000, easy=6_000, val=3_750, test=7_500),
-        optim=OptimConfig(
-            plateau_patience=12
-        ),  # at a high learning rate the validation loss only seems to stop falling
+        # At high learning rates the validation loss only seems to stop falling.
+        optim=OptimConfig(plateau_patience=12),
     ),
     "smoke": Config(
         run_dir="runs/smoke",
