@@ -15,7 +15,7 @@ import tyro
 from gravlens_jax.config import InputError, check
 from gravlens_jax.signals import Stopped
 
-Run = Annotated[
+Source = Annotated[
     Path,
     tyro.conf.Positional,
     tyro.conf.arg(

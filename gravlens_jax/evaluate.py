@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from gravlens_jax import report
 from gravlens_jax.checkpoint import Which, load_checkpoint, save_temperatures
 from gravlens_jax.config import check
 from gravlens_jax.data import take_rows
@@ -77,6 +76,8 @@ def evaluate_run(
     }
     if out is None:
         return values
+    from gravlens_jax import report  # and Matplotlib, which takes a third of a second
+
     history = read_history(Path(run) / "metrics.jsonl")
     right = logits.argmax(1) == dataset.labels
     rows = np.concatenate([np.flatnonzero(right & (dataset.labels == k))[:3] for k in range(len(model.classes))])
@@ -92,6 +93,23 @@ def evaluate_run(
             maps = saliency(model, variables, images)
             report.draw_saliency(out / "saliency.png", images, maps, dataset.labels[rows], model.classes)
     return values
+
+
+def table(values: dict[str, Any], where: Path) -> str:
+    """Returns what `evaluate_run` does as a small text table, and where the report is."""
+    auc = values["auc"] | {"macro": values["macro_auc"]}
+    confusion = zip(values["classes"], values["confusion"], strict=True)
+    recall = {name: f"{row[k] / max(1, sum(row)):.3f}" for k, (name, row) in enumerate(confusion)}
+    low, high = values["interval_95"]["accuracy"]
+    lines = [
+        f"{values['n']:,} images, {values['checkpoint']} checkpoint",
+        f"  accuracy {values['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f})   loss {values['loss']:.4f}",
+        f"  calibration error {values['ece']:.4f} ({values['ece_uncalibrated']:.4f} without its temperature)",
+        "  recall   " + "   ".join(f"{name} {value}" for name, value in recall.items()),
+        "  AUC      " + "   ".join(f"{name} {'-' if v is None else f'{v:.4f}'}" for name, v in auc.items()),
+        f"report: {where}",
+    ]
+    return "\n".join(lines)
 
 
 def predict_files(network: Network, paths: Iterable[Path], tta: bool = False) -> Iterator[tuple[str, str, np.ndarray]]:

@@ -87,6 +87,7 @@ def _train(
     schedule = learning_rate_schedule(config.optim, total_steps)
     train_epoch = make_train_epoch(config, model, tx, devices)
     everywhere = mesh.replicated(devices)
+    init_fn = jax.jit(partial(init_state, model=model, tx=tx, config=config.optim), out_shardings=everywhere)
     eval_fn = jax.jit(partial(eval_step, model=model), out_shardings=everywhere)
     end_epoch_fn = jax.jit(partial(end_epoch, config=config.optim), out_shardings=everywhere)
     history, main = run_dir / "metrics.jsonl", mesh.is_main()
@@ -101,8 +102,7 @@ def _train(
         noted_signals() as signal_number,
         progress_bar() as bar,
     ):
-        state = mesh.replicate(init_state(config.seed, model, tx, config.optim), devices)
-        state, sums = _last_save(manager, partial_manager, state)
+        state, sums = _last_save(manager, partial_manager, init_fn(config.seed))
         step = int(state.step)
         epochs_done = max(0, step - easy_steps) // steps_per_epoch
         if main:

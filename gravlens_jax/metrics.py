@@ -3,8 +3,8 @@
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from sklearn.metrics import confusion_matrix, roc_auc_score, roc_curve
+
+# scikit-learn and SciPy's optimizer take half a second to import: only the functions that need them do.
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -33,6 +33,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
       logits: float (n, classes), n >= 1, of images that the network was not trained on.
       labels: int (n,).
     """
+    from scipy.optimize import minimize_scalar
+
     found = minimize_scalar(lambda log: _loss(softmax(logits / np.exp(log)), labels), bounds=(-3, 3), method="bounded")
     return float(np.exp(found.x))
 
@@ -55,32 +57,49 @@ def intervals(
       resamples: sets of n images drawn with replacement.
       seed: of the draw.
     """
-    rng, values = np.random.default_rng(seed), []
+    probabilities, rng, values = softmax(logits), np.random.default_rng(seed), []
+    right = probabilities.argmax(1) == labels
     for _ in range(resamples):
         rows = rng.integers(len(labels), size=len(labels))
-        values.append(evaluate(logits[rows], labels[rows], classes))
-
-    def interval(name: str, key: str | None = None) -> list[float] | None:
-        numbers = [value[name] if key is None else value[name][key] for value in values]
-        return None if None in numbers else np.quantile(numbers, [0.025, 0.975]).tolist()
-
-    auc = {name: interval("auc", name) for name in classes}
-    return {"accuracy": interval("accuracy"), "macro_auc": interval("macro_auc"), "auc": auc}
+        areas = roc_areas(probabilities[rows], labels[rows])
+        values.append([right[rows].mean(), areas.mean(), *areas])
+    lows, highs = np.quantile(values, [0.025, 0.975], axis=0).tolist()
+    pairs = [None if np.isnan(low) else [low, high] for low, high in zip(lows, highs, strict=True)]
+    return {"accuracy": pairs[0], "macro_auc": pairs[1], "auc": dict(zip(classes, pairs[2:], strict=True))}
 
 
-def roc_curves(probabilities: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, tuple | None]:
-    """Returns class -> (false positive rates, true positive rates, AUC), one class against the rest.
+def roc_areas(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns the area under each class's ROC curve, one class against the rest, float64 (classes,).
 
-    None for a class that all or none of the labels are.
+    It is the chance that an image of the class has a higher probability of it than another image, where equal ones
+    count half (Hanley & McNeil 1982, Radiology 143, 29). NaN for a class that all or none of the labels are.
+
+    Args:
+      probabilities: float (n, classes).
+      labels: int (n,).
     """
-    curves: dict[str, tuple | None] = {}
-    for k, name in enumerate(classes):
-        positive = labels == k
-        curves[name] = None
-        if 0 < positive.sum() < len(labels):
-            false_positive, true_positive, _ = roc_curve(positive, probabilities[:, k])
-            curves[name] = false_positive, true_positive, float(roc_auc_score(positive, probabilities[:, k]))
-    return curves
+    areas = np.full(probabilities.shape[1], np.nan)
+    for k, scores in enumerate(probabilities.T):
+        own, others = scores[labels == k], np.sort(scores[labels != k])
+        if len(own) and len(others):
+            wins = np.searchsorted(others, own, "left") + np.searchsorted(others, own, "right")
+            areas[k] = wins.mean() / (2 * len(others))
+    return areas
+
+
+def roc_curves(probabilities: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, tuple]:
+    """Returns class -> (false positive rates, true positive rates), one class against the rest.
+
+    Without those that all or none of the labels are.
+    """
+    from sklearn.metrics import roc_curve
+
+    shown = [k for k in range(len(classes)) if 0 < np.sum(labels == k) < len(labels)]
+    return {classes[k]: roc_curve(labels == k, probabilities[:, k])[:2] for k in shown}
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def evaluate(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -95,14 +114,16 @@ def evaluate(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -
       n, accuracy, loss (mean cross-entropy), auc (class -> value, None where undefined), macro_auc (None unless all
       are defined), ece, confusion (rows are the truth), classes.
     """
+    from sklearn.metrics import confusion_matrix
+
     probabilities = softmax(logits)
-    auc = {name: curve and curve[2] for name, curve in roc_curves(probabilities, labels, classes).items()}
+    areas = roc_areas(probabilities, labels)
     return {
         "n": len(labels),
         "accuracy": float(np.mean(probabilities.argmax(1) == labels)),
         "loss": _loss(probabilities, labels),
-        "auc": auc,
-        "macro_auc": None if None in auc.values() else float(np.mean(list(auc.values()))),
+        "auc": dict(zip(classes, map(_or_none, areas), strict=True)),
+        "macro_auc": _or_none(areas.mean()),
         "ece": calibration_error(probabilities, labels),
         "confusion": confusion_matrix(labels, probabilities.argmax(1), labels=range(len(classes))).tolist(),
         "classes": list(classes),

@@ -1,13 +1,12 @@
-"""The report of a run, as text and figures, from saved arrays alone: none of it needs jax."""
+"""The figures of a run's report, from saved arrays alone: none of it needs jax."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from gravlens_jax.figures import COLOURS, DPI, save
-from gravlens_jax.metrics import evaluate, roc_curves, softmax
+from gravlens_jax.metrics import evaluate, roc_areas, roc_curves, softmax
 
 
 def draw(
@@ -35,23 +34,6 @@ def draw(
         draw_history(out / "history.png", history)
 
 
-def table(values: dict[str, Any], where: Path) -> str:
-    """Returns what `evaluate.evaluate_run` does as a small text table, and where the report is."""
-    auc = values["auc"] | {"macro": values["macro_auc"]}
-    confusion = zip(values["classes"], values["confusion"], strict=True)
-    recall = {name: f"{row[k] / max(1, sum(row)):.3f}" for k, (name, row) in enumerate(confusion)}
-    low, high = values["interval_95"]["accuracy"]
-    lines = [
-        f"{values['n']:,} images, {values['checkpoint']} checkpoint",
-        f"  accuracy {values['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f})   loss {values['loss']:.4f}",
-        f"  calibration error {values['ece']:.4f} ({values['ece_uncalibrated']:.4f} without its temperature)",
-        "  recall   " + "   ".join(f"{name} {value}" for name, value in recall.items()),
-        "  AUC      " + "   ".join(f"{name} {'-' if v is None else f'{v:.4f}'}" for name, v in auc.items()),
-        f"report: {where}",
-    ]
-    return "\n".join(lines)
-
-
 def draw_history(path: Path, lines: list[dict]) -> None:
     """Loss, accuracy and learning rate over the epochs; `lines` as in metrics.jsonl."""
     epochs = [line["epoch"] for line in lines]
@@ -74,9 +56,11 @@ def draw_roc(path: Path, logits: np.ndarray, labels: np.ndarray, classes: tuple[
     """One ROC curve for each class against the rest."""
     figure = Figure((4.2, 4), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    for k, (name, curve) in enumerate(roc_curves(softmax(logits), labels, classes).items()):
-        if curve is not None:
-            axes.plot(curve[0], curve[1], color=COLOURS[k % len(COLOURS)], label=f"{name}: AUC {curve[2]:.3f}")
+    probabilities = softmax(logits)
+    curves, areas = roc_curves(probabilities, labels, classes), roc_areas(probabilities, labels)
+    for k, name in enumerate(classes):
+        if name in curves:
+            axes.plot(*curves[name], color=COLOURS[k % len(COLOURS)], label=f"{name}: AUC {areas[k]:.3f}")
     axes.plot([0, 1], [0, 1], ":", color="0.6", label="chance")
     axes.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{len(labels):,} images", aspect="equal")
     axes.legend(loc="lower right", frameon=False)

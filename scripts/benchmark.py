@@ -14,7 +14,6 @@ import tyro
 
 from gravlens_jax import cli
 from gravlens_jax.config import check
-from gravlens_jax.figures import draw_scaling
 from gravlens_jax.measure import machine, peaks, use_cpu_devices
 from gravlens_jax.measure_input import measure_readers, readers_table
 from gravlens_jax.measure_scaling import (
@@ -150,6 +149,8 @@ def scale(
         facts = {"image_size": image_size, "dtype": dtype, "processes": jax.process_count(), "rows": rows}
         print(scaling_table(rows))
         if figure is not None:
+            from gravlens_jax.figures import draw_scaling  # and Matplotlib, which takes a third of a second
+
             draw_scaling(figure, scaling_curves(rows))
             print(figure)
         print(json.dumps({"benchmark": "scale"} | facts | machine((dtype,))))

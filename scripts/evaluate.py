@@ -6,13 +6,12 @@ from typing import Annotated, Literal
 import tyro
 
 from gravlens_jax import cli
-from gravlens_jax.evaluate import evaluate_run, load_labelled
-from gravlens_jax.report import table
+from gravlens_jax.evaluate import evaluate_run, load_labelled, table
 from gravlens_jax.weights import load_network
 
 
 def main(
-    run: cli.Run,
+    run: cli.Source,
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")],
     checkpoint: Literal["best", "final"] = "best",
     out: Path | None = None,

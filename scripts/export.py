@@ -10,7 +10,7 @@ from gravlens_jax.weights import export_run
 
 
 def main(
-    run: cli.Run,
+    run: cli.Source,
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     checkpoint: Literal["best", "final"] = "best",
 ) -> None:

@@ -14,7 +14,7 @@ from gravlens_jax.weights import describe, load_network, write_network
 
 
 def main(
-    run: cli.Run,
+    run: cli.Source,
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")],
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     classes: str | None = None,

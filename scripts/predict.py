@@ -14,7 +14,7 @@ from gravlens_jax.weights import load_network
 
 
 def main(
-    run: cli.Run,
+    run: cli.Source,
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH...")],
     tta: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:

@@ -10,7 +10,6 @@ import tyro
 
 from gravlens_jax import cli
 from gravlens_jax.config import CLASSES, PriorPreset, SimulationConfig, check
-from gravlens_jax.figures import draw_population
 from gravlens_jax.model import predict
 from gravlens_jax.priors import PRESETS, Priors
 from gravlens_jax.progress import track
@@ -55,6 +54,8 @@ def main() -> None:
     simulate_dataset(a.out, config, track, a.prior, a.parameters)
     print(a.out)
     if a.figure is not None:
+        from gravlens_jax.figures import draw_population  # and Matplotlib, which takes a third of a second
+
         width = a.prior.num_pixels * a.prior.pixel_scale
         images, deflections = example_lenses(a.seed, a.prior, columns=3)
         network, guesses = load_network("pretrained"), None

@@ -11,9 +11,9 @@ import tyro
 
 from gravlens_jax import cli, tensorboard
 from gravlens_jax.config import PRESETS, Config
+from gravlens_jax.evaluate import table
 from gravlens_jax.fit import fit
 from gravlens_jax.mesh import is_main, join_processes
-from gravlens_jax.report import table
 from gravlens_jax.run import read_history, read_run
 
 

@@ -1,9 +1,7 @@
-"""The scripts as a user runs them, each in a process of its own; what the tests that do so share."""
+"""The scripts as a user runs them, each in a process of its own; and what the tests that do so share."""
 
 import json
 import os
-import runpy
-import signal
 import subprocess
 import sys
 import time
@@ -11,18 +9,25 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
 
-from gravlens_jax import cli
 from gravlens_jax.checkpoint import load_checkpoint
 from gravlens_jax.cli import HUGE_PAGES
+from gravlens_jax.config import CLASSES
+from gravlens_jax.npz import write_npz
 
 ROOT = Path(__file__).parent.parent
-SMALL = [
-    *("--preset", "smoke", "--simulation.train", "96", "--simulation.val", "24", "--simulation.test", "24"),
-    *("--model.width", "4", "--input.crop", "48", "--input.pool", "4"),
+NETWORK = [
+    *("--preset", "smoke", "--model.width", "4", "--input.crop", "48", "--input.pool", "4"),
     *("--optim.decay", "constant"),  # so that runs of any length are the same program, compiled once
 ]
+SMALL = [*NETWORK, "--simulation.train", "96", "--simulation.val", "24", "--simulation.test", "24"]
+
+
+def write_images(folder, **sizes):
+    """Writes a data set of noise, as large as simulated images, with `sizes` of them in each file."""
+    for split, n in sizes.items():
+        images = np.random.default_rng(n).poisson(50, (n, 150, 150)).astype(np.uint16)
+        write_npz(folder / f"{split}.npz", [images], images.shape, images.dtype, np.arange(n) % 3, CLASSES, {})
 
 
 def start(folder, script, *arguments, devices=1, before=(), **options):
@@ -47,22 +52,6 @@ def run(folder, script, *arguments, status=0, **options):
     """Runs a script; returns what it prints, or if the status is not 0 what it says went wrong."""
     ((out, err),) = finish(start(folder, script, *arguments, **options), status=status)
     return out if status == 0 else err
-
-
-def run_here(monkeypatch, folder, script, *arguments, status):
-    """Runs a script that ends early, in this process, which is faster than to start another."""
-    path = ROOT / "scripts" / script
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
-    monkeypatch.setenv("GLIBC_TUNABLES", HUGE_PAGES)
-    monkeypatch.setattr(cli, "silence_orbax", lambda: None)
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(path), run_name="__main__")
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    assert stop.value.code == status
 
 
 def saved_within(run_dir):

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 from gravlens_jax.conv import DIMENSIONS, conv
 
 
-@pytest.mark.parametrize("n", [1, 3, 4])
+@pytest.mark.parametrize("n", [3, 4])
 @pytest.mark.parametrize("size", [(6, 6), (7, 5)])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("channels, filters, kernel", [(1, 3, 3), (4, 2, 3), (2, 4, 1), (3, 17, 3), (2, 3, 5)])
@@ -19,6 +21,7 @@ def test_values_and_gradients_are_the_library_s(n, size, stride, channels, filte
         def library(x, w):
             return jax.lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=DIMENSIONS)
 
+        @partial(jax.jit, static_argnums=0)
         def gradients(function):
             out, transpose = jax.vjp(function, jnp.array(x), jnp.array(w))
             return out, *transpose(jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))

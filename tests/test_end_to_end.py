@@ -1,4 +1,4 @@
-"""The scripts as a user runs them, each in a process of its own."""
+"""The scripts as a user calls them, one after the other on one folder; the first in a process of its own."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT, SMALL, history, run, run_here
+from commands import ROOT, SMALL, history, run
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_device_data_gives_the_same_run(folder):
-    run(folder, "train.py", *SMALL, "--run-dir", "runs/device", "--device-data")
+def test_device_data_gives_the_same_run(folder, run_here):
+    run_here(folder, "train.py", *SMALL, "--run-dir", "runs/device", "--device-data")
     for ours, theirs in zip(history(folder / "runs/device"), history(folder / "runs/a"), strict=True):
         for name in ("step", "train_loss", "val_loss"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
@@ -45,9 +45,9 @@ def test_a_run_directory_holds_everything(folder):
     assert {f.name for f in (folder / "runs/a/checkpoints").iterdir()} == {str(best), "30"}
 
 
-def test_evaluate_reproduces_the_report_and_writes_where_told(folder):
+def test_evaluate_reproduces_the_report_and_writes_where_told(folder, run_here):
     data = next((folder / "data").iterdir()) / "test.npz"
-    run(folder, "evaluate.py", "runs/a", data, "--out", "again")
+    run_here(folder, "evaluate.py", "runs/a", data, "--out", "again")
     again, report = (json.loads((folder / d / "metrics.json").read_text()) for d in ("again", "runs/a/report"))
     assert again == report
     with np.load(folder / "again/predictions.npz") as predictions:
@@ -55,13 +55,13 @@ def test_evaluate_reproduces_the_report_and_writes_where_told(folder):
         assert predictions["labels"].dtype == np.int32
 
 
-def test_predict_prints_csv_for_npy_npz_and_folders(folder):
+def test_predict_prints_csv_for_npy_npz_and_folders(folder, run_here):
     rng = np.random.default_rng(0)
     for name in ("images/x.npy", "images/sub/y.npy"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         np.save(folder / name, rng.random((1, 150, 150)))
     np.savez(folder / "two.npz", images=rng.random((2, 150, 150)))
-    rows = list(csv.DictReader(io.StringIO(run(folder, "predict.py", "runs/a", "images", "two.npz"))))
+    rows = list(csv.DictReader(io.StringIO(run_here(folder, "predict.py", "runs/a", "images", "two.npz"))))
     assert [row["file"] for row in rows] == ["images/sub/y.npy", "images/x.npy", "two.npz[0]", "two.npz[1]"]
     for row in rows:
         probabilities = {name: float(row[f"p_{name}"]) for name in ("no", "sphere", "vort")}
@@ -69,17 +69,17 @@ def test_predict_prints_csv_for_npy_npz_and_folders(folder):
         assert row["class"] == max(probabilities, key=probabilities.get)
 
 
-def test_simulate_writes_what_it_is_asked_for(folder):
+def test_simulate_writes_what_it_is_asked_for(folder, run_here):
     arguments = ["--train", "0", "--val", "6", "--test", "3", "--prior.shear-max", "0.1"]
-    run(folder, "simulate.py", "sim", *arguments, "--parameters", "--figure", "sim.png")
+    run_here(folder, "simulate.py", "sim", *arguments, "--parameters", "--figure", "sim.png")
     assert sorted(f.name for f in (folder / "sim").iterdir()) == ["test.npz", "val.npz"]
     assert (folder / "sim.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with np.load(folder / "sim/val.npz", allow_pickle=False) as archive:
         assert archive["parameters/shear"].max() < 0.1
 
 
-def test_the_simulation_benchmark_prints_a_table_and_a_json_line(folder):
-    out = run(folder, "benchmark.py", "simulate", "--seconds", "0.1", "--repeats", "1", "--no-lenstronomy")
+def test_the_simulation_benchmark_prints_a_table_and_a_json_line(folder, run_here):
+    out = run_here(folder, "benchmark.py", "simulate", "--seconds", "0.1", "--repeats", "1", "--no-lenstronomy")
     for row in json.loads(out.splitlines()[-1])["images_per_second"]:
         assert row["code"] == "gravlens_jax" and row["all"] > 0
 
@@ -114,36 +114,34 @@ def test_the_simulation_benchmark_prints_a_table_and_a_json_line(folder):
         ("finetune.py", ["runs/a", "runs", "new.npz", "--classes", "x,y"], "expected one folder for each of the"),
     ],
 )
-def test_mistakes_end_with_status_2_and_one_paragraph(folder, script, arguments, message, monkeypatch, capsys):
+def test_mistakes_end_with_status_2_and_one_paragraph(folder, script, arguments, message, run_here):
     np.save(folder / "small.npy", np.zeros((16, 16)))
     np.save(folder / "nan.npy", np.full((150, 150), np.nan))
-    run_here(monkeypatch, folder, script, *arguments, status=2)
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(run_here(folder, script, *arguments, status=2).split())
     assert not (folder / "runs/c").exists() and not (folder / "runs/d").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_best(folder):
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_best(folder, run_here):
     arguments = [*SMALL, "--run-dir", "runs/e", "--optim.learning-rate", "1e30", "--optim.warmup-steps", "0"]
-    err = run(folder, "train.py", *arguments, status=1)
+    err = run_here(folder, "train.py", *arguments, status=1)
     assert "is nan at step" in err or "is inf at step" in err
     assert not list((folder / "runs/e/checkpoints").glob("[0-9]*"))
 
 
 @pytest.mark.parametrize("script", sorted(f.name for f in (ROOT / "scripts").glob("*.py")))
-def test_help(tmp_path, script, monkeypatch, capsys):
-    run_here(monkeypatch, tmp_path, script, "--help", status=0)
-    assert "usage" in capsys.readouterr().out
+def test_help(tmp_path, script, run_here):
+    assert "usage" in run_here(tmp_path, script, "--help")
 
 
-def test_an_exported_network_predicts_what_its_run_does(folder):
+def test_an_exported_network_predicts_what_its_run_does(folder, run_here):
     data = next((folder / "data").iterdir()) / "test.npz"
-    run(folder, "export.py", "runs/a", "a.npz")
-    assert run(folder, "predict.py", "a.npz", data) == run(folder, "predict.py", "runs/a", data)
-    run(folder, "evaluate.py", "a.npz", data)
+    run_here(folder, "export.py", "runs/a", "a.npz")
+    assert run_here(folder, "predict.py", "a.npz", data) == run_here(folder, "predict.py", "runs/a", data)
+    run_here(folder, "evaluate.py", "a.npz", data)
     assert (folder / "a-report/metrics.json").read_text() == (folder / "runs/a/report/metrics.json").read_text()
 
 
-def test_a_run_learns_classes_of_one_s_own(folder):
+def test_a_run_learns_classes_of_one_s_own(folder, run_here):
     rng = np.random.default_rng(0)
     for number in range(24):
         for name, place in (("flat", np.s_[68:82, 50:100]), ("tall", np.s_[50:100, 68:82])):
@@ -151,32 +149,32 @@ def test_a_run_learns_classes_of_one_s_own(folder):
             image[place] += 0.5
             (folder / "bars" / name).mkdir(parents=True, exist_ok=True)
             np.save(folder / "bars" / name / f"{number}.npy", image)
-    out = run(folder, "finetune.py", "runs/a", "bars", "bars.npz", "--epochs", "6", "--batch-size", "8")
+    out = run_here(folder, "finetune.py", "runs/a", "bars", "bars.npz", "--epochs", "6", "--batch-size", "8")
     assert "epoch 6/6" in out and "bars.npz: classes flat, tall" in out
-    rows = list(csv.DictReader(io.StringIO(run(folder, "predict.py", "bars.npz", "bars"))))
+    rows = list(csv.DictReader(io.StringIO(run_here(folder, "predict.py", "bars.npz", "bars"))))
     assert rows[0].keys() == {"file", "class", "p_flat", "p_tall"}
     assert np.mean([row["class"] == Path(row["file"]).parent.name for row in rows]) > 0.9
-    run(folder, "evaluate.py", "bars.npz", "bars")
+    run_here(folder, "evaluate.py", "bars.npz", "bars")
     assert json.loads((folder / "bars-report/metrics.json").read_text())["accuracy"] > 0.9
 
 
-def test_learning_curves_are_drawn(folder):
-    run(folder, "learning_curve.py", "runs/a", "pretrained", "--figure", "curve.png")
+def test_learning_curves_are_drawn(folder, run_here):
+    run_here(folder, "learning_curve.py", "runs/a", "pretrained", "--figure", "curve.png")
     assert (folder / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_the_pretrained_network_is_one_word_away(folder):
+def test_the_pretrained_network_is_one_word_away(folder, run_here):
     data = next((folder / "data").iterdir()) / "test.npz"
-    assert len(run(folder, "predict.py", "pretrained", data).splitlines()) == 1 + 24
+    assert len(run_here(folder, "predict.py", "pretrained", data).splitlines()) == 1 + 24
 
 
-def test_the_benchmark_prints_a_table_and_a_json_line(folder):
+def test_the_benchmark_prints_a_table_and_a_json_line(folder, run_here):
     options = ["--image-size", "8", "--batch-size", "4", "6", "--steps", "2", "--warmup", "1", "--repeats", "1"]
-    table, line = run(folder, "benchmark.py", "infer", *options).rsplit("\n", 2)[:2]
+    table, line = run_here(folder, "benchmark.py", "infer", *options).rsplit("\n", 2)[:2]
     result = json.loads(line)
     assert [row["batch_size"] for row in result["rows"]] == [4, 6] and "of peak" in table
     assert all(row["images_per_second"] > 0 for row in result["rows"]) and result["versions"]["jax"]
-    assert "expected one positive number" in run(folder, "benchmark.py", "train", "--batch-size", "0", status=2)
+    assert "expected one positive number" in run_here(folder, "benchmark.py", "train", "--batch-size", "0", status=2)
 
 
 def test_the_scaling_benchmark_splits_a_cpu_and_draws(folder):

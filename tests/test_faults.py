@@ -15,7 +15,18 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from commands import SMALL, assert_same_parameters, finish, history, run, saved_within, start, wait_for
+from commands import (
+    NETWORK,
+    SMALL,
+    assert_same_parameters,
+    finish,
+    history,
+    run,
+    saved_within,
+    start,
+    wait_for,
+    write_images,
+)
 from test_checkpoint import INFO, assert_equal, make_run, make_state
 
 from gravlens_jax import checkpoint
@@ -28,16 +39,22 @@ from gravlens_jax.npz import open_npz, write_npz
 from gravlens_jax.run import locked, read_run
 from gravlens_jax.weights import export_run
 
-FILES = [*SMALL, "--simulation.train", "144", "--epochs", "2"]  # 6 easy steps, then epochs of 9: steps 7-15 and 16-24
-STREAM = [*FILES, "--data", "simulate:ct1", "--simulation.easy", "0", "--epochs", "1"]
+FILES = [*NETWORK, "--data", "data", "--epochs", "2"]  # 6 easy steps, then epochs of 9: steps 7-15 and 16-24
+STREAM = [*SMALL, "--data", "simulate:ct1", "--simulation.easy", "0", "--epochs", "1"]
 DEVICE = [*FILES, "--device-data", "--batch-size", "1", "--epochs", "1"]  # calls of 48 steps: 2 easy ones, then 3
 SAVE_OFTEN = ["--save-minutes", "1e-6"]  # after every step, or call
 
 
 def limited(size):
-    """Words that start a program whose files may have `size` bytes and no more, as on a full disk."""
-    code = f"import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
-    return [sys.executable, "-c", f"{code}; os.execv(sys.argv[1], sys.argv[1:])"]
+    """Words that start a program whose files may have `size` bytes and no more, as on a full disk.
+
+    It keeps no compiled programs, which would be cut.
+    """
+    code = f"""import os, resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"
+os.execv(sys.argv[1], sys.argv[1:])"""
+    return [sys.executable, "-c", code]
 
 
 @contextmanager
@@ -71,8 +88,9 @@ def disk(tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with simulated data in data/ and a run in runs/a that nothing has disturbed."""
+    """A folder with images in data/ and a run in runs/a that nothing has disturbed."""
     folder = tmp_path_factory.mktemp("work")
+    write_images(folder / "data", easy=96, train=144, val=24, test=24)
     run(folder, "train.py", *FILES, "--run-dir", "runs/a")
     return folder
 
@@ -104,10 +122,9 @@ def copy(run_dir, name):
 
 def test_each_fault_of_a_resumed_run_is_one_paragraph_and_the_best_checkpoint_stays(folder, stopped):
     """They run at the same time, on copies of the stopped run."""
-    (data,) = (folder / "data").iterdir()
     poisoned, last_row = folder / "poisoned", epoch_rows(144, 16, 0, 1)[-1][0]
-    shutil.copytree(data, poisoned)
-    train = open_npz(data / "train.npz")
+    shutil.copytree(folder / "data", poisoned)
+    train = open_npz(folder / "data/train.npz")
     images = np.array(train.images, np.float32)
     images[last_row] = np.nan
     np.savez(poisoned / "train.npz", images=images, labels=train.labels, classes=np.array(train.classes))
@@ -130,26 +147,19 @@ def test_each_fault_of_a_resumed_run_is_one_paragraph_and_the_best_checkpoint_st
     ]
     for process, (name, (status, message, _)) in zip(processes, cases.items(), strict=True):
         ((_, err),) = finish(process, status=status)
-        # JAX may warn that it cannot keep a compiled program.
-        assert err.splitlines()[-1].startswith("error: ") and message in err.splitlines()[-1]
-        assert name == "full1" or err.count("\n") == 1
+        assert err.startswith("error: ") and message in err and err.count("\n") == 1
         assert {f.name for f in (folder / "runs" / name / "checkpoints").iterdir()} == {"15"}
         assert_same_parameters(folder / "runs" / name, stopped)
 
 
-def test_a_killed_stopped_and_cut_run_ends_with_exactly_the_same_parameters(folder, stopped):
+def test_a_killed_stopped_and_cut_run_ends_with_exactly_the_same_parameters(folder, stopped, monkeypatch):
     resumed = copy(stopped, "c")
     last = history(resumed)[0] | {"epoch": 2, "step": 24}  # of an epoch that was killed before its checkpoint
     with open(resumed / "metrics.jsonl", "a") as file:
         file.write(json.dumps(last) + "\n" + json.dumps(last)[:50])
-    config = read_run(resumed).config
-    (data,) = (folder / "data").iterdir()
-    (resumed / "config.json").write_text((resumed / "config.json").read_text().replace("null", json.dumps(str(data))))
-    with (
-        locked(resumed),
-        pytest.raises(InputError, match=f"in use by another process .process {os.getpid()} "),
-    ):
-        fit(replace(config, run_dir=str(resumed), data=str(data)), resume=True)
+    monkeypatch.chdir(folder)
+    with locked(resumed), pytest.raises(InputError, match=f"in use by another process .process {os.getpid()} "):
+        fit(replace(read_run(resumed).config, run_dir=str(resumed)), resume=True)
     (resumed / "checkpoints/24.orbax-checkpoint-tmp/variables").mkdir(parents=True)
     (resumed / "partial/removed/3").mkdir(parents=True)
     out = run(folder, "train.py", "--run-dir", "runs/c", "--resume", "--tensorboard")
@@ -169,13 +179,11 @@ def test_a_killed_stopped_and_cut_run_ends_with_exactly_the_same_parameters(fold
 
 @pytest.mark.parametrize(
     "options, number, at, total",
-    [(STREAM, signal.SIGINT, 2, 9), (DEVICE, signal.SIGTERM, 48, 240)],
+    [(STREAM, signal.SIGINT, 2, 6), (DEVICE, signal.SIGTERM, 48, 240)],
     ids=["fresh images, Ctrl-C", "data on the device, SIGTERM"],
 )
 def test_so_does_one_stopped_within_an_epoch_of(folder, options, number, at, total):
     whole, run_dir = folder / f"runs/whole{total}", folder / f"runs/stopped{total}"
-    if options is DEVICE:  # nothing to simulate
-        options = [*options, "--data", next((folder / "data").iterdir())]
     run(folder, "train.py", *options, "--run-dir", whole)
     process = start(folder, "train.py", *options, "--run-dir", run_dir, *SAVE_OFTEN)
     wait_for(lambda: saved_within(run_dir) >= at, process)
@@ -274,7 +282,7 @@ def test_a_run_on_a_read_only_disk_is_read_but_not_resumed(disk, folder):
     shutil.copy(folder / "runs/a/config.json", disk / "run")
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     checkpoint.load_run(disk / "run")
-    config = replace(read_run(disk / "run").config, data=str(next((folder / "data").iterdir())))
+    config = replace(read_run(disk / "run").config, data=str(folder / "data"))
     with pytest.raises(InputError, match=r"run could not be written: Read-only file system"):
         locked(disk / "run").__enter__()
     with pytest.raises(InputError, match=r"new could not be written: Read-only file system"):
@@ -283,7 +291,7 @@ def test_a_run_on_a_read_only_disk_is_read_but_not_resumed(disk, folder):
 
 def test_a_run_directory_that_is_a_file_is_one_error(tmp_path, folder):
     (tmp_path / "run").write_text("mine")
-    config = Config(str(tmp_path / "run"), str(next((folder / "data").iterdir())))
+    config = Config(str(tmp_path / "run"), str(folder / "data"), batch_size=24)
     with pytest.raises(InputError, match="run could not be written: File exists"):
         fit(config)
     with pytest.raises(InputError, match=r"is not a run \(no config\.json\)"):

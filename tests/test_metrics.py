@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from gravlens_jax.config import CLASSES
-from gravlens_jax.metrics import calibration_error, evaluate, fit_temperature, intervals, softmax
+from gravlens_jax.metrics import calibration_error, evaluate, fit_temperature, intervals, roc_areas, softmax
 
 RNG = np.random.default_rng(0)
 
@@ -23,6 +24,13 @@ def test_metrics_agree_with_their_definitions():
         for j in range(3):
             assert values["confusion"][k][j] == np.sum((labels == k) & (guesses == j))
     assert values["macro_auc"] == pytest.approx(np.mean(list(values["auc"].values())))
+
+
+@pytest.mark.parametrize("decimals", [1, 16])  # many are equal, none is
+def test_areas_are_those_of_scikit_learn(decimals):
+    probabilities, labels = softmax(RNG.normal(size=(200, 3))).round(decimals), RNG.integers(0, 3, 200)
+    expected = [roc_auc_score(labels == k, probabilities[:, k]) for k in range(3)]
+    np.testing.assert_allclose(roc_areas(probabilities, labels), expected, rtol=1e-12)
 
 
 def test_an_absent_class_has_no_auc_but_keeps_its_row():

@@ -2,71 +2,73 @@
 
 import signal
 import socket
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
-from commands import finish, history, start, wait_for_epochs
+from commands import NETWORK, SMALL, finish, history, start, wait_for_epochs, write_images
 
-from gravlens_jax.checkpoint import load_run
+from gravlens_jax.checkpoint import load_checkpoint, load_run
 from gravlens_jax.config import InputError
 from gravlens_jax.mesh import join_processes
 
-SMALL = [
-    *("--preset", "smoke", "--simulation.train", "48", "--simulation.val", "12", "--simulation.test", "12"),
-    *("--simulation.easy", "0", "--model.width", "4", "--input.crop", "48", "--input.pool", "4", "--epochs", "2"),
-    *("--optim.method", "adam", "--optim.learning-rate", "1e-3", "--optim.decay", "constant"),
-]
+FILES = [*NETWORK, "--data", "data", "--epochs", "2"]
+FRESH = [*SMALL, "--data", "simulate:ct1", "--simulation.easy", "0", "--simulation.train", "48", "--epochs", "1"]
 
 
-def start_two(folder, devices, *arguments):
+def start_two(folder, *arguments):
+    """Starts two processes of two devices each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
     several = ["--coordinator", coordinator, "--num-processes", 2, "--process-id"]
-    return [start(folder, "train.py", *arguments, *several, i, devices=devices) for i in (0, 1)]
+    return [start(folder, "train.py", *arguments, *several, i, devices=2) for i in (0, 1)]
 
 
 def assert_same_run(a, b):
-    """Losses agree to float32's rounding in another order of summation, which two epochs of Adam amplify a little."""
+    """Losses agree to float32's rounding in another order of summation, which two epochs of Muon amplify a little."""
     for ours, theirs in zip(history(a), history(b), strict=True):
         assert ours["step"] == theirs["step"]
         for name in ("train_loss", "val_loss"):
-            assert ours[name] == pytest.approx(theirs[name], rel=2e-3)
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with simulated data and a run on one device in runs/1."""
+    """A folder with images and a run on one device in runs/1."""
     folder = tmp_path_factory.mktemp("work")
-    finish(start(folder, "train.py", *SMALL, "--run-dir", "runs/1"))
+    write_images(folder / "data", train=48, val=24, test=24)
+    finish(start(folder, "train.py", *FILES, "--run-dir", "runs/1"))
     return folder
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize(
+    "devices", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow), 8]
+)
 def test_the_result_does_not_depend_on_the_number_of_devices(folder, devices):
-    ((out, _),) = finish(start(folder, "train.py", *SMALL, "--run-dir", f"runs/{devices}", devices=devices))
+    ((out, _),) = finish(start(folder, "train.py", *FILES, "--run-dir", f"runs/{devices}", devices=devices))
     assert f"{devices} x cpu" in out
     assert_same_run(folder / f"runs/{devices}", folder / "runs/1")
 
 
 def test_nor_on_the_number_of_processes_of_which_one_prints_and_writes(folder):
-    (out, _), (other, _) = finish(*start_two(folder, 2, *SMALL, "--run-dir", "runs/2x2"))
+    (out, _), (other, _) = finish(*start_two(folder, *FILES, "--run-dir", "runs/2x2"))
     assert "4 x cpu" in out and "epoch 2/2" in out and "epoch" not in other
     assert_same_run(folder / "runs/2x2", folder / "runs/1")
     assert (folder / "runs/2x2/report/metrics.json").exists()
     (_, a), (_, b) = (load_run(folder / "runs" / name) for name in ("2x2", "1"))
-    np.testing.assert_allclose(a["params"]["head"]["kernel"], b["params"]["head"]["kernel"], atol=2e-3)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), a, b)
 
 
 def test_nor_do_fresh_images_depend_on_the_number_of_processes(folder):
-    fresh = [*SMALL, "--data", "simulate:ct1", "--epochs", "1"]
-    finish(start(folder, "train.py", *fresh, "--run-dir", "runs/fresh1"))
-    finish(*start_two(folder, 1, *fresh, "--run-dir", "runs/fresh2"))
+    finish(*start_two(folder, *FRESH, "--run-dir", "runs/fresh2"))  # and one simulates the other splits for both
+    finish(start(folder, "train.py", *FRESH, "--run-dir", "runs/fresh1"))
     assert_same_run(folder / "runs/fresh2", folder / "runs/fresh1")
 
 
 def test_a_run_stopped_in_two_processes_resumes_on_other_devices(folder):
-    processes = start_two(folder, 2, *SMALL, "--run-dir", "runs/moved", "--epochs", 2000)
+    processes = start_two(folder, *FILES, "--run-dir", "runs/moved", "--epochs", 2000)
     wait_for_epochs(folder / "runs/moved", 2, *processes)
     processes[1].send_signal(signal.SIGTERM)  # one is enough: they stop together
     for _, err in finish(*processes, status=143):
@@ -85,8 +87,8 @@ def test_a_run_stopped_in_two_processes_resumes_on_other_devices(folder):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_if_one_of_two_processes_dies_the_other_ends_with_a_message(folder, victim):
     name = f"runs/dies{victim}"
-    processes = start_two(folder, 1, *SMALL, "--run-dir", name, "--epochs", 2000)
-    wait_for_epochs(folder / name, 1, *processes)
+    processes = start_two(folder, *FILES, "--run-dir", name, "--epochs", 2000)
+    wait_for_epochs(folder / name, 2, *processes)  # the first is saved
     processes[victim].kill()
     processes[victim].communicate()
     _, err = processes[1 - victim].communicate(timeout=60)
@@ -96,10 +98,7 @@ def test_if_one_of_two_processes_dies_the_other_ends_with_a_message(folder, vict
     else:
         assert processes[1 - victim].returncode == 1
         assert "another process of this run has ended" in err and "--resume" in err and "Traceback" not in err
-    process = start(folder, "train.py", "--run-dir", name, "--resume")
-    wait_for_epochs(folder / name, len(history(folder / name)) + 1, process)
-    process.kill()
-    process.communicate()
+    assert load_checkpoint(folder / name, "final")[2] >= 3
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from gravlens_jax.torch_weights import load_state_dict, to_variables
 PRIORS = simulate.PRESETS["ct1"]
 
 
-def images(n, seed=0, split="train", priors=PRIORS):
-    return np.concatenate(list(simulate.simulate_images(n, seed, split, priors)))
+def images(n, seed=0, split="train", priors=PRIORS, classes=CLASSES):
+    return np.concatenate(list(simulate.simulate_images(n, seed, split, priors, classes)))
 
 
 def scale(counts):
@@ -121,8 +121,8 @@ def test_a_network_trained_by_others_on_public_images_reads_the_simulated_ones(s
     weights = load_state_dict(shared / "reference" / "Train_3_best.npz")
     variables = to_variables(weights, 32, [theirs.index(name) for name in CLASSES])
     model = ResNet(depth=32, input=InputConfig(crop=150, pool=1, stretch="linear", mean=0.0, std=1.0))
-    predicted = predict_logits(model, variables, ct1[0][:600], 50).argmax(1)
-    assert 0.86 <= np.mean(predicted == simulate.labels_of(600)) <= 0.93  # it is right on 89.6 % of public images
+    predicted = predict_logits(model, variables, ct1[0][:300], 50).argmax(1)
+    assert 0.86 <= np.mean(predicted == simulate.labels_of(300)) <= 0.93  # it is right on 89.6 % of public images
 
 
 @pytest.mark.parametrize("preset", simulate.PRESETS)
@@ -130,7 +130,8 @@ def test_a_network_trained_by_others_on_public_images_reads_the_simulated_ones(s
 def test_every_preset_renders_finite_images(preset, substructure):
     priors = replace(simulate.PRESETS[preset], num_pixels=40)
     keys = jax.random.split(jax.random.key(0), 50)
-    rendered = jax.vmap(lambda key: simulate.render_lens(simulate.sample_lens(key, priors, substructure), priors))(keys)
+    render = jax.vmap(lambda key: simulate.render_lens(simulate.sample_lens(key, priors, substructure), priors))
+    rendered = jax.jit(render)(keys)
     assert np.isfinite(rendered).all() and rendered.min() >= priors.photons * priors.sky * 0.999
     assert rendered.max() < simulate.MAX_COUNTS
 
@@ -164,7 +165,7 @@ def assert_poisson(counts, mean):
 
 @pytest.mark.parametrize("mean", [10, 50, 100, 800])
 def test_noise_is_poisson(mean):
-    assert_poisson(images(24, priors=dark(mean)).ravel(), mean)
+    assert_poisson(images(24, priors=dark(mean), classes=("no",)).ravel(), mean)
 
 
 @pytest.mark.parametrize("mean", [10, 50, 100, 800])
