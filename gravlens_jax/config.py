@@ -108,7 +108,7 @@ class OptimConfig:
     method: Literal["muon", "adam"] = "muon"  # muon: for the 3x3 kernels between channels, Adam for everything else
     learning_rate: float = 0.02  # peak; of muon's Adam, a tenth of it
     weight_decay: float = 0.01  # muon: decoupled, of its kernels; adam: L2, added to the gradient of every parameter
-    warmup_steps: int = 200  # linear from 0
+    warmup_steps: int = 200  # linear: step k of them has k / warmup_steps of the peak
     decay: Literal["constant", "cosine"] = "cosine"  # after the warm-up; cosine ends at 0 with the last step
     plateau_factor: float = 0.1  # of the learning rate when the validation loss stops falling
     plateau_patience: int = 3  # epochs without improvement that are tolerated (PyTorch's meaning)

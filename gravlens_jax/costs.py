@@ -15,6 +15,7 @@ import math
 
 # Dense peaks from the vendors' data sheets: TFLOP/s in float32 as JAX multiplies it by default (TF32 on NVIDIA where
 # there is one, bfloat16 passes on TPUs) and in bfloat16 (float16 on a T4), and GB/s of device memory.
+# A100, H100 and H200 are those with SXM sockets, of 80 GB or more.
 PEAKS = {
     "H200": {"float32": 494.7, "bfloat16": 989.4, "bandwidth": 4800},
     "H100": {"float32": 494.7, "bfloat16": 989.4, "bandwidth": 3350},

@@ -3,11 +3,11 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from mmap import mmap
 from pathlib import Path
 
 import numpy as np
 
+from gravlens_jax.augment import native
 from gravlens_jax.config import FILES, SPLITS, check
 from gravlens_jax.npz import Dataset, open_npz
 
@@ -42,22 +42,25 @@ def eval_batches(dataset: Dataset, rows: np.ndarray) -> Iterator[dict[str, np.nd
 
 
 def take_rows(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Returns images[rows] as a new array; raises InputError if a mapped file has been cut short since it was opened.
+    """Returns images[rows] as a new array; raises InputError if a mapped file is not what it was when it was opened.
 
     Rows of a mapped file are read from the file: touching the map costs page faults, a kill signal where the file has
     become shorter, and all pages ever touched count as the process's memory.
     """
     batch = np.empty((len(rows), *images.shape[1:]), images.dtype)
-    if not isinstance(images.base, mmap):  # in memory, or a part of a map, which does not know its place in the file
+    opened = getattr(images, "stat", None)
+    if not isinstance(images, np.memmap) or opened is None:  # in memory, or a part of what `open_npz` returns
         for i, row in enumerate(rows):  # one by one: the fastest where a map is not aligned to its dtype
             batch[i] = images[row]
-        return batch
+        return native(batch)
     row_bytes = batch.nbytes // max(1, len(rows))
-    with open(images.filename, "rb", buffering=0) as file:
+    with open(str(images.filename), "rb", buffering=0) as file:
+        same = os.path.samestat(os.fstat(file.fileno()), opened)
+        check(same, f"{images.filename}: another file has taken its place since it was opened; start again")
         for image, row in zip(batch, rows, strict=True):
             count = os.preadv(file.fileno(), [image], images.offset + int(row) * row_bytes)
             check(count == row_bytes, f"{images.filename}: ends before image {row}; make it again")
-    return batch
+    return native(batch)
 
 
 def prefetch(batches: Iterator, depth: int = 2) -> Iterator:

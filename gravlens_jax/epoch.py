@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from gravlens_jax import data, mesh
+from gravlens_jax.augment import native
 from gravlens_jax.config import Config
 from gravlens_jax.model import ResNet
 from gravlens_jax.npz import Dataset
@@ -25,7 +26,7 @@ def place(dataset: Dataset | Stream, config: Config, devices: Mesh) -> Dataset |
     """Returns the images as an epoch wants them: as they are, or with `device_data` a copy in each device's memory."""
     if isinstance(dataset, Stream) or not config.device_data:
         return dataset
-    held = mesh.replicate({"images": np.asarray(dataset.images), "labels": dataset.labels}, devices)
+    held = mesh.replicate({"images": native(dataset.images), "labels": dataset.labels}, devices)
     return dataset._replace(**held)
 
 

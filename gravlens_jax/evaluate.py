@@ -17,7 +17,7 @@ from gravlens_jax.folders import load_folder, load_image
 from gravlens_jax.mesh import is_main
 from gravlens_jax.metrics import calibration_error, evaluate, fit_temperature, intervals, softmax
 from gravlens_jax.model import predict, predict_logits
-from gravlens_jax.npz import Dataset, open_npz
+from gravlens_jax.npz import Dataset, is_copy, open_npz
 from gravlens_jax.run import read_history
 from gravlens_jax.weights import Network, load_network
 
@@ -146,6 +146,7 @@ def _image_files(paths: Iterable[Path]) -> list[Path]:
     for path in map(Path, paths):
         check(path.exists(), f"{path}: no such file or folder")
         found = sorted(f for f in path.rglob("*") if f.suffix in (".npy", ".npz")) if path.is_dir() else [path]
+        found = [f for f in found if not is_copy(f)]
         check(bool(found), f"{path}: no .npy or .npz files there")
         check(path.is_dir() or path.suffix in (".npy", ".npz"), f"{path}: expected a .npy or .npz file or a folder")
         files += found

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gravlens_jax.augment import prepare, to_unit
+from gravlens_jax.augment import native, prepare, to_unit
 from gravlens_jax.lens import Pair, blur, pixel_grid
 from gravlens_jax.model import ResNet, check_images, forward
 
@@ -46,7 +46,7 @@ def saliency(model: ResNet, variables: Any, images: np.ndarray, labels: np.ndarr
       InputError: not (n, height, width), or smaller than the crop.
     """
     check_images(images.shape, model.input)
-    return np.asarray(_maps(variables, np.asarray(images), labels, model=model))
+    return np.asarray(_maps(variables, native(images), labels, model=model))
 
 
 def distance_to_substructure(x: jax.Array, y: jax.Array, lens_params: dict, heaviest: int = 5) -> jax.Array:

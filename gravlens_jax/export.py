@@ -2,7 +2,6 @@
 
 import io
 import json
-from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -12,7 +11,6 @@ from flax.traverse_util import flatten_dict
 from jax import export
 
 from gravlens_jax.augment import prepare, to_unit
-from gravlens_jax.config import check
 from gravlens_jax.model import ResNet, forward
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -33,7 +31,6 @@ def as_npz(variables: Any, about: dict[str, Any]) -> bytes:
 
 def as_safetensors(variables: Any, about: dict[str, Any]) -> bytes:
     """Returns the same in the format of safetensors, `about` among its metadata."""
-    _require("safetensors")
     from safetensors.numpy import save
 
     return save(to_arrays(variables), {"about": json.dumps(about)})
@@ -45,7 +42,6 @@ def as_stablehlo(model: ResNet, variables: Any, image_shape: tuple[int, int]) ->
     `jax.export.deserialize(program).call(images)` takes float32 (n, *image_shape), for any n, as they are on disk, and
     returns the probabilities float32 (n, len(model.classes)), as `predict` does, on any of PLATFORMS.
     """
-    _require("flatbuffers")
 
     @jax.jit
     def predict(images):
@@ -54,7 +50,3 @@ def as_stablehlo(model: ResNet, variables: Any, image_shape: tuple[int, int]) ->
     (n,) = export.symbolic_shape("n")
     images = jax.ShapeDtypeStruct((n, *image_shape), jnp.float32)
     return bytes(export.export(predict, platforms=PLATFORMS)(images).serialize())
-
-
-def _require(package: str) -> None:
-    check(find_spec(package) is not None, f'this file format needs {package}; pip install "gravlens_jax[export]"')

@@ -1,6 +1,7 @@
 """Figures that are not of one run: a population of lenses, learning curves, scaling. None of it needs jax."""
 
 import io
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def draw_learning_curves(path: Path, histories: dict[str, list[dict]]) -> None:
     """
     figure = Figure((9, 3.4), dpi=100, layout="constrained")
     by_steps, by_minutes = figure.subplots(1, 2, sharey=True)
-    for colour, (name, lines) in zip(COLOURS, histories.items(), strict=False):
+    for colour, (name, lines) in zip(cycle(COLOURS), histories.items(), strict=False):
         seen = [line["image_steps"] / 1000 for line in lines]
         minutes = np.cumsum([line["wall_seconds"] for line in lines]) / 60
         real = [line.get("real_accuracy", np.nan) for line in lines]

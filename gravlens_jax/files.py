@@ -1,6 +1,7 @@
 """Writing files: whole or not at all, and a full disk or a read-only folder is a mistake of the user's."""
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,9 +9,14 @@ from pathlib import Path
 from gravlens_jax.config import InputError
 
 
+def temporary_name(path: Path) -> Path:
+    """Returns a name beside `path` that no other writer has, on whatever machine."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
 def write_atomically(path: Path, data: str | bytes) -> None:
     """Writes a file under a temporary name, then renames it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(temporary, path)

@@ -66,6 +66,7 @@ def fit(
             run.create_run(run_dir, run.RunInfo(config, train.classes, train.image_shape))
         _train(config, run_dir, splits, devices, save_minutes, on_epoch)
         calibrate_run(run_dir, splits.val)
+        mesh.wait_for_all("the run is calibrated")
         return evaluate_run(run_dir, splits.test, "best", run_dir / "report" if main else None)
 
 
@@ -87,7 +88,7 @@ def _train(
     schedule = learning_rate_schedule(config.optim, total_steps)
     train_epoch = make_train_epoch(config, model, tx, devices)
     everywhere = mesh.replicated(devices)
-    init_fn = jax.jit(partial(init_state, model=model, tx=tx, config=config.optim), out_shardings=everywhere)
+    init_fn = jax.jit(partial(init_state, model=model, tx=tx, config=config.optim))
     eval_fn = jax.jit(partial(eval_step, model=model), out_shardings=everywhere)
     end_epoch_fn = jax.jit(partial(end_epoch, config=config.optim), out_shardings=everywhere)
     history, main = run_dir / "metrics.jsonl", mesh.is_main()
@@ -102,7 +103,8 @@ def _train(
         noted_signals() as signal_number,
         progress_bar() as bar,
     ):
-        state, sums = _last_save(manager, partial_manager, init_fn(config.seed))
+        state = mesh.replicate(init_fn(config.seed), devices)
+        state, sums = _last_save(manager, partial_manager, state)
         step = int(state.step)
         epochs_done = max(0, step - easy_steps) // steps_per_epoch
         if main:

@@ -50,6 +50,7 @@ def load_image(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
         image = image[0]
     expected = f"(1, {shape[0]}, {shape[1]}) or {shape}" if shape else "(1, height, width) or (height, width)"
     check(image.ndim == 2 and shape in (None, image.shape), f"{path}: image has shape {stored}, expected {expected}")
+    check(image.dtype.itemsize <= 8, f"{path}: image is {image.dtype}, expected at most 64 bits a pixel")
     check(bool(np.isfinite(image).all()), f"{path}: image has NaN or infinite pixels; remove it or mend it")
     return image
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import statistics
 import tempfile
 import time
@@ -41,7 +42,7 @@ def peaks(dtype: str) -> dict[str, float]:
         copy = min(time_calls(lambda: np.copyto(target, source), 1, 5))
         return {"tflops": 2 * 2048**3 / product / 1e12, "bandwidth": 2 * source.nbytes / copy / 1e9}
     for name, values in PEAKS.items():
-        if name in kind:
+        if re.search(rf"\b{name}\b", kind) and not re.search("PCI|40GB", kind, re.IGNORECASE):
             return {"tflops": values[dtype], "bandwidth": values["bandwidth"]}
     return {}
 

@@ -1,6 +1,7 @@
 """How fast random batches come from a packed file here, and from what others read; for `scripts/benchmark.py input`."""
 
 import os
+import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -110,7 +111,7 @@ def readers_table(results: dict[tuple[str, int], dict[str, float]], batch_size: 
 
 
 def _resident_mib() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 def _memory_map(folder: Path, batch_size: int, _: int) -> Iterator:

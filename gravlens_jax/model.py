@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gravlens_jax.augment import prepare, to_unit
+from gravlens_jax.augment import native, prepare, to_unit
 from gravlens_jax.config import CLASSES, InputConfig, ModelConfig, check
 from gravlens_jax.conv import conv_general_dilated
 from gravlens_jax.norm import BatchNorm
@@ -158,7 +158,7 @@ def _in_batches(function: Callable, images: np.ndarray, batch_size: int, columns
     """Returns function(images), float32 (n, columns), batch by batch; the last one is filled up, to compile once."""
     results = np.empty((len(images), columns), np.float32)
     for start in range(0, len(images), batch_size):
-        batch = np.asarray(images[start : start + batch_size])
+        batch = native(images[start : start + batch_size])
         padding = ((0, min(batch_size, len(images)) - len(batch)), (0, 0), (0, 0))
         results[start : start + len(batch)] = function(np.pad(batch, padding))[: len(batch)]
     return results

@@ -18,9 +18,10 @@ import numpy as np
 
 from gravlens_jax.archive import MEMORY_BYTES, Header, data_start, member_header, members, open_archive, read_members
 from gravlens_jax.config import CLASSES, check, parse_json
-from gravlens_jax.files import writing
+from gravlens_jax.files import temporary_name, writing
 
 CHUNK_BYTES = 32 * 2**20  # unpacked at a time
+COPY = ".unpacked.npz"  # what its name ends in
 MAX_RATIO = 200  # of unpacked to compressed images; photon counts have about 3, an archive made to fill disks 1000
 EXPECTED = "an .npz made by scripts/pack.py or scripts/simulate.py"
 
@@ -49,7 +50,7 @@ def write_npz(
     chunks: Iterable[np.ndarray],
     shape: tuple[int, ...],
     dtype: np.dtype,
-    labels: np.ndarray,
+    labels: np.ndarray | None,
     classes: tuple[str, ...],
     info: dict,
     arrays: dict[str, np.ndarray] | None = None,
@@ -61,15 +62,16 @@ def write_npz(
       chunks: arrays (k, height, width) that follow each other in `shape`'s first axis.
       shape: (n, height, width) of all images together.
       dtype: of the stored images.
-      labels: int (n,).
+      labels: int (n,); None for a file that serves prediction only.
       classes: the names of labels 0, 1, ...
       info: what JSON can hold.
       arrays: more to store, name -> array.
     """
     path = Path(path).resolve()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    small = {"labels": np.asarray(labels, np.int32), "classes": np.array(classes), "info": np.array(json.dumps(info))}
-    small |= arrays or {}
+    temporary = temporary_name(path)
+    small = {"classes": np.array(classes), "info": np.array(json.dumps(info))} | (arrays or {})
+    if labels is not None:
+        small["labels"] = np.asarray(labels, np.int32)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         needed, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
@@ -112,8 +114,10 @@ def open_npz(path: str | Path, need_labels: bool = True) -> Dataset:
         if info is None or info.compress_type == zipfile.ZIP_STORED:
             header, labels, classes, about = _read_small(archive, need_labels)
             offset = data_start(archive, members(archive)["images"]) + header.offset
-            return Dataset(np.memmap(path, header.dtype, "r", offset, header.shape), labels, classes, about)
-    return open_npz(unpack_npz(path))
+            images = np.memmap(path, header.dtype, "r", offset, header.shape)
+            images.stat = path.stat()  # type: ignore[attr-defined]  # for `data.take_rows`
+            return Dataset(images, labels, classes, about)
+    return open_npz(unpack_npz(path, need_labels=need_labels), need_labels)
 
 
 def _read_small(
@@ -127,6 +131,7 @@ def _read_small(
     shape, info = header.shape, {}
     fits = len(shape) == 3 or (len(shape) == 4 and shape[1] == 1)
     check(fits, f"{path}: images have shape {shape}, expected (n, height, width)")
+    check(header.dtype.itemsize <= 8, f"{path}: images are {header.dtype}, expected at most 64 bits a pixel")
     check(not header.fortran_order, f"{path}: images are in Fortran order, expected C order")
     if "labels" in infos:
         announced = member_header(archive, infos["labels"], "ui").shape
@@ -148,20 +153,38 @@ def _read_small(
     return header._replace(shape=(shape[0], *shape[-2:])), labels.astype(np.int32), classes, info
 
 
-def unpack_npz(path: Path, out: Path | None = None, classes: tuple[str, ...] = CLASSES) -> Path:
+def is_copy(path: Path) -> bool:
+    """Whether a file is the copy that `open_npz` has made of a compressed one beside it."""
+    return path.name.endswith(COPY) and path.with_name(path.name.removesuffix(COPY) + ".npz").exists()
+
+
+def unpack_npz(
+    path: Path, out: Path | None = None, classes: tuple[str, ...] | None = None, need_labels: bool = True
+) -> Path:
     """Copies a compressed .npz to an uncompressed one in this project's format, once; returns the copy's path.
 
     Args:
       path: an .npz with images (n, height, width) or (n, 1, height, width) and labels (n,).
-      out: the copy; `<name>.unpacked.npz` beside `path` if not given. It is reused if newer than `path`.
-      classes: names of the labels, if the file itself does not say.
+      out: the copy, a new file; if not given `<name>.unpacked.npz` beside `path`, reused if newer than `path`.
+      classes: names of the labels; if not given those that the file itself names, or no, sphere, vort.
+      need_labels: as in `open_npz`.
+
+    Raises:
+      InputError: as `open_npz`; the file names other classes than `classes`; `out` exists.
     """
     path = Path(path).resolve()
-    out = Path(out or path.with_suffix(".unpacked.npz")).resolve()
-    if out.exists() and out.stat().st_mtime >= path.stat().st_mtime:
-        return out
+    if out is None:
+        out = path.with_suffix(COPY)
+        if out.exists() and out.stat().st_mtime >= path.stat().st_mtime:
+            return out
+    else:
+        check(not out.exists(), f"{out} exists; remove it or choose another name")
     with open_archive(path, EXPECTED) as archive:
-        (shape, dtype, _, offset), labels, classes, _ = _read_small(archive, classes=classes)
+        (shape, dtype, _, offset), labels, names, _ = _read_small(archive, need_labels, classes or CLASSES)
+        check(
+            classes in (None, names),
+            f"{path} names its classes itself, {', '.join(names)}; leave --classes {','.join(classes or ())} out",
+        )
         image_bytes, info = math.prod(shape[1:]) * dtype.itemsize, members(archive)["images"]
         check(
             image_bytes <= CHUNK_BYTES and info.file_size <= max(MEMORY_BYTES, MAX_RATIO * info.compress_size),
@@ -170,8 +193,8 @@ def unpack_npz(path: Path, out: Path | None = None, classes: tuple[str, ...] = C
         )
         print(f"{path} cannot be memory-mapped as it is: unpacking it once to {out}", file=sys.stderr)
         if "classes" not in members(archive):
-            names = ", ".join(classes)
-            print(f"{path.name} does not name its classes: labels 0, 1, ... are taken as {names}", file=sys.stderr)
+            text = f"{path.name} does not name its classes: labels 0, 1, ... are taken as {', '.join(names)}"
+            print(text, file=sys.stderr)
         rows = CHUNK_BYTES // image_bytes
         with archive.open(info) as file:
             file.read(offset)
@@ -181,5 +204,6 @@ def unpack_npz(path: Path, out: Path | None = None, classes: tuple[str, ...] = C
                     count = min(rows, shape[0] - start)
                     yield np.frombuffer(file.read(count * image_bytes), dtype).reshape(count, *shape[1:])
 
-            write_npz(out, chunks(), shape, dtype, labels, classes, {"source": path.name})
+            known = labels if "labels" in members(archive) else None
+            write_npz(out, chunks(), shape, dtype, known, names, {"source": path.name})
     return out

@@ -43,7 +43,8 @@ def render_block(seed, split, indices, *, priors: Priors, substructure: str, noi
         if not noise:
             return expected
         counts = jax.random.poisson(jax.random.fold_in(key, 1), expected)
-        return jnp.minimum(counts, MAX_COUNTS).astype(jnp.uint16)  # uint16 would wrap around; the caller refuses these
+        # uint16 would wrap around; `simulate_images` refuses what reaches the limit.
+        return jnp.minimum(counts, MAX_COUNTS).astype(jnp.uint16)
 
     return jax.vmap(one)(indices)
 

@@ -4,17 +4,17 @@ A stream of a seed and a split is the images 0, 1, 2, ... that a file of `simula
 an epoch is a function of (seed, split, epoch, i), so a run goes on exactly where it stopped.
 """
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from gravlens_jax.config import CLASSES, FILES
-from gravlens_jax.mesh import batch_sharding, local_rows, shard_batch
+from gravlens_jax.mesh import local_rows, shard_batch
 from gravlens_jax.priors import Priors
 from gravlens_jax.simulate import labels_of, render_block, simulate_images
 
@@ -39,7 +39,7 @@ def stream_batches(
 ) -> Iterator[dict[str, Any]]:
     """Yields the batches of an epoch on the devices: images uint16 (batch, height, width), labels int32 (batch,).
 
-    On CPUs all cores simulate ahead; accelerators render and draw the noise themselves, and nothing leaves them.
+    On CPUs all cores simulate ahead; each accelerator renders its own share and draws the noise.
 
     Args:
       stream: the images.
@@ -51,9 +51,7 @@ def stream_batches(
     steps = stream.size // batch_size
     first, last = (epoch * steps + skip) * batch_size, (epoch + 1) * steps * batch_size
     if jax.default_backend() != "cpu":
-        whole_batch = partial(_render_batch, priors=stream.priors, batch_size=batch_size)
-        render = jax.jit(whole_batch, out_shardings=batch_sharding(devices))
-        split = FILES.index(stream.split)
+        render, split = _renderer(devices, batch_size // devices.size, stream.priors), FILES.index(stream.split)
         for start in range(first, last, batch_size):
             yield render(start, stream.seed, split)
         return
@@ -66,6 +64,19 @@ def stream_batches(
         batch = {"images": ready[own], "labels": labels_of(batch_size, start)[own]}
         ready = ready[batch_size:]
         yield shard_batch(batch, devices)
+
+
+@cache
+def _renderer(devices: Mesh, share: int, priors: Priors) -> Callable[..., dict[str, jax.Array]]:
+    """Returns (first, seed, split) -> a batch, of which each device renders `share` images and keeps them."""
+
+    def render_share(first, seed, split):
+        own = first + share * jax.lax.axis_index("data")
+        return _render_batch(own, seed, split, priors=priors, batch_size=share)
+
+    whole, shares = PartitionSpec(), PartitionSpec("data")
+    # jax.random.poisson has loops that shard_map's check does not understand.
+    return jax.jit(jax.shard_map(render_share, mesh=devices, in_specs=whole, out_specs=shares, check_vma=False))
 
 
 def _render_batch(first, seed, split, *, priors: Priors, batch_size: int) -> dict[str, jax.Array]:

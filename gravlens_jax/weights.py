@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from gravlens_jax.model import ResNet, make_model
 from gravlens_jax.run import read_history, read_run
 
 EXPECTED = "a network written by scripts/export.py"
+FORMATS = {".npz": None, ".safetensors": "safetensors", ".stablehlo": "flatbuffers"}  # the package that each needs
 PRETRAINED = Path(__file__).with_name("pretrained.npz")
 
 
@@ -108,6 +110,17 @@ def describe(network: Network) -> dict[str, Any]:
     }
 
 
+def check_output(out: Path) -> None:
+    """Raises InputError unless `write_network` knows the suffix, and finds the package for it and the folder."""
+    check(out.suffix in FORMATS, f"{out}: expected a name that ends in {', '.join(FORMATS)}")
+    package = FORMATS[out.suffix]
+    check(
+        package is None or find_spec(package) is not None,
+        f'{out}: this file format needs {package}; pip install "gravlens_jax[export]"',
+    )
+    check(out.parent.is_dir(), f"{out.parent}: no such folder")
+
+
 def write_network(out: Path, network: Network, about: dict[str, Any]) -> None:
     """Writes a network to one file, in the format that its suffix names; a file that is there is replaced at the end.
 
@@ -119,13 +132,13 @@ def write_network(out: Path, network: Network, about: dict[str, Any]) -> None:
     Raises:
       InputError: another suffix, a package that the format needs is missing, or the file cannot be written.
     """
+    check_output(out)
     model, variables, image_shape, _ = network
     formats = {
         ".npz": lambda: export.as_npz(variables, about),
         ".safetensors": lambda: export.as_safetensors(variables, about),
         ".stablehlo": lambda: export.as_stablehlo(model, variables, image_shape),
     }
-    check(out.suffix in formats, f"{out}: expected a name that ends in {', '.join(formats)}")
     data = formats[out.suffix]()
     with writing(out):
         write_atomically(out, data)

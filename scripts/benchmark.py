@@ -5,6 +5,7 @@ import os
 import platform
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -42,6 +43,11 @@ def simulate(seconds: float = 4.0, repeats: int = 3, lenstronomy: bool = True) -
         repeats: measurements of each figure.
         lenstronomy: whether to measure it (pip install lenstronomy).
     """
+    check(seconds > 0 and repeats > 0, f"seconds={seconds}, repeats={repeats}: expected positive numbers")
+    check(
+        not lenstronomy or find_spec("lenstronomy") is not None,
+        "lenstronomy is not installed; pip install lenstronomy, or give --no-lenstronomy",
+    )
     check(hasattr(os, "sched_setaffinity"), "this benchmark pins processes to cores, which only Linux allows")
     rates = simulation_rates(seconds, repeats, lenstronomy, sorted(os.sched_getaffinity(0)))
     print(rates_table(rates))

@@ -10,7 +10,7 @@ from gravlens_jax.evaluate import load_labelled
 from gravlens_jax.finetune import finetune
 from gravlens_jax.folders import list_classes
 from gravlens_jax.npz import open_npz
-from gravlens_jax.weights import describe, load_network, write_network
+from gravlens_jax.weights import check_output, describe, load_network, write_network
 
 
 def main(
@@ -37,6 +37,7 @@ def main(
         batch_size: images per step.
         seed: of the new head, the order and the flips.
     """
+    check_output(out)
     names = list_classes(data) if data.is_dir() else open_npz(data).classes
     dataset = load_labelled(data, cli.split_names(classes) if classes else names)
     options: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}

@@ -6,6 +6,7 @@ from typing import Annotated
 import tyro
 
 from gravlens_jax import cli
+from gravlens_jax.config import check
 from gravlens_jax.figures import draw_learning_curves
 from gravlens_jax.weights import load_history
 
@@ -23,7 +24,8 @@ def main(
         runs: directories made by train.py, .npz made by export.py, or the word pretrained.
         figure: PNG to draw.
     """
-    draw_learning_curves(figure, {run.stem: load_history(run) for run in runs})
+    check(bool(runs), "no RUN given")
+    draw_learning_curves(figure, {str(run): load_history(run) for run in runs})
     print(figure)
 
 

@@ -16,7 +16,7 @@ def main(
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     dtype: Literal["float32", "float16"] = "float32",
-    classes: str = ",".join(CLASSES),
+    classes: str | None = None,
     test_fraction: float = 0.5,
     seed: int = 0,
 ) -> None:
@@ -33,15 +33,16 @@ def main(
         source: folder that holds train/ and val/ (the public data set's is called dataset), or an .npz.
         out: folder to write to, or a file if SOURCE is an .npz.
         dtype: of the stored images.
-        classes: folder names (or, for an .npz, the names of labels 0, 1, ...), separated by commas.
+        classes: folder names (or, for an .npz that does not say, the names of labels 0, 1, ...), separated by commas;
+            no,sphere,vort if not given.
         test_fraction: part of each class of val that becomes the test split.
         seed: of that split.
     """
-    names = cli.split_names(classes)
+    names = cli.split_names(classes) if classes else None
     if source.suffix == ".npz":
         print(unpack_npz(source, out, names))
     else:
-        counts = pack(source, out, dtype, names, test_fraction, seed, track)
+        counts = pack(source, out, dtype, names or CLASSES, test_fraction, seed, track)
         print(f"{out}: " + ", ".join(f"{split}.npz {n:,} images" for split, n in counts.items()))
 
 

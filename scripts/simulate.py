@@ -30,6 +30,7 @@ class Arguments:
 
     # folder to write to; files that are there from the same arguments are kept
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    # the population
     prior: Priors
     preset: PriorPreset = DEFAULT.preset  # population that --prior options start from; ct1 re-simulates public images
     train: int = DEFAULT.train  # number of training images, all classes together; 0 for no such file

@@ -68,6 +68,25 @@ def test_a_file_cut_short_after_opening(tmp_path):
         take_rows(mapped, np.array([0, 4]))
 
 
+def test_a_file_that_another_one_has_replaced_after_opening(tmp_path):
+    images = np.zeros((5, 4, 3), np.uint16)
+    write_npz(tmp_path / "a.npz", [images], images.shape, images.dtype, np.zeros(5), CLASSES, {})
+    mapped = open_npz(tmp_path / "a.npz").images
+    write_npz(tmp_path / "a.npz", [images + 1], images.shape, images.dtype, np.zeros(5), CLASSES, {})
+    with pytest.raises(InputError, match="another file has taken its place since it was opened; start again"):
+        take_rows(mapped, np.array([0]))
+
+
+@pytest.mark.parametrize("dtype", [">u2", ">f4", "<f8"])
+def test_batches_have_the_byte_order_of_this_machine(tmp_path, dtype):
+    images = np.arange(24).reshape(2, 4, 3).astype(dtype)
+    np.savez(tmp_path / "a.npz", images=images, labels=np.array([0, 1]))
+    for some in (open_npz(tmp_path / "a.npz").images, images):
+        batch = take_rows(some, np.array([1, 0]))
+        assert batch.dtype.isnative and batch.dtype.kind == images.dtype.kind
+        np.testing.assert_array_equal(batch, images[::-1])
+
+
 def test_prefetch_keeps_order_and_passes_errors_on():
     assert list(prefetch(iter(range(1, 20)))) == list(range(1, 20))
 

@@ -86,6 +86,14 @@ def disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def optimized():
+    """The programs that these tests start are optimized, as users run them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("XLA_FLAGS")
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with images in data/ and a run in runs/a that nothing has disturbed."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from gravlens_jax.config import InputConfig, InputError
+from gravlens_jax.explain import saliency
 from gravlens_jax.model import ResNet, ResNet20, embed, predict, predict_logits
 
 SMALL = ResNet(depth=8, width=4, input=InputConfig(crop=16, pool=1, stretch="linear", mean=0.0, std=1.0))
@@ -98,6 +99,14 @@ def test_predict_pads_and_agrees_with_apply(n):
     expected = jax.nn.softmax(SMALL.apply(variables, jnp.float32(images)[..., None]))
     np.testing.assert_allclose(probabilities, expected, atol=1e-6)
     np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-6)
+
+
+def test_pixels_of_either_byte_order_are_the_same():
+    variables, images = initialise(SMALL), np.random.default_rng(0).random((2, 16, 16)).astype(np.float32)
+    for function in (predict_logits, embed, saliency):
+        np.testing.assert_array_equal(
+            function(SMALL, variables, images.astype(">f4")), function(SMALL, variables, images)
+        )
 
 
 @pytest.mark.parametrize("n", [0, 1, 5])

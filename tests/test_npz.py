@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gravlens_jax.config import CLASSES, InputError
-from gravlens_jax.npz import open_npz, write_npz
+from gravlens_jax.npz import is_copy, open_npz, unpack_npz, write_npz
 
 RNG = np.random.default_rng(0)
 
@@ -63,11 +63,28 @@ def test_a_compressed_file_is_unpacked_once_and_says_so(tmp_path, capsys):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.npz", "a.unpacked.npz"]
 
 
-def test_a_file_without_labels_serves_prediction_only(tmp_path):
-    np.savez(tmp_path / "a.npz", images=RNG.random((2, 6, 4)))
-    assert len(open_npz(tmp_path / "a.npz", need_labels=False).images) == 2
-    with pytest.raises(InputError, match="has no 'labels', only images"):
-        open_npz(tmp_path / "a.npz")
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_file_without_labels_serves_prediction_only(tmp_path, save):
+    save(tmp_path / "a.npz", images=RNG.random((2, 6, 4)))
+    for _ in range(2):
+        assert len(open_npz(tmp_path / "a.npz", need_labels=False).images) == 2
+        with pytest.raises(InputError, match="has no 'labels', only "):
+            open_npz(tmp_path / "a.npz")
+
+
+def test_a_copy_is_made_for_the_asking_never_over_another_file_or_other_names(tmp_path):
+    labels = np.array([0, 1])
+    np.savez_compressed(tmp_path / "a.npz", images=RNG.random((2, 6, 4)), labels=labels)
+    assert unpack_npz(tmp_path / "a.npz", tmp_path / "b.npz", ("x", "y")) == tmp_path / "b.npz"
+    assert open_npz(tmp_path / "b.npz").classes == ("x", "y")
+    with pytest.raises(InputError, match=r"b\.npz exists; remove it or choose another name"):
+        unpack_npz(tmp_path / "a.npz", tmp_path / "b.npz", ("y", "x"))
+    with pytest.raises(InputError, match="names its classes itself, x, y; leave --classes y,x out"):
+        unpack_npz(tmp_path / "b.npz", tmp_path / "c.npz", ("y", "x"))
+    unpack_npz(tmp_path / "b.npz", tmp_path / "c.npz")
+    assert open_npz(tmp_path / "c.npz").classes == ("x", "y") and not is_copy(tmp_path / "c.npz")
+    open_npz(tmp_path / "a.npz")
+    assert [f.name for f in sorted(tmp_path.iterdir()) if is_copy(f)] == ["a.unpacked.npz"]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +98,10 @@ def test_a_file_without_labels_serves_prediction_only(tmp_path):
             "labels.npy has dtype float64, expected integers",
         ),
         ({"images": np.zeros((3, 4)), "labels": np.array([0, 1, 2])}, r"shape \(3, 4\), expected \(n, height"),
+        (
+            {"images": np.zeros((3, 4, 4), np.longdouble), "labels": np.array([0, 1, 2])},
+            "expected at most 64 bits a pixel",
+        ),
         ({"images": np.zeros((3, 4, 4), complex), "labels": np.array([0, 1, 2])}, "dtype complex128"),
         ({"images": np.asfortranarray(np.zeros((3, 4, 4))), "labels": np.array([0, 1, 2])}, "Fortran order"),
         ({"labels": np.array([0, 1, 2])}, "has no 'images', only labels"),

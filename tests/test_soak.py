@@ -1,4 +1,7 @@
-"""Kills a run over and over, at any time; takes about 10 minutes with 50 kills: python -m pytest -s -m slow"""
+"""Kills a run over and over, at any time; takes about 10 minutes with 50 kills.
+
+python -m pytest -s -m slow tests/test_soak.py
+"""
 
 import os
 import time
@@ -14,7 +17,8 @@ RUN = [*SMALL, "--simulation.train", "48", "--simulation.easy", "0", "--epochs",
 
 
 @pytest.mark.slow
-def test_a_run_killed_many_times_ends_with_exactly_the_same_parameters(tmp_path):
+def test_a_run_killed_many_times_ends_with_exactly_the_same_parameters(tmp_path, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS")  # optimized, as users run it
     run(tmp_path, "train.py", *RUN, "--run-dir", "whole")
     rng, folder, kills, saving, starting = np.random.default_rng(0), tmp_path / "killed", 0, 0, 0
     while kills < KILLS:

@@ -41,6 +41,15 @@ def test_the_step_compiles_once_and_learns():
     assert int(current.step) == 30 and losses[-1] < losses[0] / 4
 
 
+def test_an_epoch_s_end_leaves_the_state_of_the_type_that_the_step_is_compiled_for():
+    step_fn, end_fn = jax.jit(partial(train_step, **ARGUMENTS)), jax.jit(partial(end_epoch, config=OPTIM))
+    current = mesh.replicate(jax.jit(partial(init_state, model=MODEL, tx=TX, config=OPTIM))(0), mesh.data_mesh(1))
+    for _ in range(3):
+        current, _ = step_fn(current, batch())
+        current = end_fn(current, 1.0)
+    assert step_fn._cache_size() == end_fn._cache_size() == 1
+
+
 def test_steps_on_device_data_are_the_same_steps():
     dataset, rows = batch(12), np.random.default_rng(0).permutation(12).reshape(3, 4)
     one_by_one, losses = state(), []

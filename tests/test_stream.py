@@ -1,4 +1,7 @@
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -39,6 +42,24 @@ def test_the_path_for_accelerators_makes_the_same_lenses(monkeypatch):
     assert device["images"].dtype == np.uint16 and device["images"].sharding == host["images"].sharding
     a, b = (np.asarray(batch["images"]).astype(float) for batch in (device, host))
     np.testing.assert_allclose(np.mean((a - b) ** 2 / (a + b), axis=(1, 2)), 1, atol=0.06)  # two draws of noise
+
+
+def test_each_accelerator_renders_its_own_share_alone(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    priors, seen = replace(PRIORS, num_pixels=20), []
+
+    def render_block(seed, split, indices, **_):
+        seen.append(len(indices))
+        return jnp.broadcast_to(indices.astype(jnp.uint16)[:, None, None], (len(indices), 20, 20))
+
+    monkeypatch.setattr(stream, "render_block", render_block)
+    own, devices = STREAM._replace(priors=priors), mesh.data_mesh(2)
+    batches = [batch for epoch in (0, 1) for batch in stream.stream_batches(own, 12, epoch, devices)]
+    assert seen == [2, 2, 2]  # of each class, on each of two devices, in a program that both epochs share
+    for i, batch in enumerate(batches):
+        numbers = 12 * i + np.arange(12)
+        np.testing.assert_array_equal(batch["images"][:, 0, 0], numbers)
+        np.testing.assert_array_equal(batch["labels"], numbers % 3)
 
 
 def test_streams_are_named_by_their_preset():
