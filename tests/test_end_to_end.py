@@ -112,6 +112,9 @@ def test_the_simulation_benchmark_prints_a_table_and_a_json_line(folder, run_her
         ("export.py", ["runs/a", "a.pth"], "expected a name that ends in .npz, .safetensors, .stablehlo"),
         ("finetune.py", ["runs/a", "nowhere.npz", "new.npz"], "nowhere.npz: no such file"),
         ("finetune.py", ["runs/a", "runs", "new.npz", "--classes", "x,y"], "expected one folder for each of the"),
+        ("finetune.py", ["runs/a", "runs", "new"], "new: expected a name that ends in .npz, .safetensors, .stablehlo"),
+        ("learning_curve.py", [], "no RUN given"),
+        ("benchmark.py", ["simulate", "--repeats", "0"], "repeats=0: expected positive numbers"),
     ],
 )
 def test_mistakes_end_with_status_2_and_one_paragraph(folder, script, arguments, message, run_here):
