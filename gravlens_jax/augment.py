@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gravlens_jax.config import AugmentConfig, InputConfig
 
@@ -66,11 +65,6 @@ def augment(images: jax.Array, key: jax.Array, config: AugmentConfig) -> jax.Arr
     if config.max_rotation or config.max_shift:
         images = rotate_and_shift(images, affine_key, config.max_rotation, config.max_shift)
     return images
-
-
-def native(images: np.ndarray) -> np.ndarray:
-    """Returns the same pixels in this machine's byte order, which JAX wants; those of FITS files are big-endian."""
-    return np.asarray(images, images.dtype.newbyteorder("="))
 
 
 def prepare(images: jax.Array, config: InputConfig) -> jax.Array:

@@ -9,6 +9,7 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal
 
 CLASSES = ("no", "sphere", "vort")  # a label is an index into this
@@ -21,6 +22,11 @@ PRIOR_PRESETS: tuple[PriorPreset, ...] = typing.get_args(PriorPreset)
 
 class InputError(ValueError):
     """A mistake of the user's: names what was got, what was expected and what to do."""
+
+
+def check_installed(package: str, what: str, install: str) -> None:
+    """Raises InputError unless a package that `what` needs is there; `install` is what pip is to be told."""
+    check(find_spec(package) is not None, f"{what} needs {package}; pip install {install}")
 
 
 def check(condition: bool, message: str) -> None:

@@ -12,6 +12,7 @@ overlaps with arithmetic, and the latency does not grow with the number of devic
 """
 
 import math
+import re
 
 # Dense peaks from the vendors' data sheets: TFLOP/s in float32 as JAX multiplies it by default (TF32 on NVIDIA where
 # there is one, bfloat16 passes on TPUs) and in bfloat16 (float16 on a T4), and GB/s of device memory.
@@ -35,6 +36,13 @@ LINKS = {"NVLink": 450.0, "InfiniBand": 50.0, "TPU v5e ICI": 200.0}
 GRADIENT_BYTES = 4 * 268_979  # float32 parameters of `ResNet20`
 ALLREDUCES = 40  # a step: 19 normalisations forward, 19 backward, the gradients, the count of correct answers
 LATENCY_SECONDS = 15e-6  # of one all-reduce; an assumption, 10 to 20 microseconds are usual
+
+
+def find_peaks(device_kind: str) -> dict[str, float] | None:
+    """Returns the row of PEAKS for a device, by the name that JAX has for it; None if it is in none."""
+    if re.search("PCI|NVL|MIG|40GB", device_kind, re.IGNORECASE):  # slower ones, and parts
+        return None
+    return next((row for name, row in PEAKS.items() if re.search(rf"\b{name}\b", device_kind)), None)
 
 
 def forward_flops(size: int, depth: int = 20, width: int = 16, classes: int = 3) -> tuple[int, int]:

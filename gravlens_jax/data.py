@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gravlens_jax.augment import native
 from gravlens_jax.config import FILES, SPLITS, check
-from gravlens_jax.npz import Dataset, open_npz
+from gravlens_jax.npz import Dataset, native, open_npz
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -55,8 +54,9 @@ def take_rows(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
         return native(batch)
     row_bytes = batch.nbytes // max(1, len(rows))
     with open(str(images.filename), "rb", buffering=0) as file:
-        same = os.path.samestat(os.fstat(file.fileno()), opened)
-        check(same, f"{images.filename}: another file has taken its place since it was opened; start again")
+        now = os.fstat(file.fileno())
+        same = os.path.samestat(now, opened) and (now.st_size, now.st_mtime_ns) == (opened.st_size, opened.st_mtime_ns)
+        check(same, f"{images.filename} is not the file that was opened any more; start again")
         for image, row in zip(batch, rows, strict=True):
             count = os.preadv(file.fileno(), [image], images.offset + int(row) * row_bytes)
             check(count == row_bytes, f"{images.filename}: ends before image {row}; make it again")

@@ -10,10 +10,9 @@ import optax
 from jax.sharding import Mesh
 
 from gravlens_jax import data, mesh
-from gravlens_jax.augment import native
 from gravlens_jax.config import Config
 from gravlens_jax.model import ResNet
-from gravlens_jax.npz import Dataset
+from gravlens_jax.npz import Dataset, native
 from gravlens_jax.steps import Metrics, TrainState, train_step, train_steps
 from gravlens_jax.stream import Stream, stream_batches
 

@@ -145,8 +145,9 @@ def _image_files(paths: Iterable[Path]) -> list[Path]:
     files = []
     for path in map(Path, paths):
         check(path.exists(), f"{path}: no such file or folder")
-        found = sorted(f for f in path.rglob("*") if f.suffix in (".npy", ".npz")) if path.is_dir() else [path]
-        found = [f for f in found if not is_copy(f)]
+        found = [path]
+        if path.is_dir():
+            found = sorted(f for f in path.rglob("*") if f.suffix in (".npy", ".npz") and not is_copy(f))
         check(bool(found), f"{path}: no .npy or .npz files there")
         check(path.is_dir() or path.suffix in (".npy", ".npz"), f"{path}: expected a .npy or .npz file or a folder")
         files += found

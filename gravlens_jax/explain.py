@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gravlens_jax.augment import native, prepare, to_unit
+from gravlens_jax.augment import prepare, to_unit
 from gravlens_jax.lens import Pair, blur, pixel_grid
 from gravlens_jax.model import ResNet, check_images, forward
+from gravlens_jax.npz import native
 
 BEFORE, AFTER = slice(0, 3), slice(3, None)  # the parts of the network up to stage 2, and the rest
 

@@ -6,12 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gravlens_jax.config import InputError
+from gravlens_jax.config import InputError, check
 
 
 def temporary_name(path: Path) -> Path:
     """Returns a name beside `path` that no other writer has, on whatever machine."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def check_folder(path: Path) -> None:
+    """Raises InputError unless the folder of a file that is to be written is there."""
+    check(path.parent.is_dir(), f"{path}: there is no folder {path.parent}; make it or choose another one")
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:

@@ -34,10 +34,13 @@ def list_folder(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], np.
 
 
 def load_image(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
-    """Reads one image, (height, width) of any real dtype, from a .npy of shape (height, width) or (1, height, width).
+    """Reads one image, (height, width) of any real dtype up to 64 bits.
+
+    Its .npy has shape (height, width) or (1, height, width).
 
     Raises:
-      InputError: unreadable, Python objects, another shape than `shape`, NaN or infinite pixels.
+      InputError: unreadable, Python objects, another shape than `shape`, more than 64 bits a pixel, NaN or infinite
+        pixels.
     """
     try:
         with open(path, "rb") as file:

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import statistics
 import tempfile
 import time
@@ -18,7 +17,7 @@ from jax.sharding import Mesh
 
 from gravlens_jax.augment import prepare, to_unit
 from gravlens_jax.config import CLASSES, AugmentConfig, Config, InputConfig, OptimConfig
-from gravlens_jax.costs import PEAKS
+from gravlens_jax.costs import find_peaks
 from gravlens_jax.epoch import make_train_epoch, no_sums
 from gravlens_jax.mesh import check_batch_size, data_mesh, replicate, shard_batch
 from gravlens_jax.model import ResNet
@@ -41,10 +40,8 @@ def peaks(dtype: str) -> dict[str, float]:
         source, target = np.ones(2**25), np.ones(2**25)
         copy = min(time_calls(lambda: np.copyto(target, source), 1, 5))
         return {"tflops": 2 * 2048**3 / product / 1e12, "bandwidth": 2 * source.nbytes / copy / 1e9}
-    for name, values in PEAKS.items():
-        if re.search(rf"\b{name}\b", kind) and not re.search("PCI|40GB", kind, re.IGNORECASE):
-            return {"tflops": values[dtype], "bandwidth": values["bandwidth"]}
-    return {}
+    values = find_peaks(kind)
+    return {"tflops": values[dtype], "bandwidth": values["bandwidth"]} if values else {}
 
 
 def machine(dtypes: tuple[str, ...]) -> dict[str, Any]:

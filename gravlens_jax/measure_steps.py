@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import jax
 
-from gravlens_jax.config import check
+from gravlens_jax.config import check, check_installed
 from gravlens_jax.costs import forward_flops, train_flops
 from gravlens_jax.measure import busy_fraction, compile_step, machine, random_batch, step_figures, use_cpu_devices
-from gravlens_jax.peers import check_peer, torch_step
+from gravlens_jax.peers import torch_step
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def sweep(train: bool, a: Steps, show: Callable[[str], None]) -> dict[str, Any]:
     Returns:
       the rows of the table and what machine this is, for JSON.
     """
-    check_peer(a.peer)
+    if a.peer:
+        check_installed(a.peer, "--peer", a.peer)
     context = get_context("spawn")
     many = max(a.devices)
     rows = []

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gravlens_jax.augment import native, prepare, to_unit
+from gravlens_jax.augment import prepare, to_unit
 from gravlens_jax.config import CLASSES, InputConfig, ModelConfig, check
 from gravlens_jax.conv import conv_general_dilated
 from gravlens_jax.norm import BatchNorm
+from gravlens_jax.npz import native
 
 ALL, BEFORE_HEAD = slice(None), slice(0, 5)  # parts of the network
 

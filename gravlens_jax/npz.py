@@ -26,6 +26,11 @@ MAX_RATIO = 200  # of unpacked to compressed images; photon counts have about 3,
 EXPECTED = "an .npz made by scripts/pack.py or scripts/simulate.py"
 
 
+def native(images: np.ndarray) -> np.ndarray:
+    """Returns the same pixels in this machine's byte order, which JAX wants; those of FITS files are big-endian."""
+    return np.asarray(images, images.dtype.newbyteorder("="))
+
+
 class Dataset(NamedTuple):
     """Labelled images; `images` is usually a view of a memory-mapped file."""
 
@@ -106,16 +111,17 @@ def open_npz(path: str | Path, need_labels: bool = True) -> Dataset:
       need_labels: whether a file without labels is an error; otherwise they are all 0.
 
     Raises:
-      InputError: the file is missing, damaged, has no images or labels, or labels outside its classes.
+      InputError: the file is missing, damaged, has no images or labels, labels outside its classes, or more
+        than 64 bits a pixel.
     """
     path = Path(path).resolve()
     with open_archive(path, EXPECTED) as archive:
-        info = members(archive).get("images")
+        stat, info = path.stat(), members(archive).get("images")
         if info is None or info.compress_type == zipfile.ZIP_STORED:
             header, labels, classes, about = _read_small(archive, need_labels)
             offset = data_start(archive, members(archive)["images"]) + header.offset
             images = np.memmap(path, header.dtype, "r", offset, header.shape)
-            images.stat = path.stat()  # type: ignore[attr-defined]  # for `data.take_rows`
+            images.stat = stat  # type: ignore[attr-defined]  # for `data.take_rows`
             return Dataset(images, labels, classes, about)
     return open_npz(unpack_npz(path, need_labels=need_labels), need_labels)
 
@@ -167,7 +173,7 @@ def unpack_npz(
       path: an .npz with images (n, height, width) or (n, 1, height, width) and labels (n,).
       out: the copy, a new file; if not given `<name>.unpacked.npz` beside `path`, reused if newer than `path`.
       classes: names of the labels; if not given those that the file itself names, or no, sphere, vort.
-      need_labels: as in `open_npz`.
+      need_labels: whether a file without labels is an error; otherwise its copy has none either.
 
     Raises:
       InputError: as `open_npz`; the file names other classes than `classes`; `out` exists.
@@ -178,7 +184,7 @@ def unpack_npz(
         if out.exists() and out.stat().st_mtime >= path.stat().st_mtime:
             return out
     else:
-        check(not out.exists(), f"{out} exists; remove it or choose another name")
+        check(not out.exists(), f"{out} exists; give the name of a new file")
     with open_archive(path, EXPECTED) as archive:
         (shape, dtype, _, offset), labels, names, _ = _read_small(archive, need_labels, classes or CLASSES)
         check(
@@ -191,7 +197,8 @@ def unpack_npz(
             f"{path}: {info.compress_size:,} bytes would unpack to images {shape} of {dtype}, more than images can be "
             f"compressed; if you trust the file, save it with numpy.savez",
         )
-        print(f"{path} cannot be memory-mapped as it is: unpacking it once to {out}", file=sys.stderr)
+        if info.compress_type != zipfile.ZIP_STORED:
+            print(f"{path} cannot be memory-mapped as it is: unpacking it once to {out}", file=sys.stderr)
         if "classes" not in members(archive):
             text = f"{path.name} does not name its classes: labels 0, 1, ... are taken as {', '.join(names)}"
             print(text, file=sys.stderr)

@@ -3,22 +3,14 @@
 lenstronomy (Birrer & Amara 2018) and torch are imported by the functions that need them.
 """
 
-import importlib.util
 import time
 from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 
-from gravlens_jax.config import check
 from gravlens_jax.lens import einstein_radius_squared
 from gravlens_jax.priors import Priors
-
-
-def check_peer(peer: str | None) -> None:
-    """Raises InputError if a package is asked for that is not installed."""
-    found = peer is None or importlib.util.find_spec(peer) is not None
-    check(found, f"--peer {peer}: {peer} is not installed; pip install {peer}, or leave the option out")
 
 
 def ellipticity(axis_ratio: float, angle: float) -> dict[str, float]:

@@ -6,23 +6,13 @@ nothing runs in the background that could lose what a full disk does not take.
 
 import time
 from contextlib import closing
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gravlens_jax.config import check
 from gravlens_jax.files import writing
 
 EPOCH = {"train_loss": "loss/train", "val_loss": "loss/val", "train_accuracy": "accuracy/train"}
 EPOCH |= {"val_accuracy": "accuracy/val", "learning_rate": "learning_rate", "images_per_second": "images_per_second"}
-
-
-def check_installed() -> None:
-    """Raises InputError unless tensorboardX is there."""
-    check(
-        find_spec("tensorboardX") is not None,
-        '--tensorboard needs tensorboardX; pip install "gravlens_jax[tensorboard]"',
-    )
 
 
 def write_epoch(run_dir: Path, line: dict[str, Any]) -> None:

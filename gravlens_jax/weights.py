@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.metadata
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +13,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gravlens_jax import export
 from gravlens_jax.archive import members, open_archive, read_members
 from gravlens_jax.checkpoint import Which, load_calibrated
-from gravlens_jax.config import InputConfig, InputError, ModelConfig, check, from_dict, parse_json
-from gravlens_jax.files import write_atomically, writing
+from gravlens_jax.config import InputConfig, InputError, ModelConfig, check, check_installed, from_dict, parse_json
+from gravlens_jax.files import check_folder, write_atomically, writing
 from gravlens_jax.model import ResNet, make_model
 from gravlens_jax.run import read_history, read_run
 
@@ -114,11 +113,9 @@ def check_output(out: Path) -> None:
     """Raises InputError unless `write_network` knows the suffix, and finds the package for it and the folder."""
     check(out.suffix in FORMATS, f"{out}: expected a name that ends in {', '.join(FORMATS)}")
     package = FORMATS[out.suffix]
-    check(
-        package is None or find_spec(package) is not None,
-        f'{out}: this file format needs {package}; pip install "gravlens_jax[export]"',
-    )
-    check(out.parent.is_dir(), f"{out.parent}: no such folder")
+    if package:
+        check_installed(package, out.suffix, '"gravlens_jax[export]"')
+    check_folder(out)
 
 
 def write_network(out: Path, network: Network, about: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ import os
 import platform
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +13,8 @@ import numpy as np
 import tyro
 
 from gravlens_jax import cli
-from gravlens_jax.config import check
+from gravlens_jax.config import check, check_installed
+from gravlens_jax.files import check_folder
 from gravlens_jax.measure import machine, peaks, use_cpu_devices
 from gravlens_jax.measure_input import measure_readers, readers_table
 from gravlens_jax.measure_scaling import (
@@ -28,7 +28,6 @@ from gravlens_jax.measure_scaling import (
 from gravlens_jax.measure_simulation import rates_table, simulation_rates
 from gravlens_jax.measure_steps import Steps, sweep
 from gravlens_jax.mesh import is_main, join_processes
-from gravlens_jax.peers import check_peer
 
 
 def simulate(seconds: float = 4.0, repeats: int = 3, lenstronomy: bool = True) -> None:
@@ -44,10 +43,8 @@ def simulate(seconds: float = 4.0, repeats: int = 3, lenstronomy: bool = True) -
         lenstronomy: whether to measure it (pip install lenstronomy).
     """
     check(seconds > 0 and repeats > 0, f"seconds={seconds}, repeats={repeats}: expected positive numbers")
-    check(
-        not lenstronomy or find_spec("lenstronomy") is not None,
-        "lenstronomy is not installed; pip install lenstronomy, or give --no-lenstronomy",
-    )
+    if lenstronomy:
+        check_installed("lenstronomy", "its row of the table", "lenstronomy, or give --no-lenstronomy")
     check(hasattr(os, "sched_setaffinity"), "this benchmark pins processes to cores, which only Linux allows")
     rates = simulation_rates(seconds, repeats, lenstronomy, sorted(os.sched_getaffinity(0)))
     print(rates_table(rates))
@@ -78,7 +75,8 @@ def measure_input(
     """
     check(Path("/proc/self/statm").exists(), "this benchmark reads its memory from /proc, which only Linux has")
     check(images >= batch_size, f"--images {images} do not fill a batch of {batch_size}; give more")
-    check_peer(peer)
+    if peer:
+        check_installed(peer, "--peer", peer)
     _set_huge_pages()
     results = measure_readers(images, batch_size, batches, repeats, peer is not None)
     copy = peaks("float32")["bandwidth"] / 2 if jax.default_backend() == "cpu" else None
@@ -145,6 +143,8 @@ def scale(
         process_id: of this process: 0, 1, ...
     """
     cli.use_huge_pages()
+    if figure is not None:
+        check_folder(figure)
     join_processes(coordinator, num_processes, process_id)
     if not jax.distributed.is_initialized():
         use_cpu_devices(max(devices, default=1))

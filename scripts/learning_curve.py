@@ -8,6 +8,7 @@ import tyro
 from gravlens_jax import cli
 from gravlens_jax.config import check
 from gravlens_jax.figures import draw_learning_curves
+from gravlens_jax.files import check_folder
 from gravlens_jax.weights import load_history
 
 
@@ -25,6 +26,7 @@ def main(
         figure: PNG to draw.
     """
     check(bool(runs), "no RUN given")
+    check_folder(figure)
     draw_learning_curves(figure, {str(run): load_history(run) for run in runs})
     print(figure)
 

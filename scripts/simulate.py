@@ -10,6 +10,7 @@ import tyro
 
 from gravlens_jax import cli
 from gravlens_jax.config import CLASSES, PriorPreset, SimulationConfig, check
+from gravlens_jax.files import check_folder
 from gravlens_jax.model import predict
 from gravlens_jax.priors import PRESETS, Priors
 from gravlens_jax.progress import track
@@ -52,6 +53,8 @@ def main() -> None:
     a = tyro.cli(Arguments, default=default, args=sys.argv[1:])
     config = SimulationConfig(a.preset, a.train, a.easy, a.val, a.test, a.seed)
     check(a.train + a.easy + a.val + a.test > 0 or a.figure is not None, "0 images asked for: nothing to do")
+    if a.figure is not None:
+        check_folder(a.figure)
     simulate_dataset(a.out, config, track, a.prior, a.parameters)
     print(a.out)
     if a.figure is not None:

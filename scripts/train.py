@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from gravlens_jax import cli, tensorboard
-from gravlens_jax.config import PRESETS, Config
+from gravlens_jax.config import PRESETS, Config, check_installed
 from gravlens_jax.evaluate import table
 from gravlens_jax.fit import fit
 from gravlens_jax.mesh import is_main, join_processes
@@ -57,7 +57,7 @@ def main() -> None:
     arguments = parse_arguments(sys.argv[1:])
     cli.use_huge_pages()
     if arguments.tensorboard:
-        tensorboard.check_installed()
+        check_installed("tensorboardX", "--tensorboard", '"gravlens_jax[tensorboard]"')
     join_processes(arguments.coordinator, arguments.num_processes, arguments.process_id)
     if arguments.compile_cache:
         cli.use_compile_cache()

@@ -72,7 +72,8 @@ def test_a_damaged_file_of_a_checkpoint_is_refused_and_the_other_checkpoint_load
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.stat().st_size)
     rng = np.random.default_rng(0)
     one_kind_each = zip(files, itertools.cycle(("flip", "cut", "missing")), strict=False)
-    for file, damage in {*one_kind_each, *itertools.product((folder / "digests.json",), ("flip", "cut", "missing"))}:
+    all_kinds = itertools.product([folder / "digests.json"], ("flip", "cut", "missing"))
+    for file, damage in dict.fromkeys([*one_kind_each, *all_kinds]):
         whole = file.read_bytes()
         part = bytearray(whole)
         part[rng.integers(len(part))] ^= 0x10

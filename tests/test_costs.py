@@ -57,3 +57,20 @@ def test_the_readme_s_numbers(kind, devices, link, microseconds, small, large):
     assert round(1e6 * costs.allreduce_seconds(devices, gb_per_second)) == microseconds
     assert costs.least_batch(0.05, 50, devices, tflops, gb_per_second) == small
     assert costs.least_batch(0.05, 150, devices, tflops, gb_per_second) == large
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA L4", "L4"),
+        ("Tesla T4", "T4"),
+        ("TPU v5 lite", "TPU v5 lite"),
+        *((kind, None) for kind in ("NVIDIA L40S", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA GH200 480GB")),
+        *((kind, None) for kind in ("NVIDIA A100-PCIE-40GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "TPU v5")),
+    ],
+)
+def test_peaks_are_those_of_the_very_device(kind, name):
+    assert costs.find_peaks(kind) == costs.PEAKS.get(name)

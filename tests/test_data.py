@@ -64,16 +64,23 @@ def test_a_file_cut_short_after_opening(tmp_path):
     write_npz(tmp_path / "a.npz", [images], images.shape, images.dtype, np.zeros(5), CLASSES, {})
     mapped = open_npz(tmp_path / "a.npz").images
     os.truncate(tmp_path / "a.npz", 50_000)
+    with pytest.raises(InputError, match="is not the file that was opened any more"):
+        take_rows(mapped, np.array([0, 4]))
+    mapped.stat = os.stat(tmp_path / "a.npz")  # as if it were cut while it is read
     with pytest.raises(InputError, match="ends before image 4"):
         take_rows(mapped, np.array([0, 4]))
 
 
-def test_a_file_that_another_one_has_replaced_after_opening(tmp_path):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_file_that_is_written_anew_after_opening(tmp_path, in_place):
     images = np.zeros((5, 4, 3), np.uint16)
     write_npz(tmp_path / "a.npz", [images], images.shape, images.dtype, np.zeros(5), CLASSES, {})
     mapped = open_npz(tmp_path / "a.npz").images
-    write_npz(tmp_path / "a.npz", [images + 1], images.shape, images.dtype, np.zeros(5), CLASSES, {})
-    with pytest.raises(InputError, match="another file has taken its place since it was opened; start again"):
+    if in_place:
+        np.savez(tmp_path / "a.npz", images=images + 1, labels=np.zeros(5, int))
+    else:
+        write_npz(tmp_path / "a.npz", [images + 1], images.shape, images.dtype, np.zeros(5), CLASSES, {})
+    with pytest.raises(InputError, match="is not the file that was opened any more; start again"):
         take_rows(mapped, np.array([0]))
 
 

@@ -1,4 +1,4 @@
-"""The scripts as a user calls them, one after the other on one folder; the first in a process of its own."""
+"""The scripts as a user calls them, one after the other on one folder; most of them in this process."""
 
 import csv
 import io
@@ -53,6 +53,13 @@ def test_evaluate_reproduces_the_report_and_writes_where_told(folder, run_here):
     with np.load(folder / "again/predictions.npz") as predictions:
         assert predictions["logits"].shape == (24, 3) and predictions["logits"].dtype == np.float32
         assert predictions["labels"].dtype == np.int32
+
+
+def test_predict_takes_each_image_of_a_folder_once_and_what_is_named(folder, run_here):
+    (folder / "compressed").mkdir()
+    np.savez_compressed(folder / "compressed/a.npz", images=np.random.default_rng(0).random((2, 150, 150)))
+    for path in ("compressed", "compressed", "compressed/a.unpacked.npz"):  # the first time, it is unpacked
+        assert len(run_here(folder, "predict.py", "runs/a", path).splitlines()) == 3
 
 
 def test_predict_prints_csv_for_npy_npz_and_folders(folder, run_here):
@@ -114,6 +121,10 @@ def test_the_simulation_benchmark_prints_a_table_and_a_json_line(folder, run_her
         ("finetune.py", ["runs/a", "runs", "new.npz", "--classes", "x,y"], "expected one folder for each of the"),
         ("finetune.py", ["runs/a", "runs", "new"], "new: expected a name that ends in .npz, .safetensors, .stablehlo"),
         ("learning_curve.py", [], "no RUN given"),
+        ("learning_curve.py", ["pretrained", "--figure", "none/a.png"], "there is no folder none"),
+        ("simulate.py", ["sim2", "--figure", "none/a.png"], "there is no folder none"),
+        ("benchmark.py", ["scale", "--figure", "none/a.png"], "there is no folder none"),
+        ("pack.py", ["two.npz", "runs"], "runs exists; give the name of a new file"),
         ("benchmark.py", ["simulate", "--repeats", "0"], "repeats=0: expected positive numbers"),
     ],
 )

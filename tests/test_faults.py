@@ -40,7 +40,7 @@ from gravlens_jax.run import locked, read_run
 from gravlens_jax.weights import export_run
 
 FILES = [*NETWORK, "--data", "data", "--epochs", "2"]  # 6 easy steps, then epochs of 9: steps 7-15 and 16-24
-STREAM = [*SMALL, "--data", "simulate:ct1", "--simulation.easy", "0", "--epochs", "1"]
+STREAM = [*SMALL, "--data", "simulate:ct1", "--simulation.easy", "0", "--simulation.train", "144", "--epochs", "1"]
 DEVICE = [*FILES, "--device-data", "--batch-size", "1", "--epochs", "1"]  # calls of 48 steps: 2 easy ones, then 3
 SAVE_OFTEN = ["--save-minutes", "1e-6"]  # after every step, or call
 
@@ -187,7 +187,7 @@ def test_a_killed_stopped_and_cut_run_ends_with_exactly_the_same_parameters(fold
 
 @pytest.mark.parametrize(
     "options, number, at, total",
-    [(STREAM, signal.SIGINT, 2, 6), (DEVICE, signal.SIGTERM, 48, 240)],
+    [(STREAM, signal.SIGINT, 2, 9), (DEVICE, signal.SIGTERM, 48, 240)],
     ids=["fresh images, Ctrl-C", "data on the device, SIGTERM"],
 )
 def test_so_does_one_stopped_within_an_epoch_of(folder, options, number, at, total):

@@ -77,7 +77,7 @@ def test_a_copy_is_made_for_the_asking_never_over_another_file_or_other_names(tm
     np.savez_compressed(tmp_path / "a.npz", images=RNG.random((2, 6, 4)), labels=labels)
     assert unpack_npz(tmp_path / "a.npz", tmp_path / "b.npz", ("x", "y")) == tmp_path / "b.npz"
     assert open_npz(tmp_path / "b.npz").classes == ("x", "y")
-    with pytest.raises(InputError, match=r"b\.npz exists; remove it or choose another name"):
+    with pytest.raises(InputError, match=r"b\.npz exists; give the name of a new file"):
         unpack_npz(tmp_path / "a.npz", tmp_path / "b.npz", ("y", "x"))
     with pytest.raises(InputError, match="names its classes itself, x, y; leave --classes y,x out"):
         unpack_npz(tmp_path / "b.npz", tmp_path / "c.npz", ("y", "x"))
