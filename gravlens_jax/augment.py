@@ -84,4 +84,6 @@ def prepare(images: jax.Array, config: InputConfig) -> jax.Array:
     images = images.reshape(n, size, config.pool, size, config.pool, 1).mean((2, 4))
     if config.stretch == "sqrt":
         images = jnp.sqrt(images)
+    elif config.stretch == "log":
+        images = jnp.log(images + 0.01)
     return (images - config.mean) / config.std

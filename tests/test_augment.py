@@ -24,7 +24,9 @@ def test_constant_images_stay_finite():
     assert jnp.isfinite(to_unit(jnp.full((1, 4, 4), 7, jnp.uint8))).all()
 
 
-@pytest.mark.parametrize("stretch, function", [("linear", lambda x: x), ("sqrt", np.sqrt)])
+@pytest.mark.parametrize(
+    "stretch, function", [("linear", lambda x: x), ("sqrt", np.sqrt), ("log", lambda x: np.log(x + 0.01))]
+)
 def test_prepare_is_crop_pool_stretch_standardise(stretch, function):
     images = RNG.random((2, 11, 9)).astype(np.float32)
     config = InputConfig(crop=6, pool=3, stretch=stretch, mean=0.2, std=0.5)

@@ -63,7 +63,7 @@ def test_classes_are_one_or_more_texts(value):
 
 def test_literals_are_checked():
     values = json.loads(to_json(InputConfig())) | {"stretch": "cube"}
-    with pytest.raises(InputError, match=r"input.stretch: expected one of \('linear', 'sqrt'\), got 'cube'"):
+    with pytest.raises(InputError, match=r"input.stretch: expected one of \('linear', 'sqrt', 'log'\), got 'cube'"):
         from_dict(InputConfig, values, "input")
 
 

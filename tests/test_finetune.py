@@ -10,7 +10,7 @@ from gravlens_jax.model import ResNet, predict
 from gravlens_jax.npz import Dataset
 from gravlens_jax.weights import Network
 
-MODEL = ResNet(depth=8, width=4, input=InputConfig(crop=16, pool=1, stretch="linear"))
+MODEL = ResNet(depth=8, width=4, input=InputConfig(16, 1, "linear", 0.3, 0.2))
 
 
 def bars(n, seed):

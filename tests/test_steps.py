@@ -11,7 +11,7 @@ from gravlens_jax.model import ResNet
 from gravlens_jax.optim import make_optimizer
 from gravlens_jax.steps import end_epoch, eval_step, init_state, train_step, train_steps
 
-MODEL = ResNet(depth=8, width=4, input=InputConfig(crop=16, pool=1, stretch="linear"))
+MODEL = ResNet(depth=8, width=4, input=InputConfig(16, 1, "linear", 0.3, 0.2))
 OPTIM = OptimConfig(learning_rate=1e-2, warmup_steps=0, decay="constant")
 TX = make_optimizer(OPTIM, 100)
 ARGUMENTS = {"model": MODEL, "tx": TX, "config": AugmentConfig(), "seed": 0}
