@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from gravlens_jax.files import write_atomically, writing
+from gravlens_jax.files import write_atomically
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito: safe for colour-blind eyes
 DPI = 130
@@ -25,8 +25,7 @@ def save(figure: Figure, path: Path) -> None:
     """Writes a figure as PNG, whole or not at all."""
     data = io.BytesIO()
     FigureCanvasAgg(figure).print_png(data)
-    with writing(path):
-        write_atomically(path, data.getvalue())
+    write_atomically(path, data.getvalue())
 
 
 def draw_population(

@@ -123,6 +123,15 @@ def stopped(folder):
     return run_dir
 
 
+def complete(run_dir):
+    """Returns the names of the complete checkpoints.
+
+    Where a save failed there may be a temporary one, in which one of Orbax's threads still wrote when it was removed;
+    the next save, or start, removes it.
+    """
+    return [f.name for f in (run_dir / "checkpoints").iterdir() if not f.name.endswith(".orbax-checkpoint-tmp")]
+
+
 def copy(run_dir, name):
     shutil.copytree(run_dir, run_dir.with_name(name))
     return run_dir.with_name(name)
@@ -156,7 +165,7 @@ def test_each_fault_of_a_resumed_run_is_one_paragraph_and_the_best_checkpoint_st
     for process, (name, (status, message, _)) in zip(processes, cases.items(), strict=True):
         ((_, err),) = finish(process, status=status)
         assert err.startswith("error: ") and message in err and err.count("\n") == 1
-        assert {f.name for f in (folder / "runs" / name / "checkpoints").iterdir()} == {"15"}
+        assert complete(folder / "runs" / name) == ["15"]
         assert_same_parameters(folder / "runs" / name, stopped)
 
 
@@ -187,8 +196,10 @@ def test_a_killed_stopped_and_cut_run_ends_with_exactly_the_same_parameters(fold
 
 @pytest.mark.parametrize(
     "options, number, at, total",
-    [(STREAM, signal.SIGINT, 2, 9), (DEVICE, signal.SIGTERM, 48, 240)],
-    ids=["fresh images, Ctrl-C", "data on the device, SIGTERM"],
+    [
+        pytest.param(STREAM, signal.SIGINT, 2, 9, id="fresh images, Ctrl-C"),
+        pytest.param(DEVICE, signal.SIGTERM, 48, 240, id="data on the device, SIGTERM", marks=pytest.mark.slow),
+    ],
 )
 def test_so_does_one_stopped_within_an_epoch_of(folder, options, number, at, total):
     whole, run_dir = folder / f"runs/whole{total}", folder / f"runs/stopped{total}"
@@ -256,8 +267,7 @@ def save_and_fail(run_dir, reason):
     with checkpoint.open_checkpoints(run_dir) as manager:
         with pytest.raises(InputError, match=f"checkpoints.2 could not be written: {reason}; what was there before"):
             checkpoint.save_state(manager, make_state(2), 0.4)
-        # One of Orbax's threads may still write what the next save removes.
-        assert [f.name for f in (run_dir / "checkpoints").iterdir() if "tmp" not in f.name] == ["1"]
+        assert complete(run_dir) == ["1"]
         assert_equal(checkpoint.load_run(run_dir, "final")[1]["params"], make_state(1).params)
 
 
