@@ -16,6 +16,7 @@ from gravlens_jax.config import CLASSES
 from gravlens_jax.npz import write_npz
 
 ROOT = Path(__file__).parent.parent
+XLA_FLAGS = os.environ["XLA_FLAGS"]  # of what is started
 NETWORK = [
     *("--preset", "smoke", "--model.width", "4", "--input.crop", "48", "--input.pool", "4"),
     *("--optim.decay", "constant"),  # so that runs of any length are the same program, compiled once
@@ -33,7 +34,7 @@ def write_images(folder, **sizes):
 def start(folder, script, *arguments, devices=1, before=(), **options):
     """Starts a script in `folder`; `before` are words of the command line before Python's."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
-    environment["GLIBC_TUNABLES"] = HUGE_PAGES  # or train.py would start Python once more
+    environment |= {"XLA_FLAGS": XLA_FLAGS, "GLIBC_TUNABLES": HUGE_PAGES}  # or train.py would start Python once more
     command = [*before, sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment} | options
     return subprocess.Popen(command, cwd=folder, **options)

@@ -28,6 +28,14 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"  # real images and published weights, where there are any
 
 
+LONGEST = ("test_processes.py", "test_faults.py", "test_end_to_end.py", "test_simulate.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files come first, so that the short ones keep all workers busy to the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture
 def shared() -> Path:
     if not (SHARED / "real" / "dataset").is_dir():

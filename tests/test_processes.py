@@ -92,7 +92,7 @@ def test_if_one_of_two_processes_dies_the_other_ends_with_a_message(folder, vict
     wait_for_epochs(folder / name, 2, *processes)  # the first is saved
     processes[victim].kill()
     processes[victim].communicate()
-    _, err = processes[1 - victim].communicate(timeout=60)
+    _, err = processes[1 - victim].communicate(timeout=120)  # at once in a step; while it saves, after DEAD_SECONDS
     if victim == 0 and processes[1].returncode == -signal.SIGABRT:
         # Process 0 is JAX's coordinator: who misses it is aborted by JAX, perhaps before our own message.
         assert "the JAX distributed service detected fatal errors" in err
