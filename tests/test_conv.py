@@ -8,7 +8,7 @@ import pytest
 from gravlens_jax.conv import DIMENSIONS, conv
 
 
-@pytest.mark.parametrize("n", [3, 4])
+@pytest.mark.parametrize("n", [1, 3, 4])
 @pytest.mark.parametrize("size", [(6, 6), (7, 5)])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("channels, filters, kernel", [(1, 3, 3), (4, 2, 3), (2, 4, 1), (3, 17, 3), (2, 3, 5)])
