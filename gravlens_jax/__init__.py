@@ -1,31 +1,46 @@
-"""gravlens_jax tells from one image of a gravitational lens which substructure the lens holds."""
+"""Classify the dark-matter substructure of strong gravitational lenses in JAX.
 
-from gravlens_jax.checkpoint import load_run
-from gravlens_jax.config import CLASSES, Config, InputError
-from gravlens_jax.explain import saliency
-from gravlens_jax.fit import fit
-from gravlens_jax.model import ResNet, ResNet20, embed, predict, predict_logits
-from gravlens_jax.npz import open_npz
-from gravlens_jax.priors import Priors
-from gravlens_jax.render import render_lens, sample_lens
-from gravlens_jax.weights import load_network, load_pretrained
+Public names are imported when they are first used: `from gravlens_jax import ResNet20` needs jax and flax only.
+"""
 
-__all__ = [
-    "CLASSES",
-    "Config",
-    "InputError",
-    "Priors",
-    "ResNet",
-    "ResNet20",
-    "embed",
-    "fit",
-    "load_network",
-    "load_pretrained",
-    "load_run",
-    "open_npz",
-    "predict",
-    "predict_logits",
-    "render_lens",
-    "saliency",
-    "sample_lens",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gravlens_jax.config import CLASSES as CLASSES
+    from gravlens_jax.config import Config as Config
+    from gravlens_jax.errors import InputError as InputError
+    from gravlens_jax.inference import embed as embed
+    from gravlens_jax.inference import predict as predict
+    from gravlens_jax.inference import predict_logits as predict_logits
+    from gravlens_jax.inference import saliency as saliency
+    from gravlens_jax.lensing.priors import Priors as Priors
+    from gravlens_jax.lensing.render import render_lens as render_lens
+    from gravlens_jax.lensing.render import sample_lens as sample_lens
+    from gravlens_jax.model import ResNet as ResNet
+    from gravlens_jax.model import ResNet20 as ResNet20
+    from gravlens_jax.npz import open_npz as open_npz
+    from gravlens_jax.training import fit as fit
+    from gravlens_jax.weights import load_network as load_network
+    from gravlens_jax.weights import load_pretrained as load_pretrained
+    from gravlens_jax.weights import load_run as load_run
+
+_NAMES = {
+    "config": ("CLASSES", "Config"),
+    "errors": ("InputError",),
+    "inference": ("embed", "predict", "predict_logits", "saliency"),
+    "lensing.priors": ("Priors",),
+    "lensing.render": ("render_lens", "sample_lens"),
+    "model": ("ResNet", "ResNet20"),
+    "npz": ("open_npz",),
+    "training": ("fit",),
+    "weights": ("load_network", "load_pretrained", "load_run"),
+}
+_MODULES = {name: f"gravlens_jax.{module}" for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'gravlens_jax' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""What the scripts share: a mistake of the user's ends in one paragraph and exit status 2, without a traceback."""
+"""Shared by the scripts: user errors print one paragraph, without a traceback, and exit with status 2."""
 
 import logging
 import os
@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from gravlens_jax.config import InputError, check
-from gravlens_jax.signals import Stopped
+from gravlens_jax.console import Stopped
+from gravlens_jax.errors import InputError, check
 
 Source = Annotated[
     Path,
@@ -27,10 +27,10 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Calls `main`; turns what ends it early into one paragraph and an exit status.
+    """Calls `main`; turns expected errors and signals into one paragraph and an exit status.
 
-    InputError, or a file or an output that cannot be read or written: 2; a loss that is not finite, or the loss of
-    another process of the same run: 1; SIGINT (Ctrl-C): 130; SIGTERM: 143.
+    InputError, or a file or an output that cannot be read or written: 2; FloatingPointError (a loss or a parameter is
+    not finite), or a lost connection to another process of the run: 1; SIGINT (Ctrl-C): 130; SIGTERM: 143.
     """
     signal.signal(signal.SIGTERM, _terminate)
     silence_orbax()
@@ -41,42 +41,50 @@ def run(main: Callable[[], Any]) -> None:
         _stop(f"error: {error}", 2)
     except FloatingPointError as error:
         _stop(f"error: {error}", 1)
-    except (jax.errors.JaxRuntimeError, ValueError) as error:  # either is what a lost connection raises
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # a lost connection raises either of them
         if not jax.distributed.is_initialized():
             raise
         reason = " ".join(str(error).split())[:200]
         _stop(
-            "error: another process of this run has ended or cannot be reached; what was saved is intact. Start all "
-            f"processes again with --resume ({reason})",
+            "error: another process of this run has ended or cannot be reached; saved checkpoints are intact. Start "
+            f"all processes again with --resume ({reason})",
             1,
         )
     except Stopped as stopped:
         _stop(str(stopped), 128 + stopped.number)
     except KeyboardInterrupt:
         _stop("interrupted", 130)
-    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+    except BrokenPipeError:  # the reader of our output, such as head, has closed it
         _discard_output()
     except OSError as error:
-        _discard_output()  # it may be the output itself that fills a disk
-        _stop(f"error: {error}; free space, mend the permissions or choose another place", 2)
+        _discard_output()  # the output itself may be what fills a disk
+        _stop(f"error: {error}; free disk space, fix the permissions or choose another place", 2)
 
 
-def use_huge_pages() -> None:
-    """Starts the program anew with huge memory pages, on a Linux that gives them to those who ask.
+def set_environment() -> None:
+    """Restarts the program, once, with environment variables that are read only at program start.
 
-    XLA's large temporary arrays are new memory in every step; with huge pages a training step on a CPU takes a fifth
-    less time. glibc reads this setting only when a program starts. A GLIBC_TUNABLES that is set already is respected.
+    GLIBC_TUNABLES, on Linux systems that provide huge memory pages on request (madvise): XLA allocates large temporary
+    arrays in every step; with huge pages a training step on a CPU takes a fifth less time.
+    TF_CPP_MIN_LOG_LEVEL, for versions of jaxlib that print an error about each program from the compile cache on CPUs
+    with AVX-512, because they compare compiler preferences as if they were instructions: jax issue 38445.
+    Values that are already set are respected.
     """
+    wanted = {}
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if "GLIBC_TUNABLES" not in os.environ and setting.exists() and "[madvise]" in setting.read_text():
-        os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
+        wanted["GLIBC_TUNABLES"] = HUGE_PAGES
+    if (0, 9, 1) <= jax.__version_info__ <= (0, 10, 1) and os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # JAX set it
+        wanted["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    if wanted:
+        os.environ |= wanted
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def use_compile_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, so that the next run starts at once.
+    """Keeps compiled programs in the user's cache folder, so that the next run starts faster.
 
-    A cache that is set already (JAX_COMPILATION_CACHE_DIR) is respected.
+    A JAX_COMPILATION_CACHE_DIR that is already set is respected.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gravlens_jax"
@@ -99,7 +107,7 @@ def split_names(text: str) -> tuple[str, ...]:
 
 
 def silence_orbax() -> None:
-    """Hides what each of Orbax's threads and tasks prints, beside the error that we catch, when a disk is full."""
+    """Hides what Orbax's threads and tasks print on a full disk, in addition to the error that we catch."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
@@ -112,7 +120,7 @@ def silence_orbax() -> None:
 
 
 def _terminate(number: int, _: Any) -> None:
-    raise SystemExit(128 + number)  # on the way out temporary files are removed
+    raise SystemExit(128 + number)  # unlike the default action, it removes temporary files
 
 
 def _discard_output() -> None:
@@ -121,7 +129,7 @@ def _discard_output() -> None:
 
 def _stop(message: str, status: int) -> None:
     print(message, file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized():  # an ordinary exit would wait for processes that wait for this one
+    if jax.distributed.is_initialized():  # a normal exit would wait for processes that wait for this one
         sys.stdout.flush()
         os._exit(status)
     raise SystemExit(status)

@@ -1,6 +1,6 @@
-"""What a run is: frozen dataclasses that validate themselves, and their exact form in JSON.
+"""The configuration of a run: frozen dataclasses that validate themselves, and their exact form in JSON.
 
-Every field is a command-line option of `scripts/train.py`; the comment beside it is the option's help.
+Every field is a command-line option of `scripts/train.py`; the comment beside it is the option's help text.
 """
 
 import dataclasses
@@ -9,45 +9,23 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any, Literal
 
-CLASSES = ("no", "sphere", "vort")  # a label is an index into this
+from gravlens_jax.errors import check
+
+CLASSES = ("no", "sphere", "vort")  # default class names; a label is an index into them
 SPLITS = ("train", "val", "test")
-FILES = (*SPLITS, "easy")  # of a data set; easy.npz may be missing
+FILES = (*SPLITS, "easy")  # of a data set; easy.npz is optional
 STREAM = "simulate:"
 PriorPreset = Literal["ct1", "model_a", "paper", "deeplensesim_i"]
 PRIOR_PRESETS: tuple[PriorPreset, ...] = typing.get_args(PriorPreset)
-
-
-class InputError(ValueError):
-    """A mistake of the user's: names what was got, what was expected and what to do."""
-
-
-def check_installed(package: str, what: str, install: str) -> None:
-    """Raises InputError unless a package that `what` needs is there; `install` is what pip is to be told."""
-    check(find_spec(package) is not None, f"{what} needs {package}; pip install {install}")
-
-
-def check(condition: bool, message: str) -> None:
-    """Raises InputError(message) unless `condition` holds."""
-    if not condition:
-        raise InputError(message)
-
-
-def parse_json(text: str | bytes, where: str) -> Any:
-    """Returns what a JSON text says; InputError if it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: also bad UTF-8, and integers of thousands of digits
-        raise InputError(f"{where} is not readable JSON ({error}); it is damaged") from error
 
 
 @dataclass(frozen=True)
 class SimulationConfig:
     """The images to simulate when no data are given."""
 
-    preset: PriorPreset = "ct1"  # population of lenses: see gravlens_jax/priors.py
+    preset: PriorPreset = "ct1"  # population of lenses: see gravlens_jax/lensing/priors.py
     train: int = 27_000  # training images, all classes together; of an endless stream, those of an epoch
     easy: int = 6_000  # images with heavier substructure that training begins with; 0 for none
     val: int = 1_800  # validation images

@@ -1,14 +1,12 @@
-"""Folders of .npy images in the public layout, {train,val}/<class>/<n>.npy, and packing them into .npz."""
+"""Folders of .npy images, <class>/<n>.npy, and single .npy images."""
 
 import os
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
-from gravlens_jax.archive import read_header
-from gravlens_jax.config import CLASSES, InputError, check
-from gravlens_jax.npz import Dataset, write_npz
+from gravlens_jax.errors import InputError, check
+from gravlens_jax.npz import Dataset, open_npz, read_header
 
 
 def list_classes(folder: Path) -> tuple[str, ...]:
@@ -40,7 +38,7 @@ def load_image(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
 
     Raises:
       InputError: unreadable, Python objects, another shape than `shape`, more than 64 bits a pixel, NaN or infinite
-        pixels.
+        pixels, pixels beyond float32.
     """
     try:
         with open(path, "rb") as file:
@@ -54,7 +52,8 @@ def load_image(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
     expected = f"(1, {shape[0]}, {shape[1]}) or {shape}" if shape else "(1, height, width) or (height, width)"
     check(image.ndim == 2 and shape in (None, image.shape), f"{path}: image has shape {stored}, expected {expected}")
     check(image.dtype.itemsize <= 8, f"{path}: image is {image.dtype}, expected at most 64 bits a pixel")
-    check(bool(np.isfinite(image).all()), f"{path}: image has NaN or infinite pixels; remove it or mend it")
+    finite = bool((np.abs(image) <= np.finfo(np.float32).max).all())
+    check(finite, f"{path}: image has NaN or infinite pixels, or pixels beyond float32; fix or remove it")
     return image
 
 
@@ -66,68 +65,21 @@ def load_folder(folder: Path, classes: tuple[str, ...]) -> Dataset:
     return Dataset(images, labels, classes, {"files": [f"{file.parent.name}/{file.name}" for file in files]})
 
 
-def split_indices(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Splits indices in two, stratified by label: sorted int arrays, the second with `fraction` of each class."""
-    rng = np.random.default_rng(seed)
-    parts = []
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        parts.append(members[: round(fraction * len(members))])
-    second = np.sort(np.concatenate(parts))
-    return np.setdiff1d(np.arange(len(labels)), second), second
-
-
-def pack(
-    source: Path,
-    out: Path,
-    dtype: str = "float32",
-    classes: tuple[str, ...] = CLASSES,
-    test_fraction: float = 0.5,
-    seed: int = 0,
-    progress: Callable[[Iterable, str, int], Iterable] = lambda items, name, total: items,
-) -> dict[str, int]:
-    """Packs `source/{train,val}/<class>/*.npy` into `out/{train,val,test}.npz`; returns the number of images of each.
-
-    val is split into val and test, stratified, by `seed`; the files of each split are recorded in its `info`.
+def load_labelled(path: Path, classes: tuple[str, ...]) -> Dataset:
+    """Opens labelled images for a network of `classes`; the labels returned index these.
 
     Args:
-      source: the public layout; either of train and val may be missing.
-      out: folder of the .npz files; existing ones are refused.
-      dtype: "float32" or "float16", of the stored images.
-      classes: folder names, in the order of the labels.
-      test_fraction: of val that becomes test, in [0, 1).
-      seed: of the split.
-      progress: wraps the loop over the files: (files, split, number of files) -> files.
+      path: an .npz, or a folder with one folder of .npy for each class.
+      classes: the classes of the network, in its order.
+
+    Raises:
+      InputError: the images have other classes.
     """
-    source, out = Path(source), Path(out)
-    check(dtype in ("float16", "float32"), f"dtype={dtype!r}: expected float16 or float32")
-    check(0 <= test_fraction < 1, f"test_fraction={test_fraction}: expected a number in [0, 1)")
-    folders = [name for name in ("train", "val") if (source / name).is_dir()]
-    check(bool(folders), f"{source}: has neither train/ nor val/; expected {source}/train/{classes[0]}/1.npy and so on")
-    todo = {}
-    for name in folders:
-        files, labels = list_folder(source / name, classes)
-        if name == "train" or test_fraction == 0:
-            todo[name] = files, labels
-        else:
-            val, test = split_indices(labels, test_fraction, seed)
-            todo |= {s: ([files[i] for i in part], labels[part]) for s, part in (("val", val), ("test", test))}
-    for name in todo:
-        check(not (out / f"{name}.npz").exists(), f"{out / name}.npz exists; remove it or choose another folder")
-    shape = load_image(next(iter(todo.values()))[0][0]).shape
-    for name, (files, labels) in todo.items():
-        check(len(files) > 0, f"{name}: no images are left for it with test_fraction={test_fraction}")
-
-        def chunks(files=files, name=name):
-            for file in progress(files, name, len(files)):
-                image = load_image(file, shape).astype(dtype)
-                check(bool(np.isfinite(image).all()), f"{file}: pixels overflow {dtype}; use --dtype float32")
-                yield image[None]
-
-        info = {
-            "source": source.name,
-            "files": [f"{file.parent.parent.name}/{file.parent.name}/{file.name}" for file in files],
-            "split": None if name == "train" else {"seed": seed, "test_fraction": test_fraction},
-        }
-        write_npz(out / f"{name}.npz", chunks(), (len(files), *shape), np.dtype(dtype), labels, classes, info)
-    return {name: len(files) for name, (files, _) in todo.items()}
+    path = Path(path)
+    dataset = load_folder(path, classes) if path.is_dir() else open_npz(path)
+    check(
+        sorted(dataset.classes) == sorted(classes),
+        f"{path} has the classes {', '.join(dataset.classes)}; the network knows {', '.join(classes)}",
+    )
+    order = np.array([classes.index(name) for name in dataset.classes], np.int32)
+    return dataset._replace(labels=order[dataset.labels], classes=classes)

@@ -1,10 +1,10 @@
-"""What a classifier is worth: accuracy, cross-entropy, confusion, ROC, AUC, calibration. Pure, NumPy in and out."""
+"""Metrics of a classifier: accuracy, cross-entropy, confusion, ROC, AUC, calibration. Pure functions of arrays."""
 
 from typing import Any
 
 import numpy as np
 
-# scikit-learn and SciPy's optimizer take half a second to import: only the functions that need them do.
+# scikit-learn and SciPy's optimizer take half a second to import, so only the functions that need them import them.
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -25,9 +25,9 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the positive number that logits should be divided by: the one of lowest cross-entropy.
+    """Returns the temperature, by which logits should be divided, with the lowest cross-entropy.
 
-    Guo et al. 2017, arXiv 1706.04599, section 4.2. It changes no prediction, only how sure it is.
+    Guo et al. 2017, arXiv 1706.04599, section 4.2. It changes the confidence of predictions, not their classes.
 
     Args:
       logits: float (n, classes), n >= 1, of images that the network was not trained on.
@@ -49,8 +49,8 @@ def intervals(
 ) -> dict[str, Any]:
     """Returns 95 % intervals by bootstrap over the images: [low, high] for accuracy, macro_auc and each class's auc.
 
-    None for an AUC that is undefined in one of the resamples. Percentiles; they know of the images' scatter alone, not
-    of how another training would end.
+    None for an AUC that is undefined in one of the resamples. The percentiles reflect the choice of test images alone,
+    not the scatter between trainings.
 
     Args:
       logits, labels, classes: as in `evaluate`.
@@ -58,11 +58,11 @@ def intervals(
       seed: of the draw.
     """
     probabilities, rng, values = softmax(logits), np.random.default_rng(seed), []
-    right = probabilities.argmax(1) == labels
+    correct = probabilities.argmax(1) == labels
     for _ in range(resamples):
         rows = rng.integers(len(labels), size=len(labels))
         areas = roc_areas(probabilities[rows], labels[rows])
-        values.append([right[rows].mean(), areas.mean(), *areas])
+        values.append([correct[rows].mean(), areas.mean(), *areas])
     lows, highs = np.quantile(values, [0.025, 0.975], axis=0).tolist()
     pairs = [None if np.isnan(low) else [low, high] for low, high in zip(lows, highs, strict=True)]
     return {"accuracy": pairs[0], "macro_auc": pairs[1], "auc": dict(zip(classes, pairs[2:], strict=True))}
@@ -71,8 +71,8 @@ def intervals(
 def roc_areas(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Returns the area under each class's ROC curve, one class against the rest, float64 (classes,).
 
-    It is the chance that an image of the class has a higher probability of it than another image, where equal ones
-    count half (Hanley & McNeil 1982, Radiology 143, 29). NaN for a class that all or none of the labels are.
+    It is the probability that an image of the class has a higher score than another image; ties count half
+    (Hanley & McNeil 1982, Radiology 143, 29). NaN for a class that contains all or none of the images.
 
     Args:
       probabilities: float (n, classes).
@@ -90,7 +90,7 @@ def roc_areas(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def roc_curves(probabilities: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, tuple]:
     """Returns class -> (false positive rates, true positive rates), one class against the rest.
 
-    Without those that all or none of the labels are.
+    Classes that contain all or none of the images are left out.
     """
     from sklearn.metrics import roc_curve
 
@@ -112,7 +112,7 @@ def evaluate(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -
 
     Returns:
       n, accuracy, loss (mean cross-entropy), auc (class -> value, None where undefined), macro_auc (None unless all
-      are defined), ece, confusion (rows are the truth), classes.
+      are defined), ece (expected calibration error), confusion (rows are the true classes), classes.
     """
     from sklearn.metrics import confusion_matrix
 

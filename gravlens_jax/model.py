@@ -1,7 +1,7 @@
-"""The network: a residual network of depth 6n + 2 (He et al., arXiv 1512.03385, section 4.2) in Flax Linen.
+"""The network: a residual network of depth 6n + 2 (He et al., arXiv 1512.03385, section 4.2).
 
-`model.apply(variables, x)` takes prepared images and returns logits; `predict(model, variables, images)` takes images
-as they are on disk, prepares them as the network wants them, and returns probabilities.
+It is written in Flax Linen rather than NNX: `init` and `apply` are pure functions, as everything here; Linen is
+maintained; and every layer is named explicitly, so that a port changes this file and `layers.py` alone.
 """
 
 from collections.abc import Callable
@@ -11,15 +11,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from gravlens_jax.augment import prepare, to_unit
-from gravlens_jax.config import CLASSES, InputConfig, ModelConfig, check
-from gravlens_jax.conv import conv_general_dilated
-from gravlens_jax.norm import BatchNorm
-from gravlens_jax.npz import native
+from gravlens_jax.config import CLASSES, InputConfig, ModelConfig
+from gravlens_jax.layers import BatchNorm, Conv
 
-ALL, BEFORE_HEAD = slice(None), slice(0, 5)  # parts of the network
+ALL = slice(None)  # parts of the network
 
 
 class ResNet(nn.Module):
@@ -28,11 +24,11 @@ class ResNet(nn.Module):
     Attributes:
       depth: 6n + 2 layers: a first convolution, three stages of n blocks of two convolutions, a linear head.
       width: filters of the first stage; the second and third have 2 and 4 times as many.
-      classes: what the logits stand for, in order.
+      classes: names of the classes, in the order of the logits.
       projection: 1x1 convolutions in the two shortcuts that change shape, instead of every second pixel and zero
         channels on both sides.
       dtype: of activations; parameters, statistics and logits are float32.
-      input: how `predict` and the training step turn images into `x`.
+      input: how images become `x`; see `gravlens_jax.preprocess`.
     """
 
     depth: int = 20
@@ -48,38 +44,30 @@ class ResNet(nn.Module):
 
         Args:
           x: float (n, height, width, 1), prepared images.
-          train: normalise by the batch and update the running statistics (then pass mutable=["batch_stats"]).
+          train: normalize by the batch and update the running statistics (then pass mutable=["batch_stats"]).
           parts: which of the six parts to run: first convolution, stages 1 to 3, mean over the pixels, head. `x` is
-            then what the first of them takes, and the result what the last of them makes.
+            the input of the first of them, the result the output of the last.
         """
-        conv = partial(
-            nn.Conv,
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),  # He et al., arXiv 1502.01852
-            conv_general_dilated=conv_general_dilated,
-        )
-        conv3 = partial(conv, kernel_size=(3, 3), padding=((1, 1), (1, 1)))
-        conv1 = partial(conv, kernel_size=(1, 1), padding=((0, 0), (0, 0)), strides=(2, 2))
-        # momentum weighs the old statistics: 0.9 here is PyTorch's 0.1.
+        conv = partial(Conv, dtype=self.dtype)
         norm = partial(BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype)
 
         def first(x):
-            return nn.relu(norm(name="norm0")(conv3(self.width, name="conv0")(x)))
+            return nn.relu(norm(name="norm0")(conv(self.width, name="conv0")(x)))
 
         def run_stage(stage, x):
             filters = self.width * 2**stage
             for block in range((self.depth - 2) // 6):
                 name = f"stage{stage + 1}_block{block + 1}"
                 stride = 2 if stage and not block else 1
-                y = conv3(filters, strides=(stride, stride), name=f"{name}_conv1")(x)
+                y = conv(filters, stride=stride, name=f"{name}_conv1")(x)
                 y = nn.relu(norm(name=f"{name}_norm1")(y))
-                y = norm(name=f"{name}_norm2")(conv3(filters, name=f"{name}_conv2")(y))
+                y = norm(name=f"{name}_norm2")(conv(filters, name=f"{name}_conv2")(y))
                 if stride == 2 and self.projection:
-                    x = conv1(filters, name=f"{name}_projection")(x)
+                    x = conv(filters, size=1, stride=2, name=f"{name}_projection")(x)
                     x = norm(name=f"{name}_projection_norm")(x)
                 elif stride == 2:
-                    x = jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (filters // 4, filters // 4)))
+                    extra = filters - x.shape[-1]
+                    x = jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
                 x = nn.relu(x + y)
             return x
 
@@ -110,71 +98,13 @@ def make_model(config: ModelConfig, input_config: InputConfig, classes: tuple[st
 
 
 def forward(model: ResNet, variables: Any, x: jax.Array, parts: slice = ALL) -> jax.Array:
-    """Returns `model.apply(variables, x, parts=parts)`: what these parts make of `x`, by the running statistics."""
+    """Returns the output of `parts` of the network for their input `x`, normalized by the running statistics."""
     y = model.apply(variables, x, parts=parts)
     assert not isinstance(y, tuple)  # it is one if variables may change
     return y
 
 
-@partial(jax.jit, static_argnames=("model", "tta"))
-def _logits(variables, images: jax.Array, *, model: ResNet, tta: bool) -> jax.Array:
-    x = prepare(to_unit(images), model.input)
-    mirrored = [x, x[:, ::-1], x[:, :, ::-1], x[:, ::-1, ::-1]] if tta else [x]
-    return jnp.stack([forward(model, variables, some) for some in mirrored]).mean(0)
-
-
-@partial(jax.jit, static_argnames="model")
-def _features(variables, images: jax.Array, *, model: ResNet) -> jax.Array:
-    return forward(model, variables, prepare(to_unit(images), model.input), BEFORE_HEAD)
-
-
-def predict_logits(
-    model: ResNet, variables: Any, images: np.ndarray, batch_size: int = 128, tta: bool = False
-) -> np.ndarray:
-    """Returns the logits of `images`, float32 (n, len(model.classes)).
-
-    Args:
-      model: the network.
-      variables: {"params": ..., "batch_stats": ...}, as `model.init` and `load_run` return them.
-      images: (n, height, width), any real dtype, as on disk: pixels in [0, 1], or counts, which are scaled. Read
-        batch by batch, so that it may be a memory map.
-      batch_size: images per step.
-      tta: test-time augmentation: the mean over an image and its three mirror images, at four times the work.
-
-    Raises:
-      InputError: not (n, height, width), or smaller than the crop.
-    """
-    check_images(images.shape, model.input)
-    function = partial(_logits, variables, model=model, tta=tta)
-    return _in_batches(function, images, batch_size, len(model.classes))
-
-
-def embed(model: ResNet, variables: Any, images: np.ndarray, batch_size: int = 128) -> np.ndarray:
-    """Returns what the head reads of each image, float32 (n, 4 * model.width); arguments as in `predict_logits`."""
-    check_images(images.shape, model.input)
-    return _in_batches(partial(_features, variables, model=model), images, batch_size, 4 * model.width)
-
-
-def _in_batches(function: Callable, images: np.ndarray, batch_size: int, columns: int) -> np.ndarray:
-    """Returns function(images), float32 (n, columns), batch by batch; the last one is filled up, to compile once."""
-    results = np.empty((len(images), columns), np.float32)
-    for start in range(0, len(images), batch_size):
-        batch = native(images[start : start + batch_size])
-        padding = ((0, min(batch_size, len(images)) - len(batch)), (0, 0), (0, 0))
-        results[start : start + len(batch)] = function(np.pad(batch, padding))[: len(batch)]
-    return results
-
-
-def predict(model: ResNet, variables: Any, images: np.ndarray, batch_size: int = 128, tta: bool = False) -> np.ndarray:
-    """Returns the probability of each class, float32 (n, len(model.classes)); arguments as in `predict_logits`."""
-    return np.asarray(jax.nn.softmax(predict_logits(model, variables, images, batch_size, tta)))
-
-
-def check_images(shape: tuple[int, ...], config: InputConfig) -> None:
-    """Raises InputError unless images of `shape` are (n, height, width) and hold the crop."""
-    check(len(shape) == 3, f"images have shape {tuple(shape)}; expected (n, height, width)")
-    check(
-        min(shape[1:]) >= config.crop,
-        f"images are {shape[1]} x {shape[2]} pixels, the network's input is a crop of {config.crop} x {config.crop}; "
-        f"give larger images, or train with --input.crop {min(shape[1:]) // config.pool * config.pool}",
-    )
+def variable_shapes(model: ResNet) -> Any:
+    """Returns {"params": ..., "batch_stats": ...} of `jax.ShapeDtypeStruct`, computing nothing."""
+    size = model.input.crop // model.input.pool
+    return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 1), jnp.float32))

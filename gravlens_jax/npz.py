@@ -1,34 +1,38 @@
 """The file format: uncompressed .npz, written as a stream and read by memory map.
 
 An .npz of this project holds images (n, height, width), labels int32 (n,), classes (names of the labels) and info (JSON
-text: where the images come from).
+text: the source of the images). Files may come from anywhere: sizes are checked before memory is allocated, and nothing
+is unpickled.
 """
 
+import io
 import json
 import math
 import os
 import shutil
+import struct
 import sys
 import zipfile
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
-from gravlens_jax.archive import MEMORY_BYTES, Header, data_start, member_header, members, open_archive, read_members
-from gravlens_jax.config import CLASSES, check, parse_json
-from gravlens_jax.files import temporary_name, writing
+from gravlens_jax.config import CLASSES
+from gravlens_jax.errors import InputError, check, parse_json
+from gravlens_jax.pixels import CHUNK_BYTES, map_images
+from gravlens_jax.run_dir import temporary_name, writing
 
-CHUNK_BYTES = 32 * 2**20  # unpacked at a time
-COPY = ".unpacked.npz"  # what its name ends in
-MAX_RATIO = 200  # of unpacked to compressed images; photon counts have about 3, an archive made to fill disks 1000
+COPY = ".unpacked.npz"  # ends the name of an unpacked copy
 EXPECTED = "an .npz made by scripts/pack.py or scripts/simulate.py"
-
-
-def native(images: np.ndarray) -> np.ndarray:
-    """Returns the same pixels in this machine's byte order, which JAX wants; those of FITS files are big-endian."""
-    return np.asarray(images, images.dtype.newbyteorder("="))
+HEADER_BYTES = 2**14  # NumPy accepts headers of up to 10,000
+KINDS = {"f": "floating-point numbers", "ui": "integers", "uif": "real numbers", "U": "text"}
+MAX_RATIO = 200  # of unpacked to compressed images; photon counts have about 3, a decompression bomb 1000
+MEMORY_BYTES = 2**26  # limit for arrays that are larger than their file
+DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, OSError, RuntimeError, ValueError, OverflowError, EOFError)
 
 
 class Dataset(NamedTuple):
@@ -50,6 +54,15 @@ class Dataset(NamedTuple):
         return self.images.shape[1:]
 
 
+class Header(NamedTuple):
+    """The header of an .npy; its shape agrees with the number of bytes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fortran_order: bool
+    offset: int  # of the first element, from the start of the header
+
+
 def write_npz(
     path: Path,
     chunks: Iterable[np.ndarray],
@@ -60,16 +73,16 @@ def write_npz(
     info: dict,
     arrays: dict[str, np.ndarray] | None = None,
 ) -> None:
-    """Streams images into an uncompressed .npz; the file appears under its name only when it is complete.
+    """Streams images into an uncompressed .npz, atomically.
 
     Args:
-      path: where to write; its folder is made if needed.
+      path: where to write; its folder is created if needed.
       chunks: arrays (k, height, width) that follow each other in `shape`'s first axis.
       shape: (n, height, width) of all images together.
       dtype: of the stored images.
       labels: int (n,); None for a file that serves prediction only.
       classes: the names of labels 0, 1, ...
-      info: what JSON can hold.
+      info: a JSON object.
       arrays: more to store, name -> array.
     """
     path = Path(path).resolve()
@@ -104,7 +117,7 @@ def open_npz(path: str | Path, need_labels: bool = True) -> Dataset:
     """Opens an .npz of images without reading them: `images` is a read-only memory map.
 
     A compressed file is unpacked once to `<name>.unpacked.npz` beside it, which is used from then on. A file without
-    `classes` is taken to label no, sphere, vort as 0, 1, 2.
+    `classes` is assumed to label no, sphere, vort as 0, 1, 2.
 
     Args:
       path: the file.
@@ -115,52 +128,16 @@ def open_npz(path: str | Path, need_labels: bool = True) -> Dataset:
         than 64 bits a pixel.
     """
     path = Path(path).resolve()
-    with open_archive(path, EXPECTED) as archive:
-        stat, info = path.stat(), members(archive).get("images")
+    with _open_archive(path, EXPECTED) as archive:
+        info = _members(archive).get("images")
         if info is None or info.compress_type == zipfile.ZIP_STORED:
             header, labels, classes, about = _read_small(archive, need_labels)
-            offset = data_start(archive, members(archive)["images"]) + header.offset
-            images = np.memmap(path, header.dtype, "r", offset, header.shape)
-            images.stat = stat  # type: ignore[attr-defined]  # for `data.take_rows`
-            return Dataset(images, labels, classes, about)
+            return Dataset(_map_images(archive, header), labels, classes, about)
     return open_npz(unpack_npz(path, need_labels=need_labels), need_labels)
 
 
-def _read_small(
-    archive: zipfile.ZipFile, need_labels: bool = True, classes: tuple[str, ...] = CLASSES
-) -> tuple[Header, np.ndarray, tuple[str, ...], dict]:
-    """Reads all but the images: their header, with shape (n, height, width); labels, classes and info."""
-    path, infos = archive.filename, members(archive)
-    for name in ("images", "labels") if need_labels else ("images",):
-        check(name in infos, f"{path}: has no {name!r}, only {', '.join(sorted(infos)) or 'nothing':.200}")
-    header = member_header(archive, infos["images"], "uif")
-    shape, info = header.shape, {}
-    fits = len(shape) == 3 or (len(shape) == 4 and shape[1] == 1)
-    check(fits, f"{path}: images have shape {shape}, expected (n, height, width)")
-    check(header.dtype.itemsize <= 8, f"{path}: images are {header.dtype}, expected at most 64 bits a pixel")
-    check(not header.fortran_order, f"{path}: images are in Fortran order, expected C order")
-    if "labels" in infos:
-        announced = member_header(archive, infos["labels"], "ui").shape
-        check(announced == shape[:1], f"{path}: {shape[0]} images but labels of shape {announced}")
-        labels = read_members(archive, {"labels": infos["labels"]}, "ui")["labels"]
-    else:
-        labels = np.zeros(shape[0], np.int32)
-    texts = read_members(archive, {name: infos[name] for name in ("classes", "info") if name in infos}, "U")
-    if "classes" in texts:
-        classes = tuple(texts["classes"].ravel().tolist())
-    if "info" in texts:
-        info = parse_json(texts["info"].item(), f"{path}: info")
-    check(isinstance(info, dict), f"{path}: info is not an object of JSON")
-    low, high = labels.min(), labels.max()
-    check(
-        low >= 0 and high < len(classes),
-        f"{path}: labels run from {low} to {high}, expected 0 to {len(classes) - 1} for {', '.join(classes)}",
-    )
-    return header._replace(shape=(shape[0], *shape[-2:])), labels.astype(np.int32), classes, info
-
-
 def is_copy(path: Path) -> bool:
-    """Whether a file is the copy that `open_npz` has made of a compressed one beside it."""
+    """Returns whether `open_npz` made this file from a compressed one beside it."""
     return path.name.endswith(COPY) and path.with_name(path.name.removesuffix(COPY) + ".npz").exists()
 
 
@@ -185,32 +162,153 @@ def unpack_npz(
             return out
     else:
         check(not out.exists(), f"{out} exists; give the name of a new file")
-    with open_archive(path, EXPECTED) as archive:
-        (shape, dtype, _, offset), labels, names, _ = _read_small(archive, need_labels, classes or CLASSES)
+    with _open_archive(path, EXPECTED) as archive:
+        header, labels, names, _ = _read_small(archive, need_labels, classes or CLASSES)
+        infos = _members(archive)
+        info = infos["images"]
         check(
             classes in (None, names),
             f"{path} names its classes itself, {', '.join(names)}; leave --classes {','.join(classes or ())} out",
         )
-        image_bytes, info = math.prod(shape[1:]) * dtype.itemsize, members(archive)["images"]
-        check(
-            image_bytes <= CHUNK_BYTES and info.file_size <= max(MEMORY_BYTES, MAX_RATIO * info.compress_size),
-            f"{path}: {info.compress_size:,} bytes would unpack to images {shape} of {dtype}, more than images can be "
-            f"compressed; if you trust the file, save it with numpy.savez",
-        )
         if info.compress_type != zipfile.ZIP_STORED:
-            print(f"{path} cannot be memory-mapped as it is: unpacking it once to {out}", file=sys.stderr)
-        if "classes" not in members(archive):
+            print(f"{path} is compressed and cannot be memory-mapped: unpacking it once to {out}", file=sys.stderr)
+        if "classes" not in infos:
             text = f"{path.name} does not name its classes: labels 0, 1, ... are taken as {', '.join(names)}"
             print(text, file=sys.stderr)
-        rows = CHUNK_BYTES // image_bytes
-        with archive.open(info) as file:
-            file.read(offset)
-
-            def chunks():
-                for start in range(0, shape[0], rows):
-                    count = min(rows, shape[0] - start)
-                    yield np.frombuffer(file.read(count * image_bytes), dtype).reshape(count, *shape[1:])
-
-            known = labels if "labels" in members(archive) else None
-            write_npz(out, chunks(), shape, dtype, known, names, {"source": path.name})
+        known = labels if "labels" in infos else None
+        write_npz(out, _unpack(archive, info, header), header.shape, header.dtype, known, names, {"source": path.name})
     return out
+
+
+def load_arrays(path: Path, expected: str, kinds: str) -> dict[str, np.ndarray]:
+    """Reads all arrays of a small .npz, name -> array.
+
+    Args:
+      path: the file.
+      expected: a description of the file, for error messages.
+      kinds: kinds of dtype that are accepted, one of KINDS.
+
+    Raises:
+      InputError: the file is missing or damaged, has another array, or its arrays are too large.
+    """
+    with _open_archive(path, expected) as archive:
+        return _read_members(archive, dict.fromkeys(_members(archive), kinds))
+
+
+def read_header(file: IO[bytes], size: int, kinds: str, where: str) -> Header:
+    """Reads the header of an .npy of `size` bytes, whose dtype must be one of KINDS; `where` is its name in errors."""
+    head = io.BytesIO(file.read(HEADER_BYTES))
+    try:
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, fortran_order, dtype = readers[np.lib.format.read_magic(head)](head)
+    except Exception as error:  # NumPy evaluates the header as a Python literal, which may fail in many ways
+        raise InputError(f"{where} is not an array of numbers or text ({error!r:.200})") from error
+    check(not dtype.hasobject, f"{where} holds Python objects, which are never unpickled")
+    right = dtype.kind in kinds and dtype.itemsize > 0
+    check(right, f"{where} has dtype {dtype}, expected {KINDS.get(kinds, 'numbers or text')}")
+    check(
+        len(shape) <= 4
+        and all(0 < length < 2**31 for length in shape)
+        and head.tell() + math.prod(shape) * dtype.itemsize == size,
+        f"{where} announces shape {shape!s:.80} of {dtype}, but header and data have {size} bytes; make it again",
+    )
+    return Header(shape, dtype, fortran_order, head.tell())
+
+
+def _map_images(archive: zipfile.ZipFile, header: Header) -> np.ndarray:
+    """Maps the stored images of an archive; their data must lie between the start of the file and its directory."""
+    info, file = _members(archive)["images"], archive.fp
+    assert file is not None  # it is open
+    file.seek(info.header_offset)
+    name_bytes, extra_bytes = struct.unpack("<26xHH", file.read(30))
+    start = info.header_offset + 30 + name_bytes + extra_bytes
+    check(start + info.file_size <= archive.start_dir, f"{archive.filename}: images.npy is incomplete; make it again")
+    return map_images(file, header.dtype, start + header.offset, header.shape)
+
+
+@contextmanager
+def _open_archive(path: Path, expected: str) -> Iterator[zipfile.ZipFile]:
+    """Opens an .npz; errors of damaged files, here or in the body, become InputError."""
+    check(path.is_file(), f"{path}: no such file; expected {expected}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except InputError:
+        raise
+    except DAMAGED as error:
+        raise InputError(f"{path}: not a readable .npz ({str(error) or 'truncated'}); expected {expected}") from error
+
+
+def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Returns the members by name, without .npy."""
+    infos = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    check(len(infos) == len(archive.infolist()), f"{archive.filename}: two members have the same name")
+    known = all(info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in infos.values())
+    check(known, f"{archive.filename}: a member is neither stored nor deflated")
+    return infos
+
+
+def _member_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, kinds: str) -> Header:
+    with archive.open(info) as file:
+        return read_header(file, info.file_size, kinds, f"{archive.filename}: {info.filename}")
+
+
+def _read_members(archive: zipfile.ZipFile, kinds: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Reads the members named in `kinds`, name -> kinds of dtype that are accepted; first checks all their headers."""
+    infos = {name: info for name, info in _members(archive).items() if name in kinds}
+    for name, info in infos.items():
+        _member_header(archive, info, kinds[name])
+    total, most = sum(i.file_size for i in infos.values()), max(MEMORY_BYTES, os.path.getsize(str(archive.filename)))
+    check(total <= most, f"{archive.filename}: {', '.join(infos):.80} unpack to {total:,} bytes, expected {most:,}")
+    arrays = {}
+    for name, info in infos.items():
+        with archive.open(info) as file:
+            array = arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+        if array.dtype.kind == "U":  # Python crashes on invalid code points; decoding them raises ValueError
+            array.astype(array.dtype.newbyteorder("<")).tobytes().decode("utf-32-le")
+    return arrays
+
+
+def _read_small(
+    archive: zipfile.ZipFile, need_labels: bool, classes: tuple[str, ...] = CLASSES
+) -> tuple[Header, np.ndarray, tuple[str, ...], dict]:
+    """Reads all but the images: their header, with shape (n, height, width); labels, classes and info."""
+    path, infos = archive.filename, _members(archive)
+    for name in ("images", "labels") if need_labels else ("images",):
+        check(name in infos, f"{path}: has no {name!r}, only {', '.join(sorted(infos)) or 'nothing':.200}")
+    header = _member_header(archive, infos["images"], "uif")
+    shape = header.shape
+    fits = len(shape) == 3 or (len(shape) == 4 and shape[1] == 1)
+    check(fits, f"{path}: images have shape {shape}, expected (n, height, width)")
+    check(header.dtype.itemsize <= 8, f"{path}: images are {header.dtype}, expected at most 64 bits a pixel")
+    check(not header.fortran_order, f"{path}: images are in Fortran order, expected C order")
+    arrays = _read_members(archive, {"labels": "ui", "classes": "U", "info": "U"})
+    labels = arrays.get("labels", np.zeros(shape[0], np.int32))
+    check(labels.shape == shape[:1], f"{path}: {shape[0]} images but labels of shape {labels.shape}")
+    if "classes" in arrays:
+        classes = tuple(arrays["classes"].ravel().tolist())
+    info = parse_json(arrays["info"].item(), f"{path}: info") if "info" in arrays else {}
+    check(isinstance(info, dict), f"{path}: info is not a JSON object")
+    low, high = labels.min(), labels.max()
+    check(
+        low >= 0 and high < len(classes),
+        f"{path}: labels run from {low} to {high}, expected 0 to {len(classes) - 1} for {', '.join(classes)}",
+    )
+    return header._replace(shape=(shape[0], *shape[-2:])), labels.astype(np.int32), classes, info
+
+
+def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, header: Header) -> Iterator[np.ndarray]:
+    """Yields the images in chunks, unless they are a decompression bomb."""
+    n, *shape = header.shape
+    image_bytes = math.prod(shape) * header.dtype.itemsize
+    check(
+        image_bytes <= CHUNK_BYTES and info.file_size <= max(MEMORY_BYTES, MAX_RATIO * info.compress_size),
+        f"{archive.filename}: {info.compress_size:,} bytes would unpack to images {header.shape} of {header.dtype}, "
+        f"more than images can be compressed; if you trust the file, save it with numpy.savez",
+    )
+    rows = CHUNK_BYTES // image_bytes
+    with archive.open(info) as file:
+        file.read(header.offset)
+        for start in range(0, n, rows):
+            count = min(rows, n - start)
+            yield np.frombuffer(file.read(count * image_bytes), header.dtype).reshape(count, *shape)

@@ -1,4 +1,4 @@
-"""The optimizer with a learning rate by step, and the plateau reduction by epoch. All pure."""
+"""The optimizer, its learning rate for each step, and the plateau reduction after each epoch. Pure functions."""
 
 from functools import partial
 
@@ -10,12 +10,12 @@ from gravlens_jax.config import OptimConfig
 
 
 def learning_rate_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
-    """Returns step -> learning rate before the plateau reduction: linear warm-up, then constant or cosine to 0."""
+    """Returns step -> learning rate without the plateau reduction: linear warm-up, then constant or cosine to 0."""
     if config.decay == "cosine":
         after = optax.cosine_decay_schedule(config.learning_rate, max(1, total_steps - config.warmup_steps))
     else:
         after = optax.constant_schedule(config.learning_rate)
-    # Step 0 of a warm-up of w steps uses 1 / w of the peak: no step is spent at a learning rate of 0.
+    # Step 0 of a warm-up of w steps uses 1 / w of the peak, so that no step has a learning rate of 0.
     w = config.warmup_steps
     warmup = optax.linear_schedule(config.learning_rate / max(1, w), config.learning_rate, max(0, w - 1))
     return optax.join_schedules([warmup, after], [w])
@@ -25,9 +25,9 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
     """Returns the optax chain.
 
     "adam" adds L2 to the gradient, as PyTorch's `Adam(weight_decay=...)` does. "muon" (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon) replaces the momentum of each kernel, as a matrix of (inputs of a pixel,
-    filters), by the nearest orthogonal matrix; what is no such matrix (the first kernel, normalisation, the head)
-    follows Adam at a tenth of the learning rate.
+    https://kellerjordan.github.io/posts/muon) replaces the momentum of each kernel, reshaped to a matrix (height *
+    width * channels, filters), by the nearest orthogonal matrix. The other parameters (first kernel, normalization,
+    head) are updated by Adam at a tenth of the learning rate.
     """
     schedule = learning_rate_schedule(config, total_steps)
     if config.method == "adam":
@@ -53,8 +53,8 @@ def _part(param: jax.Array) -> str:
 
 
 def _plateau(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
-    # optax cuts when the bad epochs reach `patience`, PyTorch when they exceed it. PyTorch ignores cuts of the
-    # learning rate below 1e-8, hence the floor.
+    # optax reduces when the bad epochs reach `patience`, PyTorch when they exceed it. PyTorch ignores reductions of the
+    # learning rate by less than 1e-8, hence the minimum.
     return reduce_on_plateau(
         factor=config.plateau_factor,
         patience=config.plateau_patience + 1,
@@ -67,10 +67,10 @@ def _plateau(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
 
 
 def init_plateau(config: OptimConfig, params) -> ReduceLROnPlateauState:
-    """Returns the state before the first epoch; its `scale` (float32, 1) multiplies every update."""
+    """Returns the state before the first epoch; its `scale`, 1 in float32, multiplies every update."""
     return _plateau(config).init(params)
 
 
 def update_plateau(plateau: ReduceLROnPlateauState, val_loss: jax.Array, config: OptimConfig) -> ReduceLROnPlateauState:
-    """Returns the state after an epoch that ended with the validation loss `val_loss` (float32 scalar)."""
+    """Returns the state after an epoch with validation loss `val_loss`, a float32 scalar."""
     return _plateau(config).update({}, plateau, value=val_loss)[1]

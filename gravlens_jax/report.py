@@ -1,60 +1,154 @@
-"""The figures of a run's report, from saved arrays alone: none of it needs jax."""
+"""The report on a network: metrics, predictions and figures for labelled images. Matplotlib is imported for drawing."""
 
+import io
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from gravlens_jax.figures import COLOURS, DPI, save
-from gravlens_jax.metrics import evaluate, roc_areas, roc_curves, softmax
+from gravlens_jax.checkpoint import Which
+from gravlens_jax.errors import check
+from gravlens_jax.inference import predict_logits, saliency
+from gravlens_jax.metrics import calibration_error, evaluate, intervals, roc_areas, roc_curves, softmax
+from gravlens_jax.npz import Dataset
+from gravlens_jax.pixels import read_rows
+from gravlens_jax.run_dir import write_atomically, writing
+from gravlens_jax.weights import Network
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito: safe for colour-blind eyes
+WRONG = "#C00000"  # of a wrong prediction
+DPI = 130
 
 
-def draw(
-    out: Path,
-    images: np.ndarray,
-    logits: np.ndarray,
-    labels: np.ndarray,
-    classes: tuple[str, ...],
-    history: list[dict] | None = None,
-) -> None:
-    """Writes roc.png, confusion.png, examples.png and, if there is a history, history.png into the folder `out`.
+def evaluate_network(
+    network: Network,
+    dataset: Dataset,
+    *,
+    checkpoint: Which = "best",
+    out: Path | None = None,
+    tta: bool = False,
+    history: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """Evaluates a network on labelled images and writes the report.
 
     Args:
-      out: an existing folder.
-      images: (n, height, width).
-      logits: float (n, classes).
-      labels: int (n,).
-      classes: names.
-      history: the lines of metrics.jsonl.
+      network: from `load_network`.
+      dataset: images and labels, in the network's order of classes.
+      checkpoint: recorded in the report.
+      out: folder for metrics.json, predictions.npz and the figures; created if needed, existing files are replaced.
+        None to write nothing.
+      tta: average over mirror images: see `predict_logits`.
+      history: lines of metrics.jsonl, for history.png.
+
+    Returns:
+      the contents of metrics.json: those of `metrics.evaluate`, and `checkpoint`, `tta`, `interval_95` (see
+      `metrics.intervals`), `temperature` and `ece_uncalibrated`, without the temperature.
     """
-    draw_roc(out / "roc.png", logits, labels, classes)
-    draw_confusion(out / "confusion.png", logits, labels, classes)
-    draw_examples(out / "examples.png", images, logits, labels, classes)
-    if history:
-        draw_history(out / "history.png", history)
+    (model, variables), labels = network, dataset.labels
+    check_image_shape(dataset.image_shape, network.image_shape, "the images")
+    logits = predict_logits(model, variables, dataset.images, tta=tta)
+    values = evaluate(logits, labels, model.classes) | {
+        "checkpoint": checkpoint,
+        "tta": tta,
+        "interval_95": intervals(logits, labels, model.classes),
+        "temperature": network.temperature,
+        "ece_uncalibrated": calibration_error(softmax(logits * network.temperature), labels),
+    }
+    if out is None:
+        return values
+    correct = logits.argmax(1) == labels
+    rows = np.concatenate([np.flatnonzero(correct & (labels == k))[:3] for k in range(len(model.classes))])
+    arrays = io.BytesIO()
+    np.savez(arrays, logits=logits, labels=labels, classes=np.array(model.classes))
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "metrics.json", json.dumps(values, indent=2) + "\n")
+        write_atomically(out / "predictions.npz", arrays.getvalue())
+        draw_roc(out / "roc.png", logits, labels, model.classes)
+        draw_confusion(out / "confusion.png", values)
+        draw_examples(out / "examples.png", dataset.images, logits, labels, model.classes)
+        if history:
+            draw_history(out / "history.png", history)
+        if len(rows):
+            images = read_rows(dataset.images, rows)
+            maps = saliency(model, variables, images)
+            draw_saliency(out / "saliency.png", images, maps, labels[rows], model.classes)
+    return values
 
 
-def draw_history(path: Path, lines: list[dict]) -> None:
+def check_image_shape(shape: tuple[int, ...], expected: tuple[int, int], where: str) -> None:
+    """Raises InputError unless images have the (height, width) that a network was trained on."""
+    check(
+        tuple(shape) == expected,
+        f"{where}: {shape[0]} x {shape[1]} pixels, but the network was trained on {expected[0]} x {expected[1]}; give "
+        f"images of that size and pixel scale",
+    )
+
+
+def table(values: dict[str, Any], where: Path) -> str:
+    """Returns the result of `evaluate_network` as a small text table, with the path of the report."""
+    auc = values["auc"] | {"macro": values["macro_auc"]}
+    confusion = zip(values["classes"], values["confusion"], strict=True)
+    recall = {name: row[k] / sum(row) if sum(row) else None for k, (name, row) in enumerate(confusion)}
+    low, high = values["interval_95"]["accuracy"]
+    lines = [
+        f"{values['n']:,} images, {values['checkpoint']} checkpoint",
+        f"  accuracy {values['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f})   loss {values['loss']:.4f}",
+        f"  calibration error {values['ece']:.4f} ({values['ece_uncalibrated']:.4f} without temperature scaling)",
+        "  recall   " + "   ".join(f"{name} {'-' if v is None else f'{v:.3f}'}" for name, v in recall.items()),
+        "  AUC      " + "   ".join(f"{name} {'-' if v is None else f'{v:.4f}'}" for name, v in auc.items()),
+        f"report: {where}",
+    ]
+    return "\n".join(lines)
+
+
+def new_figure(width: float, height: float, dpi: int = DPI) -> "Figure":
+    """Returns a figure of this size in inches that needs no display."""
+    from matplotlib.figure import Figure
+
+    return Figure((width, height), dpi=dpi, layout="constrained")
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Writes a figure as PNG, atomically."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    data = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(data)
+    write_atomically(path, data.getvalue())
+
+
+def show_image(axes: Any, image: np.ndarray) -> None:
+    """Draws the square root of the pixels above the image's minimum."""
+    axes.imshow(np.sqrt(image - image.min()), cmap="inferno")
+
+
+def draw_history(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Loss, accuracy and learning rate over the epochs; `lines` as in metrics.jsonl."""
     epochs = [line["epoch"] for line in lines]
-    figure = Figure((10, 3), dpi=DPI, layout="constrained")
+    figure = new_figure(10, 3)
     for axes, quantity in zip(figure.subplots(1, 3), ("loss", "accuracy", "learning_rate"), strict=True):
         if quantity == "learning_rate":
             axes.semilogy(epochs, [max(line[quantity], 1e-12) for line in lines], "o-", color="0.3", ms=3)
         else:
-            for split, colour in (("train", COLOURS[0]), ("val", COLOURS[1])):
+            for split, name, colour in (("train", "train", COLOURS[0]), ("val", "validation", COLOURS[1])):
                 values = [line[f"{split}_{quantity}"] for line in lines]
-                axes.plot(epochs, values, "o-", color=colour, ms=3, label={"val": "validation"}.get(split, split))
+                axes.plot(epochs, values, "o-", color=colour, ms=3, label=name)
             axes.legend(frameon=False)
         axes.set(xlabel="epoch", title=quantity.replace("_", " "))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_roc(path: Path, logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> None:
     """One ROC curve for each class against the rest."""
-    figure = Figure((4.2, 4), dpi=DPI, layout="constrained")
+    figure = new_figure(4.2, 4)
     axes = figure.subplots()
     probabilities = softmax(logits)
     curves, areas = roc_curves(probabilities, labels, classes), roc_areas(probabilities, labels)
@@ -65,15 +159,14 @@ def draw_roc(path: Path, logits: np.ndarray, labels: np.ndarray, classes: tuple[
     axes.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{len(labels):,} images", aspect="equal")
     axes.legend(loc="lower right", frameon=False)
     axes.grid(alpha=0.3)
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def draw_confusion(path: Path, logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> None:
-    """The confusion matrix: counts, and colours by the fraction of the true class."""
-    values = evaluate(logits, labels, classes)
-    counts = np.array(values["confusion"])
+def draw_confusion(path: Path, values: dict[str, Any]) -> None:
+    """The confusion matrix of `metrics.evaluate`: counts, and colours by the fraction of the true class."""
+    counts, classes = np.array(values["confusion"]), values["classes"]
     fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    figure = Figure((4.2, 3.8), dpi=DPI, layout="constrained")
+    figure = new_figure(4.2, 3.8)
     axes = figure.subplots()
     shown = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
@@ -84,57 +177,53 @@ def draw_confusion(path: Path, logits: np.ndarray, labels: np.ndarray, classes: 
     axes.set(xticks=ticks, yticks=ticks, xticklabels=classes, yticklabels=classes, xlabel="predicted", ylabel="true")
     axes.set_title(f"accuracy {values['accuracy']:.1%}")
     figure.colorbar(shown, ax=axes, label="fraction of the true class", shrink=0.85)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_examples(
     path: Path, images: np.ndarray, logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], columns: int = 6
 ) -> None:
-    """A row of images for each class with truth, prediction and its probability; wrong ones in red, shown last."""
+    """A row of images for each class, titled by true class, prediction and probability; wrong ones last, in red."""
     probabilities = softmax(logits)
     predicted = probabilities.argmax(1)
-    figure = Figure((1.5 * columns, 1.75 * len(classes)), dpi=DPI, layout="constrained")
-    grid = figure.subplots(len(classes), columns, squeeze=False)
-    for label, row in enumerate(grid):
-        right = np.flatnonzero((labels == label) & (predicted == label))
+    figure = new_figure(1.5 * columns, 1.75 * len(classes))
+    for label, row in enumerate(figure.subplots(len(classes), columns, squeeze=False)):
+        correct = np.flatnonzero((labels == label) & (predicted == label))
         wrong = np.flatnonzero((labels == label) & (predicted != label))[: columns // 2]
-        chosen = np.concatenate([right[: columns - len(wrong)], wrong])
+        chosen = np.concatenate([correct[: columns - len(wrong)], wrong])
         for axes in row:
             axes.axis("off")
-        for axes, index in zip(row, chosen, strict=False):
-            axes.imshow(np.sqrt(images[index] - images[index].min()), cmap="inferno")
+        for axes, index, image in zip(row, chosen, read_rows(images, chosen), strict=False):
+            show_image(axes, image)
             guess = predicted[index]
-            axes.set_title(
-                f"{classes[label]} → {classes[guess]} {probabilities[index, guess]:.2f}",
-                fontsize=8,
-                color="black" if guess == label else "#C00000",
-            )
-    figure.suptitle("truth → prediction and its probability", fontsize=9)
-    save(figure, path)
+            title = f"{classes[label]} → {classes[guess]} {probabilities[index, guess]:.2f}"
+            axes.set_title(title, fontsize=8, color="black" if guess == label else WRONG)
+    figure.suptitle("true class → predicted class and its probability", fontsize=9)
+    save_figure(figure, path)
 
 
 def draw_saliency(
     path: Path, images: np.ndarray, maps: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], columns: int = 3
 ) -> None:
-    """Pairs of an image and the map of what speaks for its class, up to `columns` of them in a row for each class.
+    """Pairs of an image and its saliency map, up to `columns` of them in a row for each class.
 
     Args:
       path: where to write the PNG.
       images: (n, height, width).
-      maps: float (n, height, width), 0 or more; each is scaled by its own maximum.
-      labels: int (n,), the class that each map is of.
+      maps: float (n, height, width), not negative; each is scaled by its own maximum.
+      labels: int (n,), the class that each map explains.
       classes: names.
       columns: pairs in a row.
     """
-    figure = Figure((3.1 * columns + 0.4, 1.6 * len(classes) + 0.3), dpi=DPI, layout="constrained")
+    figure = new_figure(3.1 * columns + 0.4, 1.6 * len(classes) + 0.3)
     grid = figure.subplots(len(classes), 2 * columns, squeeze=False)
     for axes in grid.ravel():
         axes.set(xticks=[], yticks=[], frame_on=False)
     for label, row in enumerate(grid):
         row[0].set_ylabel(classes[label], fontsize=11)
         for column, index in enumerate(np.flatnonzero(labels == label)[:columns]):
-            row[2 * column].imshow(np.sqrt(images[index] - images[index].min()), cmap="inferno")
+            show_image(row[2 * column], images[index])
             row[2 * column + 1].imshow(maps[index], cmap="viridis", vmin=0)
-    for axes, title in zip(grid[0], ["image", "speaks for its class"] * columns, strict=True):
-        axes.set_title(title, fontsize=9)
-    save(figure, path)
+    for axes, title in zip(grid[0], ["image", "saliency map (LayerCAM)"] * columns, strict=True):
+        axes.set_title(title, fontsize=8)
+    save_figure(figure, path)

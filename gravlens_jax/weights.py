@@ -1,148 +1,46 @@
-"""A trained network in one .npz that NumPy alone reads; among them the one that comes with the package."""
+"""Trained networks: load them from a run, a file or the package, and write them to files."""
 
 import dataclasses
 import importlib.metadata
-import zipfile
+import io
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gravlens_jax import export
-from gravlens_jax.archive import members, open_archive, read_members
-from gravlens_jax.checkpoint import Which, load_calibrated
-from gravlens_jax.config import InputConfig, InputError, ModelConfig, check, check_installed, from_dict, parse_json
-from gravlens_jax.files import check_folder, write_atomically, writing
-from gravlens_jax.model import ResNet, make_model
-from gravlens_jax.run import read_history, read_run
+from gravlens_jax.checkpoint import Which, load_variables
+from gravlens_jax.config import InputConfig, ModelConfig, from_dict
+from gravlens_jax.errors import check, check_installed, parse_json
+from gravlens_jax.inference import export_program
+from gravlens_jax.model import ResNet, make_model, variable_shapes
+from gravlens_jax.npz import load_arrays
+from gravlens_jax.run_dir import check_folder, read_history, read_run, read_temperature, write_atomically, writing
 
 EXPECTED = "a network written by scripts/export.py"
-FORMATS = {".npz": None, ".safetensors": "safetensors", ".stablehlo": "flatbuffers"}  # the package that each needs
+FORMATS = {".npz": None, ".safetensors": "safetensors", ".stablehlo": "flatbuffers"}  # suffix -> required package
 PRETRAINED = Path(__file__).with_name("pretrained.npz")
 
 
-class Network(NamedTuple):
-    """A trained network, ready for `predict`."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """A trained network; iterating yields its model and variables: `model, variables = load_pretrained()`."""
 
     model: ResNet
-    variables: Any
-    image_shape: tuple[int, int]  # height and width of the images it was trained on
-    temperature: float = 1.0  # that calibration has divided the head by, once and for all
+    variables: Any  # {"params": ..., "batch_stats": ...}, calibrated
+    image_shape: tuple[int, int]  # height and width of the training images
+    temperature: float = 1.0  # by which the head has already been divided
 
-
-def load_network(source: str | Path, checkpoint: Which = "best") -> Network:
-    """Returns a network from wherever it is.
-
-    Args:
-      source: the directory of a run; an .npz written by scripts/export.py; or "pretrained", the package's own.
-      checkpoint: of a run, "best" or "final".
-
-    Raises:
-      InputError: there is none, or it is damaged.
-    """
-    path = _resolve(source)
-    if path.suffix == ".npz":
-        return _read(path)
-    model, variables, temperature = load_calibrated(path, checkpoint)
-    return Network(model, variables, read_run(path).image_shape, temperature)
-
-
-def load_history(source: str | Path) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl, with `image_steps` added, of a run or of the run that a file came from.
-
-    Args:
-      source: as in `load_network`.
-
-    Raises:
-      InputError: there is none, or the file does not say.
-    """
-    path = _resolve(source)
-    if path.suffix == ".npz":
-        with open_archive(path, EXPECTED) as archive:
-            about = _read_about(path, archive)
-    else:
-        about = {"config": dataclasses.asdict(read_run(path).config), "history": read_history(path / "metrics.jsonl")}
-    try:
-        size = about["config"]["batch_size"]
-        history = [line | {"image_steps": line["step"] * size} for line in about["history"]]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: does not say how it was trained ({error!r})") from error
-    check(bool(history), f"{path}: has no epoch of training yet")
-    return history
-
-
-def load_pretrained() -> tuple[ResNet, Any]:
-    """Returns the network that comes with the package, trained on simulated images alone, and its variables."""
-    return load_network(PRETRAINED)[:2]
-
-
-def export_run(run: str | Path, out: Path, checkpoint: Which = "best") -> dict[str, Any]:
-    """Writes the network of a run as `write_network` does; returns what the file says of itself.
-
-    Args:
-      run: the run, or another source of `load_network`.
-      out: the file, replaced if it exists.
-      checkpoint: "best" or "final".
-    """
-    network = load_network(run, checkpoint)
-    about = describe(network)
-    if (Path(run) / "config.json").exists():
-        config, history = read_run(Path(run)).config, read_history(Path(run) / "metrics.jsonl")
-        about |= {"config": dataclasses.asdict(config), "history": history}
-    write_network(out, network, about)
-    return about
-
-
-def describe(network: Network) -> dict[str, Any]:
-    """Returns what a file must say of its network, ready for JSON."""
-    model, _, image_shape, temperature = network
-    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(ModelConfig)}
-    return {
-        "model": fields | {"dtype": jnp.dtype(model.dtype).name},
-        "input": dataclasses.asdict(model.input),
-        "classes": model.classes,
-        "image_shape": image_shape,
-        "temperature": temperature,
-        "version": importlib.metadata.version("gravlens_jax"),
-    }
-
-
-def check_output(out: Path) -> None:
-    """Raises InputError unless `write_network` knows the suffix, and finds the package for it and the folder."""
-    check(out.suffix in FORMATS, f"{out}: expected a name that ends in {', '.join(FORMATS)}")
-    package = FORMATS[out.suffix]
-    if package:
-        check_installed(package, out.suffix, '"gravlens_jax[export]"')
-    check_folder(out)
-
-
-def write_network(out: Path, network: Network, about: dict[str, Any]) -> None:
-    """Writes a network to one file, in the format that its suffix names; a file that is there is replaced at the end.
-
-    Args:
-      out: .npz, which `load_network` reads, .safetensors or .stablehlo: see `export`.
-      network: the network.
-      about: `describe(network)`, and more if you like; not part of a .stablehlo.
-
-    Raises:
-      InputError: another suffix, a package that the format needs is missing, or the file cannot be written.
-    """
-    check_output(out)
-    model, variables, image_shape, _ = network
-    formats = {
-        ".npz": lambda: export.as_npz(variables, about),
-        ".safetensors": lambda: export.as_safetensors(variables, about),
-        ".stablehlo": lambda: export.as_stablehlo(model, variables, image_shape),
-    }
-    data = formats[out.suffix]()
-    with writing(out):
-        write_atomically(out, data)
+    def __iter__(self) -> Iterator[Any]:
+        yield from (self.model, self.variables)
 
 
 class _About(NamedTuple):
-    """What an exported network says of itself, as far as it is needed to run it."""
+    """The description stored in an exported network, as far as loading needs it."""
 
     model: ModelConfig
     input: InputConfig
@@ -151,32 +49,136 @@ class _About(NamedTuple):
     temperature: float
 
 
-def _resolve(source: str | Path) -> Path:
+def load_network(source: str | Path, checkpoint: Which = "best") -> Network:
+    """Returns a trained network, ready for `predict`; the probabilities of a finished run are calibrated.
+
+    Args:
+      source: the directory of a run, an .npz written by scripts/export.py, or "pretrained" for the package's network.
+      checkpoint: of a run: "best" (lowest validation loss) or "final" (last epoch).
+
+    Raises:
+      InputError: not a run or a network, no checkpoint yet, damaged, or parameters that are not finite.
+    """
+    path = resolve(source)
+    if path.suffix == ".npz":
+        network = _load_file(path)
+    else:
+        info = read_run(path)
+        model = make_model(info.config.model, info.config.input, info.classes)
+        variables, step = load_variables(path, model, checkpoint)
+        temperature = read_temperature(path, step)
+        network = Network(model, calibrated(variables, temperature), info.image_shape, temperature)
+    _check_finite(network, path, "used")
+    return network
+
+
+def load_run(run_dir: str | Path, checkpoint: Which = "best") -> Network:
+    """Returns the network of a run: see `load_network`."""
+    return load_network(run_dir, checkpoint)
+
+
+def load_pretrained() -> Network:
+    """Returns the network that comes with the package, trained on simulated images alone."""
+    return load_network(PRETRAINED)
+
+
+def calibrated(variables: Any, temperature: float) -> dict[str, Any]:
+    """Returns the variables with the head, and so the logits, divided by `temperature`."""
+    head = jax.tree.map(lambda x: x / temperature, variables["params"]["head"])
+    return {**variables, "params": {**variables["params"], "head": head}}
+
+
+def export_run(run: str | Path, out: Path, checkpoint: Which = "best") -> dict[str, Any]:
+    """Writes a network from any source of `load_network` to a file; returns the description stored in it."""
+    network = load_network(run, checkpoint)
+    about = describe(network)
+    if (Path(run) / "config.json").exists():
+        about |= {"config": dataclasses.asdict(read_run(Path(run)).config), "history": read_history(Path(run))}
+    write_network(out, network, about)
+    return about
+
+
+def describe(network: Network) -> dict[str, Any]:
+    """Returns the description of a network that `load_network` needs, ready for JSON."""
+    model, dtype = network.model, jnp.dtype(network.model.dtype).name
+    return {
+        "model": {"depth": model.depth, "width": model.width, "projection": model.projection, "dtype": dtype},
+        "input": dataclasses.asdict(model.input),
+        "classes": model.classes,
+        "image_shape": network.image_shape,
+        "temperature": network.temperature,
+        "version": importlib.metadata.version("gravlens_jax"),
+    }
+
+
+def check_output(out: Path) -> None:
+    """Raises InputError unless `write_network` can write a file of this name: suffix, required package, folder."""
+    check(out.suffix in FORMATS, f"{out}: expected a name that ends in {', '.join(FORMATS)}")
+    package = FORMATS[out.suffix]
+    if package:
+        check_installed(package, out.suffix, '"gravlens_jax[export]"')
+    check_folder(out)
+
+
+def write_network(out: Path, network: Network, about: dict[str, Any]) -> None:
+    """Writes a network to one file, atomically, in the format of its suffix.
+
+    .npz: float32 arrays under names such as params/head/bias, and `about` as JSON text.
+    .safetensors: the same arrays, with `about` in the metadata.
+    .stablehlo: the whole prediction; see `inference.export_program`.
+
+    Args:
+      out: the file, replaced if it exists.
+      network: the network; parameters that are not finite are an InputError.
+      about: `describe(network)`, and more if you like; not part of a .stablehlo.
+    """
+    check_output(out)
+    _check_finite(network, out, "exported")
+    named = flatten_dict(network.variables, sep="/")
+    arrays: dict[str, Any] = {name: np.array(x, np.float32, order="C") for name, x in named.items()}
+    if out.suffix == ".stablehlo":
+        data = export_program(network.model, network.variables, network.image_shape)
+    elif out.suffix == ".safetensors":
+        from safetensors.numpy import save
+
+        data = save(arrays, {"about": json.dumps(about)})
+    else:
+        file = io.BytesIO()
+        np.savez(file, **{"about": np.array(json.dumps(about)), **arrays})
+        data = file.getvalue()
+    with writing(out):
+        write_atomically(out, data)
+
+
+def resolve(source: str | Path) -> Path:
+    """Returns the path of a `load_network` source."""
     path = Path(source)
     return PRETRAINED if str(source) == "pretrained" and not path.exists() else path
 
 
-def _read_about(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
-    infos = members(archive)
-    check("about" in infos, f"{path}: has no 'about'; expected {EXPECTED}")
-    text = read_members(archive, {"about": infos["about"]}, "U")["about"].item()
-    values = parse_json(text, f"{path}: about")
-    check(isinstance(values, dict), f"{path}: about is not an object of JSON")
-    return values
+def _check_finite(network: Network, where: Path, use: str) -> None:
+    finite = all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(network.variables))  # not by XLA: drops NaN
+    reason = f"the network has parameters that are not finite, it cannot be {use}"
+    check(finite, f"{where}: {reason}; train again with a lower learning rate")
 
 
-def _read(path: Path) -> Network:
-    with open_archive(path, EXPECTED) as archive:
-        values = {"temperature": 1.0} | _read_about(path, archive)
-        infos = members(archive)
-        arrays = read_members(archive, {name: info for name, info in infos.items() if name != "about"}, "f")
-    known = {name: values[name] for name in values.keys() & set(_About._fields)}
-    about = from_dict(_About, known, f"{path}: about")
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns the description and the arrays of an exported network."""
+    arrays = load_arrays(path, EXPECTED, "fU")
+    text = arrays.pop("about", np.zeros(0))
+    check(text.dtype.kind == "U" and text.ndim == 0, f"{path}: has no text 'about'; expected {EXPECTED}")
+    about = parse_json(text.item(), f"{path}: about")
+    check(isinstance(about, dict), f"{path}: about is not a JSON object")
+    return {"temperature": 1.0} | about, arrays
+
+
+def _load_file(path: Path) -> Network:
+    values, arrays = read_file(path)
+    about = from_dict(_About, {name: values[name] for name in _About._fields if name in values}, f"{path}: about")
     model = make_model(about.model, about.input, about.classes)
-    size = model.input.crop // model.input.pool
-    image = jax.ShapeDtypeStruct((1, size, size, 1), jnp.float32)
-    expected = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), image), sep="/")
-    shapes, expected_shapes = ({name: array.shape for name, array in some.items()} for some in (arrays, expected))
-    check(shapes == expected_shapes, f"{path}: its arrays are not those of its model")
-    variables = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
+    shapes = {name: array.shape for name, array in arrays.items() if array.dtype.kind == "f"}
+    expected = {name: x.shape for name, x in flatten_dict(variable_shapes(model), sep="/").items()}
+    check(shapes == expected and len(arrays) == len(shapes), f"{path}: its arrays do not fit its model")
+    with np.errstate(over="ignore"):  # of float64; `load_network` finds the infinity
+        variables = {name: jnp.asarray(array.astype(np.float32)) for name, array in arrays.items()}
     return Network(model, unflatten_dict(variables, sep="/"), about.image_shape, about.temperature)

@@ -1,41 +1,32 @@
-"""Measures how fast this machine is; one subcommand for each thing that is measured."""
+"""Measures the speed of this machine, with a subcommand for each benchmark."""
 
 import json
 import os
-import platform
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
-import numpy as np
 import tyro
 
+from bench.input import measure_readers, readers_table
+from bench.machine import machine, peaks, use_cpu_devices, versions
+from bench.scaling import draw_scaling, powers_of_two, scaling_cases, scaling_rows, scaling_table, time_cases
+from bench.simulation import rates_table, simulation_rates
+from bench.sweep import Steps, sweep
 from gravlens_jax import cli
-from gravlens_jax.config import check, check_installed
-from gravlens_jax.files import check_folder
-from gravlens_jax.measure import machine, peaks, use_cpu_devices
-from gravlens_jax.measure_input import measure_readers, readers_table
-from gravlens_jax.measure_scaling import (
-    powers_of_two,
-    scaling_cases,
-    scaling_curves,
-    scaling_rows,
-    scaling_table,
-    time_cases,
-)
-from gravlens_jax.measure_simulation import rates_table, simulation_rates
-from gravlens_jax.measure_steps import Steps, sweep
-from gravlens_jax.mesh import is_main, join_processes
+from gravlens_jax.errors import check, check_installed
+from gravlens_jax.run_dir import check_folder
+from gravlens_jax.sharding import is_main, join_processes
 
 
 def simulate(seconds: float = 4.0, repeats: int = 3, lenstronomy: bool = True) -> None:
     """Measures images per second of `ct1` with photon noise, on one core and on all, beside lenstronomy.
 
-    Every measurement is a process of its own on the cores it may use, and the codes take turns; medians are printed, as
-    a table and as a JSON line. Compilation is not counted. lenstronomy sees lenses of the same population, the same
-    grid, sub-pixels and PSF; its strings are 100 point masses; on all cores it runs one process on each.
+    Every measurement is a process of its own on the cores it may use, and the codes alternate; prints medians as a
+    table and as a JSON line. Compilation is not counted. lenstronomy gets lenses of the same population, the same grid,
+    sub-pixels and PSF; its strings are 100 point masses; on all cores it runs one process on each.
 
     Args:
         seconds: length of one measurement of one class.
@@ -49,8 +40,7 @@ def simulate(seconds: float = 4.0, repeats: int = 3, lenstronomy: bool = True) -
     rates = simulation_rates(seconds, repeats, lenstronomy, sorted(os.sched_getaffinity(0)))
     print(rates_table(rates))
     result = [{"code": code, "cores": n} | values for (code, n), values in rates.items()]
-    versions = {"jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version()}
-    print(json.dumps({"benchmark": "simulate", "images_per_second": result} | versions))
+    print(json.dumps({"benchmark": "simulate", "images_per_second": result} | versions()))
 
 
 def measure_input(
@@ -60,17 +50,17 @@ def measure_input(
     repeats: int = 3,
     peer: Literal["torch"] | None = None,
 ) -> None:
-    """Measures opening and random batches of a packed file beside what others read, in processes of their own.
+    """Measures opening and random batches of a packed file beside other readers, each in a process of its own.
 
-    The same images as the packed, memory-mapped npz, as the same file read by np.load, as a compressed npz, and with
-    --peer torch as one .npy file each read by a DataLoader (the best of 0, 1 and as many workers as there are cores).
-    Files are written to the folder for temporary files first, and are in the page cache when they are read.
+    Reads the same images from the packed, memory-mapped npz, from the same file by np.load, from a compressed npz, and
+    with --peer torch from one .npy file each by a DataLoader (the best of 0, 1 and as many workers as there are cores).
+    The files are written to the folder for temporary files, and are in the page cache when they are read.
 
     Args:
         images: number of images, 150 x 150 pixels.
         batch_size: images a batch.
         batches: batches of each measurement.
-        repeats: measurements of each reader, in turn.
+        repeats: measurements of each reader, alternating.
         peer: whether to measure the DataLoader (pip install torch).
     """
     check(Path("/proc/self/statm").exists(), "this benchmark reads its memory from /proc, which only Linux has")
@@ -89,7 +79,7 @@ def measure_input(
 
 
 def _set_huge_pages() -> None:
-    """Gives processes to come the memory that train.py has; PyTorch's too."""
+    """Gives child processes the same memory pages as train.py; PyTorch's too."""
     os.environ.setdefault("GLIBC_TUNABLES", cli.HUGE_PAGES)
 
 
@@ -124,25 +114,25 @@ def scale(
 ) -> None:
     """Measures training steps of ResNet-20 over 1, 2, ... devices: weak scaling and strong scaling.
 
-    All cases take turns; medians are printed, as a table and as a JSON line. Efficiency is the images per second of n
-    devices over n times those of one. Devices of a CPU are virtual and share its cores: images per second stay as they
-    are at best. A run of several processes is started like one of train.py, on CPUs with JAX_NUM_CPU_DEVICES set.
+    All cases alternate; prints medians as a table and as a JSON line. Efficiency is the images per second of n devices
+    over n times those of one. Devices of a CPU are virtual and share its cores: at best images per second stay the
+    same. A run of several processes is started like one of train.py, on CPUs with JAX_NUM_CPU_DEVICES set.
 
     Args:
-        devices: numbers of devices; by default powers of two up to all. A CPU is split into as many as asked for.
+        devices: numbers of devices; by default powers of two up to all. A CPU is split into as many as needed.
         batch_per_device: images a step on each device, for weak scaling.
         batch_size: images a step on all devices together, for strong scaling; by default the largest of weak scaling.
         image_size: pixels of the network's input, height and width.
         dtype: of activations.
         warmup: steps before each measurement.
         steps: steps of each measurement.
-        repeats: measurements of each case, in turn.
+        repeats: measurements of each case, alternating.
         figure: PNG to draw.
-        coordinator: HOST:PORT of process 0 of a run of several, or auto for what JAX finds out itself.
+        coordinator: HOST:PORT of process 0 of a run of several, or auto to let JAX detect the cluster.
         num_processes: of that run.
         process_id: of this process: 0, 1, ...
     """
-    cli.use_huge_pages()
+    cli.set_environment()
     if figure is not None:
         check_folder(figure)
     join_processes(coordinator, num_processes, process_id)
@@ -155,9 +145,7 @@ def scale(
         facts = {"image_size": image_size, "dtype": dtype, "processes": jax.process_count(), "rows": rows}
         print(scaling_table(rows))
         if figure is not None:
-            from gravlens_jax.figures import draw_scaling  # and Matplotlib, which takes a third of a second
-
-            draw_scaling(figure, scaling_curves(rows))
+            draw_scaling(figure, rows)
             print(figure)
         print(json.dumps({"benchmark": "scale"} | facts | machine((dtype,))))
 

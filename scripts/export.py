@@ -1,4 +1,4 @@
-"""Writes the network of a run to one small file."""
+"""Writes a trained network to one small file."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,7 +14,7 @@ def main(
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     checkpoint: Literal["best", "final"] = "best",
 ) -> None:
-    """Writes the network of a run to one file.
+    """Writes a trained network to one file.
 
     examples:
       python scripts/export.py runs/default mine.npz
@@ -22,7 +22,7 @@ def main(
 
     Args:
         out: .npz, which evaluate.py and predict.py accept in place of a run; .safetensors, the same arrays for other
-            programs; or .stablehlo, the whole prediction, which jax.export.deserialize alone can run.
+            programs; or .stablehlo, the whole prediction, which runs by jax.export.deserialize without this package.
         checkpoint: the epoch of lowest validation loss, or the last one.
     """
     about = export_run(run, out, checkpoint)

@@ -1,16 +1,80 @@
-"""Teaches a trained network other classes."""
+"""Fine-tunes a trained network on images of other classes."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
+import jax.numpy as jnp
 import tyro
 
 from gravlens_jax import cli
-from gravlens_jax.evaluate import load_labelled
-from gravlens_jax.finetune import finetune
-from gravlens_jax.folders import list_classes
-from gravlens_jax.npz import open_npz
-from gravlens_jax.weights import check_output, describe, load_network, write_network
+from gravlens_jax.config import AugmentConfig, OptimConfig
+from gravlens_jax.errors import check
+from gravlens_jax.folders import list_classes, load_labelled
+from gravlens_jax.loader import FileSource
+from gravlens_jax.npz import Dataset, open_npz
+from gravlens_jax.optim import make_optimizer
+from gravlens_jax.pixels import check_pixels
+from gravlens_jax.preprocess import check_images
+from gravlens_jax.sharding import data_mesh, replicated
+from gravlens_jax.train_step import check_alive, init_state, mean_metrics, train_step, zero_sums
+from gravlens_jax.weights import Network, check_output, describe, load_network, write_network
+
+
+def finetune(
+    network: Network,
+    dataset: Dataset,
+    *,
+    epochs: int = 10,
+    learning_rate: float = 0.01,
+    batch_size: int = 32,
+    seed: int = 0,
+    show: Callable[[str], None] = print,
+) -> Network:
+    """Returns a network for the classes of a data set, trained from the parameters of `network` and a new head.
+
+    Args:
+      network: from `load_network`; it is not changed.
+      dataset: labelled images that suit the network's input: the same pixel scale, for example.
+      epochs: passes over the images.
+      learning_rate: peak; see `OptimConfig`.
+      batch_size: images per step; all of them, if there are fewer.
+      seed: of the head, the order and the flips.
+      show: is called with a line of text after each epoch.
+
+    Raises:
+      InputError: images smaller than the network's crop, NaN or infinite pixels, fewer than two classes, or an option
+        out of range.
+      FloatingPointError: a parameter is not finite, or the network no longer learns (no gradient).
+    """
+    model = network.model.clone(classes=dataset.classes)
+    check(epochs >= 1 and batch_size >= 1, f"epochs={epochs}, batch_size={batch_size}: both must be at least 1")
+    check(len(dataset.classes) > 1, f"only one class, {', '.join(dataset.classes)}; at least two are needed")
+    check_images((dataset.size, *dataset.image_shape), model.input)
+    check_pixels(dataset.images)
+    batch_size = min(batch_size, dataset.size)
+    steps = dataset.size // batch_size
+    config = OptimConfig(learning_rate=learning_rate, warmup_steps=steps)
+    tx = make_optimizer(config, epochs * steps)
+    mesh = data_mesh(1)
+    jit = partial(jax.jit, out_shardings=replicated(mesh))
+    state = jit(partial(init_state, model=model, tx=tx, config=config))(seed)
+    # Copies, because the first step donates the state.
+    old = jax.device_put(jax.tree.map(jnp.copy, network.variables), replicated(mesh))
+    state = state._replace(params={**old["params"], "head": state.params["head"]}, batch_stats=old["batch_stats"])
+    step = partial(train_step, model=model, tx=tx, augment_config=AugmentConfig(), seed=seed)
+    step_fn, zero_fn = jit(step, donate_argnums=0), jit(zero_sums)
+    source = FileSource(dataset, batch_size, seed, mesh)
+    for epoch in range(epochs):
+        state = state._replace(sums=zero_fn())
+        for _, batch in source.batches(epoch):
+            state, _ = step_fn(state, batch)
+        check_alive(state)
+        loss, accuracy = mean_metrics(state.sums)
+        show(f"epoch {epoch + 1}/{epochs}: train loss {loss:.3f} acc {accuracy:.3f}")
+    return Network(model, {"params": state.params, "batch_stats": state.batch_stats}, dataset.image_shape)
 
 
 def main(
@@ -23,15 +87,15 @@ def main(
     batch_size: int = 32,
     seed: int = 0,
 ) -> None:
-    """Trains a network further, with a new head, on images of your own classes; RUN itself stays as it is.
+    """Trains a network further, with a new head, on images of your own classes; RUN itself is not changed.
 
     example:
       python scripts/finetune.py pretrained my_images mine.npz --classes cdm,axion
 
     Args:
         data: .npz made by pack.py, or a folder with one folder of .npy images for each class.
-        out: .npz to write, which evaluate.py and predict.py accept in place of a run (or another of export.py's files).
-        classes: names, separated by commas, in the order that the network shall have; those of DATA if not given.
+        out: .npz to write, which evaluate.py and predict.py accept in place of a run, or another format of export.py.
+        classes: names, separated by commas, in the order of the network's outputs; by default those of DATA.
         epochs: passes over the images.
         learning_rate: peak; half of train.py's.
         batch_size: images per step.

@@ -1,15 +1,68 @@
-"""Turns PyTorch weights of the published network into a run directory."""
+"""Converts PyTorch weights of GravLensNet to a run directory."""
 
+from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 from gravlens_jax import cli
 from gravlens_jax.checkpoint import save_variables
 from gravlens_jax.config import PRESETS, Config, ModelConfig
-from gravlens_jax.run import RunInfo, check_unused, create_run
-from gravlens_jax.torch_weights import load_state_dict, to_variables
+from gravlens_jax.errors import InputError, check, check_installed
+from gravlens_jax.npz import load_arrays
+from gravlens_jax.run_dir import RunInfo, check_unused, create_run
+
+
+def load_state_dict(path: Path) -> dict[str, np.ndarray]:
+    """Reads a PyTorch state dict, parameter name -> array, from .npz or .pth (needs torch), without free unpickling."""
+    path, expected = Path(path), "a PyTorch state dict as .npz or .pth"
+    check(path.is_file(), f"{path}: no such file; expected {expected}")
+    if path.suffix == ".npz":
+        return load_arrays(path, expected, "uif")
+    check_installed("torch", f"{path}: a .pth (unlike an .npz of the same arrays)", "torch")
+    import torch
+
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    check(version >= (2, 10), f"{path}: torch {torch.__version__} may run code from a .pth; update torch to 2.10")
+    try:
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: value.numpy() for name, value in state_dict.items()}
+    except Exception as error:  # torch raises many kinds for damaged or unsafe files
+        raise InputError(f"{path}: not a readable state dict ({' '.join(str(error).split())[:200]})") from error
+
+
+def to_variables(state_dict: dict[str, np.ndarray], depth: int, order: list[int]) -> dict[str, Any]:
+    """Returns the Flax variables, float32, of a `ResNet` without projections; InputError if its depth is another one.
+
+    Args:
+      state_dict: names as in GravLensNet: conv0, bn0, block<stage>.<block>.features.{conv,bn}_{1,2}, linear.
+      depth: 6n + 2.
+      order: for each class of ours, its position in the state dict's head.
+    """
+    left = {name: array for name, array in state_dict.items() if not name.endswith("num_batches_tracked")}
+
+    def take(name: str) -> np.ndarray:
+        check(name in left, f"the state dict has no {name!r}: its network is not of depth {depth}; try another --depth")
+        return np.asarray(left.pop(name), np.float32)
+
+    layers = {"conv0": "conv0", "norm0": "bn0"}
+    for stage, block, i in product((1, 2, 3), range((depth - 2) // 6), (1, 2)):
+        ours, theirs = f"stage{stage}_block{block + 1}", f"block{stage}.{block}.features"
+        layers |= {f"{ours}_conv{i}": f"{theirs}.conv_{i}", f"{ours}_norm{i}": f"{theirs}.bn_{i}"}
+    params, batch_stats = {}, {}
+    for ours, theirs in layers.items():
+        if "conv" in ours:
+            params[ours] = {"kernel": take(f"{theirs}.weight").transpose(2, 3, 1, 0)}
+        else:
+            params[ours] = {"scale": take(f"{theirs}.weight"), "bias": take(f"{theirs}.bias")}
+            batch_stats[ours] = {"mean": take(f"{theirs}.running_mean"), "var": take(f"{theirs}.running_var")}
+    weight, bias = take("linear.weight"), take("linear.bias")
+    check(len(bias) == len(order), f"the head has {len(bias)} classes, --classes names {len(order)}")
+    params["head"] = {"kernel": weight[order].T, "bias": bias[order]}
+    check(not left, f"{next(iter(left), '')!r} is left over: the network is not of depth {depth}; try another --depth")
+    return {"params": params, "batch_stats": batch_stats}
 
 
 def main(
@@ -18,14 +71,14 @@ def main(
     depth: int = 32,
     classes: str = "no,vort,sphere",
 ) -> None:
-    """Turns a PyTorch state dict of GravLensNet into a run that evaluate.py and predict.py accept.
+    """Converts a PyTorch state dict of GravLensNet to a run that evaluate.py and predict.py accept.
 
     example:
       python scripts/import_torch.py resnet.pth runs/gravlensnet
 
     Args:
         weights: state dict, .npz (parameter name -> array) or .pth (needs torch).
-        run: directory to make.
+        run: directory to create.
         depth: 6n + 2 layers; GravLensNet's published run has 32, its first one 20.
         classes: names of its outputs, in their order; the run has them in alphabetical order.
     """

@@ -6,16 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import jax.numpy as jnp
+import numpy as np
 import tyro
 
 from gravlens_jax import cli
-from gravlens_jax.config import CLASSES, PriorPreset, SimulationConfig, check
-from gravlens_jax.files import check_folder
-from gravlens_jax.model import predict
-from gravlens_jax.priors import PRESETS, Priors
-from gravlens_jax.progress import track
-from gravlens_jax.simulate import example_lenses, simulate_dataset
-from gravlens_jax.weights import load_network
+from gravlens_jax.config import CLASSES, FILES, PriorPreset, SimulationConfig
+from gravlens_jax.console import track
+from gravlens_jax.datasets import simulate_dataset
+from gravlens_jax.errors import check
+from gravlens_jax.inference import predict
+from gravlens_jax.lensing.images import lens_key, simulate_images
+from gravlens_jax.lensing.priors import PRESETS, Priors
+from gravlens_jax.lensing.profiles import pixel_grid
+from gravlens_jax.lensing.render import deflect_substructure, sample_lens
+from gravlens_jax.report import WRONG, new_figure, save_figure
+from gravlens_jax.run_dir import check_folder
+from gravlens_jax.weights import load_pretrained
 
 DEFAULT = SimulationConfig()
 
@@ -29,18 +36,78 @@ class Arguments:
       python scripts/simulate.py data/few --train 9 --val 0 --test 0 --parameters --figure few.png
     """
 
-    # folder to write to; files that are there from the same arguments are kept
+    # folder to write to; existing files from the same arguments are kept
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     # the population
     prior: Priors
     preset: PriorPreset = DEFAULT.preset  # population that --prior options start from; ct1 re-simulates public images
     train: int = DEFAULT.train  # number of training images, all classes together; 0 for no such file
-    easy: int = 0  # number of training images with heavier substructure, which a run begins with
+    easy: int = 0  # number of images with heavier substructure that training begins with
     val: int = DEFAULT.val  # number of validation images
     test: int = DEFAULT.test  # number of test images
     seed: int = DEFAULT.seed  # of the images
-    parameters: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # store each lens's parameters in the files too
-    figure: Path | None = None  # PNG to draw: examples of each class, predictions, deflection of the substructure
+    parameters: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # store the parameters of each lens too
+    figure: Path | None = None  # PNG to write: examples of each class, predictions, deflection of the substructure
+
+
+def example_lenses(seed: int, priors: Priors, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns example images of each class and the deflection by their substructure.
+
+    Args:
+      seed: of the training images that are shown.
+      priors: the population.
+      columns: examples of each class.
+
+    Returns:
+      images: uint16 (3, columns, num_pixels, num_pixels) photon counts.
+      deflections: float32, same shape, length of the deflection by the substructure alone, arcsec; 0 for `no`.
+    """
+    n, train = len(CLASSES) * columns, FILES.index("train")
+    images = np.concatenate(list(simulate_images(n, seed, train, priors)))
+    x, y = pixel_grid(priors.num_pixels, priors.pixel_scale)
+    deflections = np.empty(images.shape, np.float32)
+    for index in range(n):
+        p = sample_lens(lens_key(seed, train, index), priors, CLASSES[index % len(CLASSES)])
+        deflections[index] = jnp.hypot(*deflect_substructure(x, y, p))
+    shape = (columns, len(CLASSES), *images.shape[1:])
+    return images.reshape(shape).swapaxes(0, 1), deflections.reshape(shape).swapaxes(0, 1)
+
+
+def draw_population(
+    path: Path, images: np.ndarray, deflections: np.ndarray, width: float, probabilities: np.ndarray | None
+) -> None:
+    """Pairs of an image and the deflection by its lens's substructure alone, a row for each class.
+
+    Args:
+      path: where to write the PNG.
+      images, deflections: as `example_lenses` returns them.
+      width: arcsec, of the whole image.
+      probabilities: float (classes, columns, classes), predictions to write above the images; None for none.
+    """
+    from matplotlib.colors import LogNorm
+
+    rows, columns = images.shape[:2]
+    figure = new_figure(3.1 * columns + 0.9, 1.75 * rows + 0.3, dpi=75)
+    grid = figure.subplots(rows, 2 * columns, squeeze=False)
+    extent = (-width / 2, width / 2, -width / 2, width / 2)
+    for axes in grid.ravel():
+        axes.set(xticks=[], yticks=[])
+    for row, column in np.ndindex(rows, columns):
+        left, right = grid[row, 2 * column : 2 * column + 2]
+        left.imshow(np.sqrt(images[row, column]), cmap="inferno", extent=extent)
+        title, colour = "image", "black"
+        if probabilities is not None:
+            own = probabilities[row, column]
+            title = f"predicted: {CLASSES[own.argmax()]} {own.max():.2f}"
+            colour = "black" if own.argmax() == row else WRONG
+        left.set_title(title, fontsize=9, color=colour)
+        deflection = np.maximum(deflections[row, column], 1e-6)
+        shown = right.imshow(deflection, cmap="viridis", extent=extent, norm=LogNorm(0.01, 0.3))
+        right.set_title("substructure", fontsize=9)
+    for axes, name in zip(grid[:, 0], CLASSES, strict=True):
+        axes.set_ylabel(name, fontsize=11)
+    figure.colorbar(shown, ax=grid, label="deflection by substructure [arcsec]", shrink=0.8, pad=0.01, extend="both")
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -58,15 +125,12 @@ def main() -> None:
     simulate_dataset(a.out, config, track, a.prior, a.parameters)
     print(a.out)
     if a.figure is not None:
-        from gravlens_jax.figures import draw_population  # and Matplotlib, which takes a third of a second
-
-        width = a.prior.num_pixels * a.prior.pixel_scale
         images, deflections = example_lenses(a.seed, a.prior, columns=3)
-        network, guesses = load_network("pretrained"), None
+        network, probabilities = load_pretrained(), None
         if images.shape[2:] == network.image_shape:
-            guesses = predict(network.model, network.variables, images.reshape(-1, *network.image_shape))
-            guesses = guesses.reshape(*images.shape[:2], -1)
-        draw_population(a.figure, images, deflections, CLASSES, width, guesses)
+            flat = predict(network.model, network.variables, images.reshape(-1, *network.image_shape))
+            probabilities = flat.reshape(*images.shape[:2], -1)
+        draw_population(a.figure, images, deflections, a.prior.num_pixels * a.prior.pixel_scale, probabilities)
         print(a.figure)
 
 

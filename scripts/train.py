@@ -5,16 +5,27 @@ import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from gravlens_jax import cli, tensorboard
-from gravlens_jax.config import PRESETS, Config, check_installed
-from gravlens_jax.evaluate import table
-from gravlens_jax.fit import fit
-from gravlens_jax.mesh import is_main, join_processes
-from gravlens_jax.run import read_history, read_run
+from gravlens_jax import cli
+from gravlens_jax.config import PRESETS, Config
+from gravlens_jax.errors import check_installed
+from gravlens_jax.report import table
+from gravlens_jax.run_dir import read_history, read_run, writing
+from gravlens_jax.sharding import is_main, join_processes
+from gravlens_jax.training import fit
+
+# field of metrics.jsonl -> tag of TensorBoard
+TAGS = {
+    "train_loss": "loss/train",
+    "val_loss": "loss/val",
+    "train_accuracy": "accuracy/train",
+    "val_accuracy": "accuracy/val",
+    "learning_rate": "learning_rate",
+    "images_per_second": "images_per_second",
+}
 
 
 @dataclass(frozen=True)
@@ -28,18 +39,18 @@ class Arguments:
     """
 
     config: Annotated[Config, tyro.conf.arg(name="")]
-    preset: Literal["default", "best", "smoke", "published"] = "default"  # what every other option starts from
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on with --run-dir where it was last saved
-    save_minutes: float = 10.0  # time between saves within an epoch; 0 for none; an epoch's end is always saved
-    tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # write RUN/tensorboard too
-    coordinator: str | None = None  # HOST:PORT of process 0 of a run of several, or auto for what JAX finds out itself
-    num_processes: int | None = None  # of that run
+    preset: Literal["default", "best", "smoke", "published"] = "default"  # that all other options start from
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # continue the run in --run-dir from its last save
+    save_minutes: float = 10.0  # time between saves within an epoch; 0 for none; the end of an epoch is always saved
+    tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # write event files to RUN/tensorboard too
+    coordinator: str | None = None  # HOST:PORT of process 0 of several, or auto if JAX finds it out by itself
+    num_processes: int | None = None  # of the run
     process_id: int | None = None  # of this process: 0, 1, ...
-    compile_cache: bool = True  # keep compiled programs in ~/.cache/gravlens_jax, so that the next run starts at once
+    compile_cache: bool = True  # keep compiled programs in ~/.cache/gravlens_jax, so that the next run starts faster
 
 
 def parse_arguments(arguments: list[str]) -> Arguments:
-    """Reads the command line; what it leaves out comes from the preset, or from the run that is resumed."""
+    """Reads the command line; options that are not given come from the preset, or from the run that is resumed."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="default")
     first.add_argument("--run-dir", "--run_dir")
@@ -52,20 +63,43 @@ def parse_arguments(arguments: list[str]) -> Arguments:
     return tyro.cli(Arguments, default=Arguments(config, known.preset), args=arguments)
 
 
+def write_epoch(run_dir: Path, line: dict[str, Any]) -> None:
+    """Writes a line of metrics.jsonl for TensorBoard; it replaces what was written of this step and later ones."""
+    scalars = {tag: line[name] for name, tag in TAGS.items()}
+    write_scalars(run_dir, line["step"], scalars, purge_step=line["step"], filename_suffix=f".{line['step']:010}.epoch")
+
+
+def write_report(run_dir: Path, step: int, values: dict[str, Any]) -> None:
+    """Writes the metrics of the report, as `evaluate_network` returns them, for TensorBoard."""
+    values = values | {f"auc/{name}": value for name, value in values["auc"].items()}
+    scalars = {f"test/{name}": value for name, value in values.items() if isinstance(value, float)}
+    write_scalars(run_dir, step, scalars, filename_suffix=f".{step:010}.report")
+
+
+def write_scalars(run_dir: Path, step: int, scalars: dict[str, float], **options: Any) -> None:
+    """Writes an event file to RUN/tensorboard; `options` are those of `SummaryWriter`."""
+    from tensorboardX import SummaryWriter
+
+    folder = run_dir / "tensorboard"
+    with writing(folder), SummaryWriter(str(folder), **options) as writer:
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, value, step)
+
+
 def main() -> None:
     """Runs the command line."""
     arguments = parse_arguments(sys.argv[1:])
-    cli.use_huge_pages()
+    cli.set_environment()
     if arguments.tensorboard:
         check_installed("tensorboardX", "--tensorboard", '"gravlens_jax[tensorboard]"')
     join_processes(arguments.coordinator, arguments.num_processes, arguments.process_id)
     if arguments.compile_cache:
         cli.use_compile_cache()
     run_dir = Path(arguments.config.run_dir)
-    on_epoch = {"on_epoch": partial(tensorboard.write_epoch, run_dir)} if arguments.tensorboard else {}
+    on_epoch = {"on_epoch": partial(write_epoch, run_dir)} if arguments.tensorboard else {}
     values = fit(arguments.config, arguments.resume, arguments.save_minutes, **on_epoch)
     if arguments.tensorboard and is_main():
-        tensorboard.write_report(run_dir, read_history(run_dir / "metrics.jsonl")[-1]["step"], values)
+        write_report(run_dir, read_history(run_dir)[-1]["step"], values)
     if is_main():
         print(f"test split: {table(values, run_dir / 'report')}\nrun: {run_dir}")
 

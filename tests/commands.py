@@ -1,4 +1,4 @@
-"""The scripts as a user runs them, each in a process of its own; and what the tests that do so share."""
+"""Runs the scripts as a user does, each in a process of its own; helpers of the tests that do so."""
 
 import json
 import os
@@ -10,31 +10,38 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gravlens_jax.checkpoint import load_checkpoint
+from gravlens_jax.checkpoint import load_variables
 from gravlens_jax.cli import HUGE_PAGES
 from gravlens_jax.config import CLASSES
+from gravlens_jax.model import make_model
 from gravlens_jax.npz import write_npz
+from gravlens_jax.run_dir import read_run
 
 ROOT = Path(__file__).parent.parent
-XLA_FLAGS = os.environ["XLA_FLAGS"]  # of what is started
-NETWORK = [
-    *("--preset", "smoke", "--model.width", "4", "--input.crop", "48", "--input.pool", "4"),
-    *("--optim.decay", "constant"),  # so that runs of any length are the same program, compiled once
-]
+CONSTANT = ["--optim.decay", "constant"]  # runs of any length are then the same program, compiled once
+NETWORK = ["--preset", "smoke", "--model.width", "4", "--input.crop", "48", "--input.pool", "4", *CONSTANT]
 SMALL = [*NETWORK, "--simulation.train", "96", "--simulation.val", "24", "--simulation.test", "24"]
+DEFAULT_NETWORK = [*CONSTANT, "--batch-size", "16"]  # and the image size that users have
 
 
 def write_images(folder, **sizes):
-    """Writes a data set of noise, as large as simulated images, with `sizes` of them in each file."""
+    """Writes a data set of noise, with the size of simulated images and `sizes` images in each file."""
     for split, n in sizes.items():
         images = np.random.default_rng(n).poisson(50, (n, 150, 150)).astype(np.uint16)
         write_npz(folder / f"{split}.npz", [images], images.shape, images.dtype, np.arange(n) % 3, CLASSES, {})
 
 
-def start(folder, script, *arguments, devices=1, before=(), **options):
-    """Starts a script in `folder`; `before` are words of the command line before Python's."""
+def start(folder, script, *arguments, devices=1, before=(), optimized=False, **options):
+    """Starts a script in `folder`.
+
+    Args:
+      devices: number of virtual devices of the CPU.
+      before: words of the command line before Python's.
+      optimized: whether XLA compiles with its default flags, as for users, instead of those of conftest.py.
+    """
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
-    environment |= {"XLA_FLAGS": XLA_FLAGS, "GLIBC_TUNABLES": HUGE_PAGES}  # or train.py would start Python once more
+    environment |= {"GLIBC_TUNABLES": HUGE_PAGES}  # or train.py would start Python a second time
+    environment |= {"XLA_FLAGS": ""} if optimized else {}
     command = [*before, sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment} | options
     return subprocess.Popen(command, cwd=folder, **options)
@@ -50,14 +57,14 @@ def finish(*processes, status=0):
 
 
 def run(folder, script, *arguments, status=0, **options):
-    """Runs a script; returns what it prints, or if the status is not 0 what it says went wrong."""
+    """Runs a script; returns its output, or if the status is not 0 its error message."""
     ((out, err),) = finish(start(folder, script, *arguments, **options), status=status)
     return out if status == 0 else err
 
 
-def saved_within(run_dir):
-    """Returns the step of what is saved within an epoch, 0 if nothing is."""
-    return max((int(f.name) for f in (run_dir / "partial").glob("*") if f.name.isdecimal()), default=0)
+def saved_step(run_dir):
+    """Returns the step of the latest checkpoint, 0 if there is none."""
+    return max((int(f.name) for f in (run_dir / "checkpoints").glob("*") if f.name.isdecimal()), default=0)
 
 
 def history(run_dir):
@@ -82,9 +89,15 @@ def wait_for_epochs(run_dir, n, *processes):
     wait_for(lambda: len(history(run_dir)) >= n, *processes)
 
 
+def load(run_dir, which):
+    """Returns the variables of a run's checkpoint as they were saved, and their step."""
+    info = read_run(run_dir)
+    return load_variables(run_dir, make_model(info.config.model, info.config.input, info.classes), which)
+
+
 def assert_same_parameters(a, b):
     """Best and final parameters and batch statistics of two runs agree bitwise."""
     for which in ("best", "final"):
-        ours, theirs = (load_checkpoint(run_dir, which)[1] for run_dir in (a, b))
-        assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+        (ours, step), (theirs, other_step) = (load(run_dir, which) for run_dir in (a, b))
+        assert step == other_step and jax.tree.structure(ours) == jax.tree.structure(theirs)
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)

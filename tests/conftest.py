@@ -1,8 +1,9 @@
 """Tests run on two virtual CPU devices, and JAX refuses to broadcast between ranks.
 
-Most of their time is compilation. So XLA makes the machine code without optimizing it (of the program itself it leaves
-no optimization out), and compiled programs are kept in a folder that all tests, and the programs that they start, share
-while they run. Who reads there what another one is writing, or was killed while writing, warns and compiles.
+Most of their time is compilation. So XLA does not optimize machine code (it optimizes the program as always), and
+compiled programs are cached in a folder that all tests, and the scripts that they start, share. A process that reads an
+entry that is being written, or was cut by a kill, warns and compiles. Other code is compiled, and other kernels are
+chosen, than for users: each claim also has a test with default flags and the default network (`optimized=True`).
 """
 
 import os
@@ -17,6 +18,7 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # see cli.set_environment
 os.environ.setdefault("PYTHONWARNINGS", "ignore:Error reading persistent,ignore:Error writing persistent")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
     CACHE = tempfile.TemporaryDirectory()
@@ -25,14 +27,14 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared"  # real images and published weights, where there are any
+SHARED = ROOT.parent / "shared"  # real images and published weights, if they are there
+sys.path.insert(0, str(ROOT / "scripts"))  # for `import bench`
 
-
-LONGEST = ("test_processes.py", "test_faults.py", "test_end_to_end.py", "test_simulate.py")
+LONGEST = ("test_processes.py", "test_resume.py", "test_scripts.py", "test_disk.py", "test_images.py")
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files come first, so that the short ones keep all workers busy to the end."""
+    """Runs the longest files first, so that the short ones keep all workers busy to the end."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
@@ -45,9 +47,9 @@ def shared() -> Path:
 
 @pytest.fixture
 def run_here(monkeypatch, capsys):
-    """A function that runs a script in this process, which is faster than to start another.
+    """Returns a function that runs a script in this process, which is faster than starting another one.
 
-    It returns what the script prints, or if the status is not 0 what it says went wrong.
+    It returns the script's output, or if the status is not 0 its error message.
     """
     from gravlens_jax import cli
 

@@ -1,209 +1,178 @@
 import itertools
-import json
-import os
 import shutil
-import subprocess
-import sys
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from gravlens_jax import checkpoint, run
-from gravlens_jax.config import CLASSES, Config, InputConfig, InputError, ModelConfig
+from gravlens_jax import checkpoint
+from gravlens_jax.config import CLASSES, Config, InputConfig, ModelConfig
+from gravlens_jax.errors import InputError
 from gravlens_jax.model import make_model
 from gravlens_jax.optim import make_optimizer
-from gravlens_jax.steps import init_state
+from gravlens_jax.run_dir import RunInfo, create_run
+from gravlens_jax.train_step import init_state
 
 CONFIG = Config(model=ModelConfig(depth=8, width=4), input=InputConfig(crop=16, pool=1))
-INFO = run.RunInfo(CONFIG, CLASSES, (16, 16))
+INFO = RunInfo(CONFIG, CLASSES, (16, 16))
+MODEL = make_model(CONFIG.model, CONFIG.input, CLASSES)
 
 
 def make_state(step):
-    model = make_model(CONFIG.model, CONFIG.input, CLASSES)
-    state = init_state(step, model, make_optimizer(CONFIG.optim, 10), CONFIG.optim)
+    state = init_state(step, MODEL, make_optimizer(CONFIG.optim, 10), CONFIG.optim)
     return state._replace(step=jnp.int32(step))
 
 
+def make_variables(step):
+    return {"params": make_state(step).params, "batch_stats": make_state(step).batch_stats}
+
+
 def make_run(run_dir, losses):
-    run.create_run(run_dir, INFO)
+    """Makes a run with a checkpoint of each loss, at steps 1, 2, ...; None is a save within an epoch."""
+    create_run(run_dir, INFO)
     with checkpoint.open_checkpoints(run_dir) as manager:
         for epoch, loss in enumerate(losses):
-            checkpoint.save_state(manager, make_state(epoch + 1), loss)
+            checkpoint.save(manager, make_state(epoch + 1), loss)
+
+
+def steps(run_dir):
+    return sorted(f.name for f in (run_dir / "checkpoints").iterdir())
 
 
 def assert_equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_restoring_gives_the_last_state_exactly(tmp_path):
+def test_restoring_gives_the_latest_state_exactly(tmp_path):
     make_run(tmp_path, [0.5, 0.3, 0.4])
     with checkpoint.open_checkpoints(tmp_path) as manager:
-        assert_equal(checkpoint.restore_state(manager, 3, make_state(0)), (make_state(3), {}))
+        assert_equal(checkpoint.restore_latest(manager, make_state(0)), make_state(3))
 
 
-def test_a_save_within_an_epoch_keeps_its_sums_and_replaces_the_one_before(tmp_path):
-    sums = {"loss": 0.1 + 0.2, "correct": 3.0, "count": 8.0}
-    with checkpoint.open_partial(tmp_path) as manager:
-        for step in (2, 5, 5):
-            checkpoint.save_partial(manager, make_state(step), sums)
-        assert manager.all_steps() == [5]
-        assert_equal(checkpoint.restore_state(manager, 5, make_state(0)), (make_state(5), sums))
-        checkpoint.drop_partial(manager)
-        assert manager.latest_step() is None
-
-
-def test_parameters_that_are_not_finite_are_not_saved_within_an_epoch(tmp_path):
+def test_state_saved_within_an_epoch_is_restored_with_its_sums(tmp_path):
     state = make_state(3)
-    state.params["head"]["bias"] = jnp.array([0, jnp.nan, 0])
-    with checkpoint.open_partial(tmp_path) as manager:
-        with pytest.raises(FloatingPointError, match="not finite at step 3"):
-            checkpoint.save_partial(manager, state, {})
-        assert manager.all_steps() == []
+    state = state._replace(sums=state.sums | {"loss": jnp.float32(0.1), "count": jnp.int32(8)})
+    make_run(tmp_path, [0.5, None])
+    with checkpoint.open_checkpoints(tmp_path) as manager:
+        checkpoint.save(manager, state)
+        assert_equal(checkpoint.restore_latest(manager, make_state(0)), state)
 
 
-def test_a_damaged_file_of_a_checkpoint_is_refused_and_the_other_checkpoint_loads(tmp_path):
+@pytest.mark.parametrize(
+    "losses, kept",
+    [
+        ([0.5, 0.3, 0.4, 0.45], ["2", "4"]),
+        ([0.5, None, None], ["1", "3"]),  # a save within an epoch replaces the one before, and is never the best
+        ([0.5, None, 0.3], ["3"]),
+        ([None, None], ["2"]),
+    ],
+)
+def test_only_the_best_and_the_latest_are_kept(tmp_path, losses, kept):
+    make_run(tmp_path, losses)
+    assert steps(tmp_path) == kept
+    for which, step in (("best", int(kept[0])), ("final", int(kept[-1]))):
+        variables, found = checkpoint.load_variables(tmp_path, MODEL, which)
+        assert found == step
+        assert_equal(variables, make_variables(step))
+
+
+def test_damaged_file_is_refused_and_the_other_checkpoint_loads(tmp_path):
     make_run(tmp_path, [0.3, 0.4])
     folder = tmp_path / "checkpoints/2"
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.stat().st_size)
     rng = np.random.default_rng(0)
     one_kind_each = zip(files, itertools.cycle(("flip", "cut", "missing")), strict=False)
-    all_kinds = itertools.product([folder / "digests.json"], ("flip", "cut", "missing"))
+    all_kinds = itertools.product([folder / "digests.json"], ("flip", "cut"))
     for file, damage in dict.fromkeys([*one_kind_each, *all_kinds]):
+        if file.name == "digests.json" and damage == "missing":
+            continue
         whole = file.read_bytes()
         part = bytearray(whole)
         part[rng.integers(len(part))] ^= 0x10
         file.unlink()
         if damage != "missing":
             file.write_bytes(part if damage == "flip" else whole[: len(whole) // 2])
-        if file.name == "digests.json" and damage == "missing":
-            checkpoint.load_run(tmp_path, "final")
-        else:
-            with pytest.raises(InputError, match=r"checkpoints.2 is damaged.*Remove it to go on from step 1"):
-                checkpoint.load_run(tmp_path, "final")
-        if "metrics" not in str(file) and file.name != "digests.json":  # which opening needs of every checkpoint
-            checkpoint.load_run(tmp_path, "best")
+        with pytest.raises(InputError, match=r"checkpoints.2 is damaged.*Remove it to continue from step 1"):
+            checkpoint.load_variables(tmp_path, MODEL, "final")
+        if "metrics" not in str(file) and file.name != "digests.json":  # Orbax reads the metrics of every checkpoint
+            checkpoint.load_variables(tmp_path, MODEL, "best")
         file.write_bytes(whole)
     shutil.rmtree(folder)
-    assert_equal(checkpoint.load_run(tmp_path, "final")[1]["params"], make_state(1).params)
+    assert checkpoint.load_variables(tmp_path, MODEL, "final")[1] == 1
 
 
-def test_a_second_process_on_a_run_directory_is_refused(tmp_path):
-    code = f"""
-from pathlib import Path
-from gravlens_jax import run
-with run.locked(Path({str(tmp_path)!r})):
-    pass
-"""
-    with run.locked(tmp_path):
-        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert other.returncode and f"is in use by another process (process {os.getpid()} on" in other.stderr
-    with run.locked(tmp_path):  # it is free again
-        pass
+def test_checkpoint_without_digests_is_read(tmp_path):
+    make_run(tmp_path, [0.3])
+    (tmp_path / "checkpoints/1/digests.json").unlink()  # the process was killed before it was written
+    assert_equal(checkpoint.load_variables(tmp_path, MODEL)[0], make_variables(1))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_is_one_error(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(InputError, match="Permission denied"), run.locked(tmp_path / "run"):
-        pass
+def test_orbax_alone_does_not_notice_a_changed_byte(tmp_path):
+    """If this fails, digests.json is not needed any more."""
+    make_run(tmp_path, [0.3])
+    folder = tmp_path / "checkpoints/1"
+    (folder / "digests.json").unlink()
+    for item in ("variables", "training"):
+        file = max((folder / item).rglob("d/*"), key=lambda f: f.stat().st_size)
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 0x10
+        file.write_bytes(data)
+    with checkpoint.open_checkpoints(tmp_path) as manager:
+        state = checkpoint.restore_latest(manager, make_state(0))
+    leaves = zip(jax.tree.leaves(state), jax.tree.leaves(make_state(1)), strict=True)
+    assert any(not np.array_equal(a, b) for a, b in leaves)
 
 
-def test_a_history_cut_in_mid_line_is_one_error(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
-    with pytest.raises(InputError, match=r"metrics\.jsonl has a damaged line"):
-        run.read_history(tmp_path / "metrics.jsonl")
-    assert run.read_history(tmp_path / "metrics.jsonl", 1) == [{"epoch": 1}]
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"epoch": "\xff"}')
-    with pytest.raises(InputError, match=r"metrics\.jsonl has a damaged line"):
-        run.read_history(tmp_path / "metrics.jsonl")
-
-
-def test_only_best_and_final_are_kept(tmp_path):
-    make_run(tmp_path, [0.5, 0.3, 0.4, 0.45])
-    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
-    for which, step in (("best", 2), ("final", 4)):
-        model, variables = checkpoint.load_run(tmp_path, which)
-        assert model == make_model(CONFIG.model, CONFIG.input, CLASSES)
-        assert_equal(variables, {"params": make_state(step).params, "batch_stats": make_state(step).batch_stats})
-
-
-def test_a_checkpoint_that_is_removed_is_renamed_first(tmp_path, monkeypatch):
+def test_checkpoint_is_renamed_before_it_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)  # as if killed at that moment
     make_run(tmp_path, [0.5, 0.4])
-    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["2", "removed"]
-    assert [f.name for f in (tmp_path / "checkpoints/removed").iterdir()] == ["1"]
-    assert_equal(checkpoint.load_run(tmp_path)[1]["params"], make_state(2).params)
+    assert steps(tmp_path) == ["2", "removed"]
+    assert_equal(checkpoint.load_variables(tmp_path, MODEL)[0], make_variables(2))
     monkeypatch.undo()
-    checkpoint.sweep(tmp_path)
-    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    checkpoint.remove_leftovers(tmp_path)
+    assert steps(tmp_path) == ["2"]
 
 
-def test_nothing_saved_is_none(tmp_path):
-    run.create_run(tmp_path, INFO)
+def test_run_without_a_checkpoint_is_an_input_error(tmp_path):
+    create_run(tmp_path, INFO)
     with checkpoint.open_checkpoints(tmp_path) as manager:
-        assert manager.latest_step() is None
+        assert checkpoint.restore_latest(manager, INFO) is INFO
     with pytest.raises(InputError, match="has no checkpoint yet"):
-        checkpoint.load_run(tmp_path)
+        checkpoint.load_variables(tmp_path, MODEL)
 
 
-def test_a_network_trained_elsewhere_is_best_and_final(tmp_path):
-    run.create_run(tmp_path, INFO)
-    variables = {"params": make_state(1).params, "batch_stats": make_state(1).batch_stats}
-    checkpoint.save_variables(tmp_path, variables)
+def test_imported_variables_are_best_and_final(tmp_path):
+    create_run(tmp_path, INFO)
+    checkpoint.save_variables(tmp_path, make_variables(1))
     for which in ("best", "final"):
-        assert_equal(checkpoint.load_run(tmp_path, which)[1], variables)
+        assert_equal(checkpoint.load_variables(tmp_path, MODEL, which)[0], make_variables(1))
 
 
-@pytest.mark.parametrize("model", [ModelConfig(depth=14, width=4), ModelConfig(depth=8, width=8)])
-def test_a_checkpoint_of_another_network_is_refused(tmp_path, model):
+@pytest.mark.parametrize("options", [{"depth": 14, "width": 4}, {"depth": 8, "width": 8}])
+def test_checkpoint_of_another_network_is_refused(tmp_path, options):
     make_run(tmp_path, [0.5])
-    other = json.loads((tmp_path / "config.json").read_text())
-    other["config"]["model"] |= {"depth": model.depth, "width": model.width}
-    (tmp_path / "config.json").write_text(json.dumps(other))
-    with pytest.raises(
-        InputError, match=r"checkpoints.1 is damaged, or not of the network that config\.json describes"
+    other = make_model(ModelConfig(**options), CONFIG.input, CLASSES)
+    with pytest.raises(InputError, match=r"checkpoints.1 is damaged, or not of the network in config\.json"):
+        checkpoint.load_variables(tmp_path, other)
+
+
+def test_checkpoint_of_version_0_4_is_read_but_not_resumed(tmp_path):
+    state = make_state(1)
+    handlers = {name: ocp.StandardCheckpointHandler() for name in ("variables", "training")}
+    handlers["sums"] = ocp.JsonCheckpointHandler()
+    with ocp.CheckpointManager(tmp_path / "checkpoints", item_handlers=handlers) as manager:
+        args = {
+            "variables": ocp.args.StandardSave(make_variables(1)),
+            "training": ocp.args.StandardSave((state.step, state.opt_state, state.plateau)),
+            "sums": ocp.args.JsonSave({}),
+        }
+        manager.save(1, args=ocp.args.Composite(**args), metrics={"val_loss": 0.5})
+    assert_equal(checkpoint.load_variables(tmp_path, MODEL)[0], make_variables(1))
+    with (
+        checkpoint.open_checkpoints(tmp_path) as manager,
+        pytest.raises(InputError, match=r"saved by gravlens_jax 0\.4 or older; such runs can be evaluated but not"),
     ):
-        checkpoint.load_run(tmp_path)
-
-
-def test_the_head_is_divided_by_the_temperature_of_its_step(tmp_path):
-    make_run(tmp_path, [0.3, 0.4])
-    checkpoint.save_temperatures(tmp_path, {2: 2.0})
-    for which, step, temperature in (("best", 1, 1.0), ("final", 2, 2.0)):
-        _, variables, found = checkpoint.load_calibrated(tmp_path, which)
-        expected = make_state(step).params
-        np.testing.assert_array_equal(variables["params"]["head"]["kernel"], expected["head"]["kernel"] / temperature)
-        np.testing.assert_array_equal(variables["params"]["conv0"]["kernel"], expected["conv0"]["kernel"])
-        assert found == temperature
-    (tmp_path / "calibration.json").write_text('{"2": 0.0}')
-    with pytest.raises(InputError, match=r"calibration\.json is damaged"):
-        checkpoint.load_run(tmp_path, "final")
-
-
-def test_a_run_directory_in_use_is_refused(tmp_path):
-    run.create_run(tmp_path, INFO)
-    with pytest.raises(InputError, match="already holds a run; continue it with --resume"):
-        run.create_run(tmp_path, INFO)
-
-
-def test_config_survives_the_run_directory(tmp_path):
-    info = INFO._replace(config=replace(CONFIG, data="somewhere"), classes=("a", "b"))
-    run.create_run(tmp_path, info)
-    assert run.read_run(tmp_path) == info
-
-
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"config": {}, "classes": [], "image_shape": [1, 2]}'])
-def test_a_damaged_config_is_refused(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(InputError, match=r"config\.json"):
-        run.read_run(tmp_path)
-
-
-def test_a_directory_without_a_run_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"is not a run \(no config\.json\)"):
-        checkpoint.load_run(tmp_path / "absent")
+        checkpoint.restore_latest(manager, state)

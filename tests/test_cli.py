@@ -1,20 +1,115 @@
-"""What the scripts share."""
+"""Functions that the scripts share, and TensorBoard's event files."""
 
 import os
+import runpy
+import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from commands import ROOT
+from gravlens_jax import cli
 from gravlens_jax.cli import HUGE_PAGES
+from gravlens_jax.console import Stopped
+from gravlens_jax.errors import InputError
+
+LINE = {"epoch": 1, "step": 3, "train_loss": 1.5, "train_accuracy": 0.25, "val_loss": 1.25, "val_accuracy": 0.5}
+LINE |= {"learning_rate": 0.125, "images_per_second": 64.0, "wall_seconds": 1.0}
+REPORT = {"n": 24, "accuracy": 0.75, "auc": {"no": 0.5, "vort": None}, "macro_auc": None, "checkpoint": "best"}
 
 
-def test_a_program_starts_anew_once_where_linux_gives_huge_pages_to_those_who_ask():
+def test_a_program_restarts_once_with_huge_pages():
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not setting.exists() or "[madvise]" not in setting.read_text():
-        pytest.skip("needs a Linux that gives huge pages to those who ask")
-    code = "import os; from gravlens_jax import cli; cli.use_huge_pages(); print(os.environ['GLIBC_TUNABLES'])"
+        pytest.skip("needs a Linux that provides huge pages on request")
+    code = "import os; from gravlens_jax import cli; cli.set_environment(); print(os.environ['GLIBC_TUNABLES'])"
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True).stdout.strip() == HUGE_PAGES
+
+
+@pytest.fixture(scope="module")
+def train():
+    return runpy.run_path(str(ROOT / "scripts/train.py"))
+
+
+def scalars(run_dir):
+    """Returns (tag, step) -> value as TensorBoard shows them: a file's start at step s removes earlier s, s + 1, ..."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = {}
+    for path in sorted((run_dir / "tensorboard").glob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:  # records: length, its CRC, event, its CRC
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            if event.session_log.status == 1:
+                found = {key: value for key, value in found.items() if key[1] < event.step}
+            for value in event.summary.value:
+                assert (value.tag, event.step) not in found
+                found[value.tag, event.step] = value.simple_value
+            data = data[16 + length :]
+    return found
+
+
+def test_tensorboard_shows_each_epoch_and_the_report_once_after_a_resume(train, tmp_path):
+    for number, loss in enumerate((2.0, 1.5)):
+        train["write_epoch"](tmp_path, LINE | {"train_loss": loss})
+        train["write_epoch"](tmp_path, LINE | {"step": 6})
+        train["write_report"](tmp_path, 6, REPORT)
+        for file in (tmp_path / "tensorboard").glob("*.tfevents.1*"):  # the first ones as if written years earlier
+            file.rename(file.with_name(file.name.replace("tfevents.1", f"tfevents.{number}")))
+    expected = {"loss/train": 1.5, "loss/val": 1.25, "accuracy/train": 0.25, "accuracy/val": 0.5}
+    expected |= {"learning_rate": 0.125, "images_per_second": 64.0}
+    report = {("test/accuracy", 6): 0.75, ("test/auc/no", 6): 0.5}
+    assert scalars(tmp_path) == {(tag, step): x for step in (3, 6) for tag, x in expected.items()} | report
+
+
+def test_a_tensorboard_folder_that_cannot_be_written_is_one_error(train, tmp_path):
+    (tmp_path / "tensorboard").write_text("mine")
+    with pytest.raises(InputError, match="could not be written: "):
+        train["write_epoch"](tmp_path, LINE)
+
+
+def test_training_does_not_start_without_tensorboardx(tmp_path):
+    code = f"""
+import sys, runpy
+sys.modules["tensorboardX"] = None  # as if it were not installed
+sys.argv = ["train.py", "--preset", "smoke", "--tensorboard", "--run-dir", "run"]
+runpy.run_path({str(ROOT / "scripts/train.py")!r}, run_name="__main__")
+"""
+    environment = os.environ | {"GLIBC_TUNABLES": HUGE_PAGES}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    message = 'error: --tensorboard needs tensorboardX; run: pip install "gravlens_jax[tensorboard]"\n'
+    assert (done.returncode, done.stderr) == (2, message) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error, status, message",
+    [
+        (InputError("bad"), 2, "error: bad\n"),
+        (FloatingPointError("bad"), 1, "error: bad\n"),
+        (OSError(28, "No space"), 2, "error: [Errno 28] No space; free disk space, fix the permissions or choose"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (Stopped("saved", 15), 143, "saved\n"),
+        (BrokenPipeError(), 0, ""),
+    ],
+)
+def test_errors_print_one_paragraph_and_set_the_status(error, status, message, monkeypatch, capsys):
+    for name in ("silence_orbax", "_discard_output"):
+        monkeypatch.setattr(cli, name, lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def main():
+        raise error
+
+    try:
+        cli.run(main)
+        found = 0
+    except SystemExit as stop:
+        found = stop.code
+    assert found == status and capsys.readouterr().err.startswith(message)

@@ -3,7 +3,8 @@ from typing import NamedTuple
 
 import pytest
 
-from gravlens_jax.config import PRESETS, Config, InputConfig, InputError, ModelConfig, from_dict, parse_json, to_json
+from gravlens_jax.config import PRESETS, Config, InputConfig, ModelConfig, from_dict, to_json
+from gravlens_jax.errors import InputError, parse_json
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -36,7 +37,7 @@ def test_damaged_json_is_refused(change, message):
 
 
 @pytest.mark.parametrize("text", [b"\xff\xfe\xfa", b"[" * 10**5, b"1" * 5000, b"{'a': 1}", b""])
-def test_what_is_not_json_is_refused(text):
+def test_text_that_is_not_json_is_refused(text):
     with pytest.raises(InputError, match="a file is not readable JSON"):
         parse_json(text, "a file")
 
@@ -76,3 +77,11 @@ def test_depth_must_be_6n_plus_2(depth):
 def test_crop_must_be_a_multiple_of_pool():
     with pytest.raises(InputError, match="crop=75 is not a multiple of pool=2"):
         InputConfig(crop=75, pool=2)
+
+
+def test_stream_is_named_by_its_preset():
+    assert Config(data="simulate:ct1").stream == "ct1" and Config(data="packed").stream is None
+    with pytest.raises(InputError, match="data=simulate:ct2: expected simulate: and one of ct1, model_a"):
+        Config(data="simulate:ct2")
+    with pytest.raises(InputError, match="leave one out"):
+        Config(data="simulate:ct1", device_data=True)

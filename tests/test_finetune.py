@@ -4,17 +4,20 @@ import jax
 import numpy as np
 import pytest
 
-from gravlens_jax.config import InputConfig, InputError
-from gravlens_jax.finetune import finetune
-from gravlens_jax.model import ResNet, predict
+from finetune import finetune
+from gravlens_jax.config import InputConfig
+from gravlens_jax.errors import InputError
+from gravlens_jax.inference import predict
+from gravlens_jax.model import ResNet
 from gravlens_jax.npz import Dataset
 from gravlens_jax.weights import Network
 
 MODEL = ResNet(depth=8, width=4, input=InputConfig(16, 1, "linear", 0.3, 0.2))
+NETWORK = Network(MODEL, MODEL.init(jax.random.key(0), np.zeros((1, 16, 16, 1), np.float32)), (20, 20))
 
 
 def bars(n, seed):
-    """Horizontal and vertical bars; flips leave them what they are."""
+    """Horizontal and vertical bars; flips do not change their class."""
     labels = np.arange(n, dtype=np.int32) % 2
     images = np.random.default_rng(seed).random((n, 18, 18)).astype(np.float32) * 0.2
     images[labels == 0, 4:12] += 0.5
@@ -22,29 +25,40 @@ def bars(n, seed):
     return Dataset(images, labels, ("flat", "tall"), {})
 
 
-@pytest.fixture(scope="module")
-def network():
-    return Network(MODEL, MODEL.init(jax.random.key(0), np.zeros((1, 16, 16, 1), np.float32)), (20, 20))
-
-
-def test_the_new_classes_are_learnt_and_the_old_network_stays(network):
-    before = jax.tree.map(np.array, network.variables)
+def test_new_classes_are_learned_and_the_old_network_is_not_changed():
+    before = jax.tree.map(np.array, NETWORK.variables)
     lines = []
-    model, variables, shape, _ = finetune(network, bars(40, 0), epochs=5, batch_size=8, show=lines.append)
-    assert model.classes == ("flat", "tall") and shape == (18, 18)
+    network = finetune(NETWORK, bars(40, 0), epochs=5, batch_size=8, show=lines.append)
+    assert network.model.classes == ("flat", "tall") and network.image_shape == (18, 18) and network.temperature == 1
     test = bars(20, 1)
-    assert (predict(model, variables, test.images).argmax(1) == test.labels).mean() > 0.9
+    assert (predict(*network, test.images).argmax(1) == test.labels).mean() > 0.9
     assert len(lines) == 5 and lines[0].startswith("epoch 1/5: train loss")
-    jax.tree.map(np.testing.assert_array_equal, network.variables, before)
-    assert (variables["params"]["conv0"]["kernel"] != before["params"]["conv0"]["kernel"]).any()
+    jax.tree.map(np.testing.assert_array_equal, NETWORK.variables, before)
+    assert (network.variables["params"]["conv0"]["kernel"] != before["params"]["conv0"]["kernel"]).any()
 
 
-def test_what_cannot_be_learnt_from_is_refused(network):
+def test_unsuitable_data_and_options_are_refused():
     with pytest.raises(InputError, match="only one class, flat"):
-        finetune(network, bars(4, 0)._replace(classes=("flat",)))
+        finetune(NETWORK, bars(4, 0)._replace(classes=("flat",)))
     with pytest.raises(InputError, match="crop of 32 x 32"):
-        finetune(network._replace(model=MODEL.clone(input=replace(MODEL.input, crop=32))), bars(4, 0))
+        finetune(replace(NETWORK, model=MODEL.clone(input=replace(MODEL.input, crop=32))), bars(4, 0))
     with pytest.raises(InputError, match="epochs=0"):
-        finetune(network, bars(4, 0), epochs=0)
-    with pytest.raises(FloatingPointError, match="training loss is nan at step 1"):  # in its only batch, of 4 images
-        finetune(network, bars(4, 0)._replace(images=np.full((4, 18, 18), np.nan, np.float32)))
+        finetune(NETWORK, bars(4, 0), epochs=0)
+    dataset = bars(4, 0)
+    dataset.images[2, 3, 3] = np.nan
+    with pytest.raises(InputError, match=r"images\[2\] has NaN or infinite pixels"):
+        finetune(NETWORK, dataset)
+
+
+@pytest.mark.parametrize(
+    "layer, parameters, message",
+    [
+        ("conv0", {"kernel": np.full((3, 3, 1, 4), 1e38, np.float32)}, "is not finite at step 5"),
+        ("norm0", {"scale": np.zeros(4, np.float32), "bias": np.full(4, -1, np.float32)}, "the gradient is 0 in all"),
+    ],
+    ids=["broken", "dead"],
+)
+def test_broken_and_dead_networks_are_errors(layer, parameters, message):
+    variables = {**NETWORK.variables, "params": {**NETWORK.variables["params"], layer: parameters}}
+    with pytest.raises(FloatingPointError, match=message):
+        finetune(replace(NETWORK, variables=variables), bars(40, 0), epochs=5, batch_size=8)

@@ -11,53 +11,43 @@ RNG = np.random.default_rng(0)
 def test_metrics_agree_with_their_definitions():
     logits, labels = RNG.normal(size=(60, 3)), RNG.integers(0, 3, 60)
     values = evaluate(logits, labels, CLASSES)
-    probabilities = softmax(logits)
-    guesses = logits.argmax(1)
+    probabilities, guesses = softmax(logits), logits.argmax(1)
     assert values["n"] == 60 and values["classes"] == list(CLASSES)
     assert values["accuracy"] == np.mean(guesses == labels)
     assert values["loss"] == pytest.approx(-np.mean(np.log(probabilities[np.arange(60), labels])))
-    for k, name in enumerate(CLASSES):
-        # AUC is the chance that a random positive is ranked above a random negative.
-        score = probabilities[:, k]
-        pairs = score[labels == k][:, None] - score[labels != k]
-        assert values["auc"][name] == pytest.approx(np.mean(pairs > 0))
+    assert values["macro_auc"] == pytest.approx(np.mean(list(values["auc"].values())))
+    for k in range(3):
         for j in range(3):
             assert values["confusion"][k][j] == np.sum((labels == k) & (guesses == j))
-    assert values["macro_auc"] == pytest.approx(np.mean(list(values["auc"].values())))
 
 
-@pytest.mark.parametrize("decimals", [1, 16])  # many are equal, none is
+@pytest.mark.parametrize("decimals", [1, 16])  # many ties, none
 def test_areas_are_those_of_scikit_learn(decimals):
     probabilities, labels = softmax(RNG.normal(size=(200, 3))).round(decimals), RNG.integers(0, 3, 200)
     expected = [roc_auc_score(labels == k, probabilities[:, k]) for k in range(3)]
     np.testing.assert_allclose(roc_areas(probabilities, labels), expected, rtol=1e-12)
 
 
-def test_an_absent_class_has_no_auc_but_keeps_its_row():
+def test_absent_and_single_classes_have_no_auc():
     values = evaluate(RNG.normal(size=(10, 3)), np.array([0, 2] * 5), CLASSES)
-    assert values["auc"]["sphere"] is None and values["macro_auc"] is None
-    assert values["auc"]["no"] is not None
+    assert values["auc"]["sphere"] is None and values["macro_auc"] is None and values["auc"]["no"] is not None
     assert values["confusion"][1] == [0, 0, 0]
-
-
-def test_one_example_of_one_class():
     values = evaluate(np.array([[3.0, 0.0, 0.0]]), np.array([0]), CLASSES)
     assert values["accuracy"] == 1 and set(values["auc"].values()) == {None}
 
 
-def test_extreme_logits_stay_finite():
-    values = evaluate(np.array([[1e4, -1e4, 0.0]], np.float32), np.array([1]), CLASSES)
-    assert np.isfinite(values["loss"])
+def test_extreme_logits_give_a_finite_loss():
+    assert np.isfinite(evaluate(np.array([[1e4, -1e4, 0.0]], np.float32), np.array([1]), CLASSES)["loss"])
 
 
-def test_calibration_error():
+def test_calibration_error_is_the_mean_gap_between_confidence_and_accuracy():
     probabilities = np.array([[0.9, 0.1]] * 10 + [[0.6, 0.4]] * 10)
-    labels = np.array([0] * 9 + [1] + [1] * 10)  # 90 % sure and right in 9 of 10; 60 % sure and always wrong
+    labels = np.array([0] * 9 + [1] + [1] * 10)  # confidence .9, accuracy .9; confidence .6, accuracy 0
     assert calibration_error(probabilities, labels) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("sharpness", [0.5, 1.0, 4.0])
-def test_the_temperature_makes_too_sharp_and_too_flat_logits_honest(sharpness):
+def test_the_temperature_calibrates_logits_of_any_sharpness(sharpness):
     logits = 2 * RNG.normal(size=(20_000, 3))
     labels = (RNG.random((20_000, 1)) > softmax(logits).cumsum(1)).sum(1)  # drawn from the probabilities themselves
     temperature = fit_temperature(sharpness * logits, labels)
@@ -65,7 +55,7 @@ def test_the_temperature_makes_too_sharp_and_too_flat_logits_honest(sharpness):
     assert calibration_error(softmax(sharpness * logits / temperature), labels) < 0.015
 
 
-def test_intervals_hold_the_value_and_shrink_with_the_images():
+def test_intervals_contain_the_value_and_shrink_with_the_number_of_images():
     labels = RNG.integers(0, 3, 800)
     logits = RNG.normal(size=(800, 3)) + 2 * np.eye(3)[labels]
     few, many = (intervals(logits[:n], labels[:n], CLASSES, resamples=100) for n in (50, 800))
@@ -78,6 +68,6 @@ def test_intervals_hold_the_value_and_shrink_with_the_images():
     assert few["macro_auc"][1] - few["macro_auc"][0] > 2 * (many["macro_auc"][1] - many["macro_auc"][0])
 
 
-def test_an_interval_is_none_where_a_resample_lacks_a_class():
+def test_an_interval_is_none_if_a_resample_lacks_a_class():
     found = intervals(np.eye(3)[[0, 1]], np.array([0, 1]), CLASSES, resamples=20)
     assert found["auc"]["vort"] is None and found["macro_auc"] is None and len(found["accuracy"]) == 2

@@ -1,66 +1,120 @@
 import io
 import os
+import re
+import shutil
+import struct
+import tracemalloc
+import types
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 
-from gravlens_jax.config import CLASSES, InputError
-from gravlens_jax.npz import is_copy, open_npz, unpack_npz, write_npz
+from gravlens_jax import npz
+from gravlens_jax.config import CLASSES
+from gravlens_jax.errors import InputError
+from gravlens_jax.npz import is_copy, load_arrays, open_npz, unpack_npz, write_npz
+from gravlens_jax.pixels import read_rows
 
 RNG = np.random.default_rng(0)
+ARRAYS = {"images": np.ones((3, 4, 4), np.float32), "labels": np.array([0, 1, 2])}
+STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 
 
-def save(path, n=5, dtype=np.float32, classes=CLASSES):
-    images = (RNG.random((n, 6, 4)) * 100).astype(dtype)
-    labels = np.arange(n) % 3
-    write_npz(path, iter(np.array_split(images, 2)), images.shape, images.dtype, labels, classes, {"source": "test"})
-    return images, labels
+def load_all(path):
+    return load_arrays(path, "arrays", "uif")
+
+
+def save(path, images):
+    labels = np.arange(len(images)) % 3
+    write_npz(path, np.array_split(images, 2), images.shape, images.dtype, labels, CLASSES, {"source": "test"})
+    return path
+
+
+def npy(array=None, shape=None, dtype="<f4", data=b""):
+    """Returns the bytes of an array, or of a header and any data after it."""
+    file = io.BytesIO()
+    if array is not None:
+        np.lib.format.write_array(file, array)
+    else:
+        np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+        file.write(data)
+    return file.getvalue()
+
+
+def members(path, compression=STORED, **replaced):
+    """Writes a valid file, in which some members may be other bytes; the sizes are 32 bits in its headers."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in ({name: npy(array) for name, array in ARRAYS.items()} | replaced).items():
+            archive.writestr(f"{name}.npy", data)
+    return path
+
+
+def edit(path, which, offset, value):
+    """Overwrites bytes of the entry of the member number `which` in the directory of the archive."""
+    data = bytearray(path.read_bytes())
+    at = [match.start() for match in re.finditer(b"PK\1\2", data)][which] + offset
+    data[at : at + len(value)] = value
+    path.write_bytes(data)
+    return path
+
+
+def refuse(reader, path, message, most=2**23):
+    """Asserts one InputError that names the file and the reason, little memory, and no other files."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=message) as caught:
+            reader(path)
+        assert str(path) in str(caught.value)
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()
+    assert not list(path.parent.glob("*.unpacked.npz")) and not list(path.parent.glob(".*tmp"))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float16, np.float32, np.float64])
-def test_round_trip_through_the_memory_map(tmp_path, dtype):
-    images, labels = save(tmp_path / "a.npz", dtype=dtype)
-    dataset = open_npz(tmp_path / "a.npz")
+def test_images_survive_a_round_trip_through_the_memory_map(tmp_path, dtype):
+    images = (RNG.random((5, 6, 4)) * 100).astype(dtype)
+    dataset = open_npz(save(tmp_path / "a.npz", images))
+    assert isinstance(dataset.images, np.memmap) and not dataset.images.flags.writeable
     np.testing.assert_array_equal(dataset.images, images)
-    np.testing.assert_array_equal(dataset.labels, labels)
-    assert dataset.images.dtype == dtype and dataset.labels.dtype == np.int32
+    assert dataset.labels.tolist() == [0, 1, 2, 0, 1] and dataset.labels.dtype == np.int32
+    assert dataset.images.dtype == dtype and dataset.images.max() == images.max()
     assert dataset.classes == CLASSES and dataset.info == {"source": "test"}
-
-
-def test_images_are_mapped_not_copied(tmp_path):
-    save(tmp_path / "a.npz")
-    images = open_npz(tmp_path / "a.npz").images
-    assert isinstance(images, np.memmap) and not images.flags.writeable
-
-
-def test_numpy_reads_what_we_write(tmp_path):
-    images, labels = save(tmp_path / "a.npz")
     with np.load(tmp_path / "a.npz", allow_pickle=False) as archive:
         np.testing.assert_array_equal(archive["images"], images)
-        np.testing.assert_array_equal(archive["labels"], labels)
         assert archive["classes"].tolist() == list(CLASSES)
 
 
 @pytest.mark.parametrize("shape", [(5, 6, 4), (5, 1, 6, 4)])
-def test_we_read_what_numpy_writes(tmp_path, shape):
+def test_files_of_numpy_are_read(tmp_path, shape):
     images = RNG.random(shape)
-    np.savez(tmp_path / "a.npz", images=images, labels=np.array([0, 1, 2, 0, 1]))
+    np.savez(tmp_path / "a.npz", images=images, labels=np.zeros(5, int))
     dataset = open_npz(tmp_path / "a.npz")
     np.testing.assert_array_equal(dataset.images, images.reshape(5, 6, 4))
     assert dataset.classes == CLASSES and isinstance(dataset.images, np.memmap)
 
 
-def test_a_compressed_file_is_unpacked_once_and_says_so(tmp_path, capsys):
+def test_files_written_to_a_pipe_are_read(tmp_path):
+    class Pipe(io.BytesIO):
+        def tell(self):
+            raise OSError("a pipe has no position")  # so that sizes follow the data
+
+    np.savez(pipe := Pipe(), **ARRAYS)
+    (tmp_path / "a.npz").write_bytes(pipe.getvalue())
+    np.testing.assert_array_equal(read_rows(open_npz(tmp_path / "a.npz").images, slice(None)), 1)
+
+
+def test_a_compressed_file_is_unpacked_once_with_a_message(tmp_path, capsys):
     images = RNG.random((5, 6, 4)).astype(np.float32)
     np.savez_compressed(tmp_path / "a.npz", images=images, labels=np.array([0, 1, 2, 0, 1]))
-    dataset = open_npz(tmp_path / "a.npz")
-    np.testing.assert_array_equal(dataset.images, images)
+    np.testing.assert_array_equal(open_npz(tmp_path / "a.npz").images, images)
     message = capsys.readouterr().err
     assert "unpacking it once to" in message and "a.unpacked.npz" in message
     open_npz(tmp_path / "a.npz")
     assert capsys.readouterr().err == ""
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.npz", "a.unpacked.npz"]
+    assert [f.name for f in sorted(tmp_path.iterdir()) if is_copy(f)] == ["a.unpacked.npz"]
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -72,45 +126,47 @@ def test_a_file_without_labels_serves_prediction_only(tmp_path, save):
             open_npz(tmp_path / "a.npz")
 
 
-def test_a_copy_is_made_for_the_asking_never_over_another_file_or_other_names(tmp_path):
-    labels = np.array([0, 1])
-    np.savez_compressed(tmp_path / "a.npz", images=RNG.random((2, 6, 4)), labels=labels)
-    assert unpack_npz(tmp_path / "a.npz", tmp_path / "b.npz", ("x", "y")) == tmp_path / "b.npz"
-    assert open_npz(tmp_path / "b.npz").classes == ("x", "y")
+def test_unpack_npz_overwrites_neither_files_nor_class_names(tmp_path):
+    a, b, c = (tmp_path / f"{name}.npz" for name in "abc")
+    np.savez_compressed(a, images=RNG.random((2, 6, 4)), labels=np.array([0, 1]))
+    assert unpack_npz(a, b, ("x", "y")) == b and open_npz(b).classes == ("x", "y")
     with pytest.raises(InputError, match=r"b\.npz exists; give the name of a new file"):
-        unpack_npz(tmp_path / "a.npz", tmp_path / "b.npz", ("y", "x"))
+        unpack_npz(a, b, ("y", "x"))
     with pytest.raises(InputError, match="names its classes itself, x, y; leave --classes y,x out"):
-        unpack_npz(tmp_path / "b.npz", tmp_path / "c.npz", ("y", "x"))
-    unpack_npz(tmp_path / "b.npz", tmp_path / "c.npz")
-    assert open_npz(tmp_path / "c.npz").classes == ("x", "y") and not is_copy(tmp_path / "c.npz")
-    open_npz(tmp_path / "a.npz")
-    assert [f.name for f in sorted(tmp_path.iterdir()) if is_copy(f)] == ["a.unpacked.npz"]
+        unpack_npz(b, c, ("y", "x"))
+    assert open_npz(unpack_npz(b, c)).classes == ("x", "y") and not is_copy(c)
+
+
+IMAGES, LABELS = np.zeros((3, 4, 4)), np.array([0, 1, 2])
 
 
 @pytest.mark.parametrize(
     "arrays, message",
     [
-        ({"images": np.zeros((3, 4, 4)), "labels": np.array([0, 1, 3])}, "labels run from 0 to 3, expected 0 to 2"),
-        ({"images": np.zeros((3, 4, 4)), "labels": np.array([-1, 1, 2])}, "labels run from -1"),
-        ({"images": np.zeros((3, 4, 4)), "labels": np.array([0, 1])}, "3 images but labels of shape"),
-        (
-            {"images": np.zeros((3, 4, 4)), "labels": np.array([0.0, 1, 2])},
-            "labels.npy has dtype float64, expected integers",
-        ),
-        ({"images": np.zeros((3, 4)), "labels": np.array([0, 1, 2])}, r"shape \(3, 4\), expected \(n, height"),
-        (
-            {"images": np.zeros((3, 4, 4), np.longdouble), "labels": np.array([0, 1, 2])},
-            "expected at most 64 bits a pixel",
-        ),
-        ({"images": np.zeros((3, 4, 4), complex), "labels": np.array([0, 1, 2])}, "dtype complex128"),
-        ({"images": np.asfortranarray(np.zeros((3, 4, 4))), "labels": np.array([0, 1, 2])}, "Fortran order"),
-        ({"labels": np.array([0, 1, 2])}, "has no 'images', only labels"),
+        ({"images": IMAGES, "labels": np.array([0, 1, 3])}, "labels run from 0 to 3, expected 0 to 2"),
+        ({"images": IMAGES, "labels": np.array([-1, 1, 2])}, "labels run from -1"),
+        ({"images": IMAGES, "labels": np.array([0, 1, 2**32])}, "labels run from 0 to 4294967296"),
+        ({"images": IMAGES, "labels": LABELS[:2]}, "3 images but labels of shape"),
+        ({"images": IMAGES, "labels": LABELS[:, None]}, "3 images but labels of shape"),
+        ({"images": IMAGES, "labels": LABELS * 1.0}, "labels.npy has dtype float64, expected integers"),
+        ({"images": IMAGES[0], "labels": LABELS}, r"shape \(4, 4\), expected \(n, height"),
+        ({"images": IMAGES.astype(np.longdouble), "labels": LABELS}, "expected at most 64 bits a pixel"),
+        ({"images": IMAGES.astype(complex), "labels": LABELS}, "dtype complex128"),
+        ({"images": IMAGES.astype(bool), "labels": LABELS}, "dtype bool"),
+        ({"images": np.asfortranarray(IMAGES), "labels": LABELS}, "Fortran order"),
+        ({"labels": LABELS}, "has no 'images', only labels"),
+        (ARRAYS | {"info": np.array("[]")}, "info is not a JSON object"),
+        (ARRAYS | {"info": np.array("[" * 10**5)}, "info is not readable JSON"),
+        (ARRAYS | {"info": np.array(["{}", "{}"])}, "can only convert an array of size 1"),
+        (ARRAYS | {"info": np.array(1)}, "info.npy has dtype int64, expected text"),
+        (ARRAYS | {"classes": np.array([2**21] * 3, "<u4").view("<U1")}, "code point not in range"),
+        (ARRAYS | {"classes": np.array([2**21] * 3, ">u4").view(">U1")}, "code point not in range"),
+        (ARRAYS | {"classes": np.array([0xD800] * 3, "<u4").view("<U1")}, "surrogate|code point not in range"),
     ],
 )
 def test_wrong_contents_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(InputError, match=message):
-        open_npz(tmp_path / "a.npz")
+    refuse(open_npz, tmp_path / "a.npz", message, most=2**25)
 
 
 def test_python_objects_are_never_unpickled(tmp_path):
@@ -118,51 +174,141 @@ def test_python_objects_are_never_unpickled(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "exploded"),)
 
-    for save_archive in (np.savez, np.savez_compressed):
-        save_archive(tmp_path / "a.npz", images=np.array([Bomb(), None]), labels=np.array([0, 1]))
-        with pytest.raises(InputError, match=r"images\.npy holds Python objects"):
-            open_npz(tmp_path / "a.npz")
-    save_archive(tmp_path / "b.npz", images=np.zeros((1, 4, 4)), labels=np.array([Bomb()]))
-    with pytest.raises(InputError, match=r"labels\.npy holds Python objects"):
-        open_npz(tmp_path / "b.npz")
+    for save, name in ((np.savez, "images"), (np.savez_compressed, "images"), (np.savez, "labels")):
+        save(tmp_path / "a.npz", **ARRAYS | {name: np.array([Bomb(), None, None])})
+        for reader in (open_npz, load_all):
+            refuse(reader, tmp_path / "a.npz", rf"{name}\.npy holds Python objects")
     assert not (tmp_path / "exploded").exists()
 
 
+def test_a_missing_file_is_named(tmp_path):
+    refuse(open_npz, tmp_path / "absent.npz", r"absent\.npz: no such file")
+
+
 def test_a_file_truncated_anywhere_is_refused(tmp_path):
-    save(tmp_path / "a.npz")
-    whole = (tmp_path / "a.npz").read_bytes()
+    whole = save(tmp_path / "a.npz", np.ones((5, 6, 4))).read_bytes()
     for size in [0, 1, 30, *range(100, len(whole), 97)]:
         (tmp_path / "b.npz").write_bytes(whole[:size])
         with pytest.raises(InputError, match=r"b\.npz"):
             open_npz(tmp_path / "b.npz")
 
 
-def test_a_header_that_announces_more_than_the_file_holds_is_refused(tmp_path):
-    member = io.BytesIO()
-    header = {"descr": "<f4", "fortran_order": False, "shape": (10**12, 150, 150)}
-    np.lib.format.write_array_header_1_0(member, header)
-    labels = io.BytesIO()
-    np.save(labels, np.array([0]))
+@pytest.mark.parametrize("reader", [open_npz, load_all])
+@pytest.mark.parametrize(
+    "which, offset, value, message",
+    [
+        (1, 8, b"\1", "encrypted"),
+        (1, 8, b"\x41", "encrypt"),
+        (1, 10, struct.pack("<H", zipfile.ZIP_LZMA), "neither stored nor deflated"),
+        (1, 16, b"\1\2\3\4", "Bad CRC-32"),
+        (0, 20, struct.pack("<LL", 2**31, 2**31), "truncated|Overlapped"),
+        (0, 24, struct.pack("<L", 10**9), "announces"),
+        (0, 42, struct.pack("<L", 1), "Bad magic number"),
+        (1, 42, struct.pack("<L", 0), "differ"),  # begins where images.npy does
+        (1, 42, struct.pack("<L", 10**6), "Truncated file header"),
+    ],
+)
+def test_damaged_archives_are_refused(tmp_path, reader, which, offset, value, message):
+    refuse(reader, edit(members(tmp_path / "a.npz"), which, offset, value), message)
+
+
+def test_images_that_reach_beyond_their_part_of_the_file_are_refused(tmp_path):
+    path = members(tmp_path / "a.npz", images=npy(shape=(3, 99, 99), data=bytes(2**16)))
+    size = struct.pack("<L", len(npy(np.zeros((3, 99, 99), np.float32))))
+    refuse(open_npz, edit(path, 0, 20, size + size), "images.npy is incomplete|Overlapped")
+
+
+@pytest.mark.parametrize("reader", [open_npz, load_all])
+def test_duplicate_names_are_refused(tmp_path, reader):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
-        archive.writestr("images.npy", member.getvalue() + bytes(64))
-        archive.writestr("labels.npy", labels.getvalue())
-    with pytest.raises(InputError, match="announces"):
-        open_npz(tmp_path / "a.npz")
+        archive.writestr("images.npy", npy(ARRAYS["images"]))
+        archive.writestr("images", npy(ARRAYS["images"]))
+    refuse(reader, tmp_path / "a.npz", "two members have the same name")
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"absent\.npz: no such file"):
-        open_npz(tmp_path / "absent.npz")
+@pytest.mark.parametrize("compression", [STORED, DEFLATED])
+@pytest.mark.parametrize("shape", [(10**12, 150, 150), (-3, -4, 4), (0, 4, 4), (2**62, 4, 1), (1,) * 65])
+def test_absurd_shapes_are_refused(tmp_path, compression, shape):
+    path = members(tmp_path / "a.npz", compression, images=npy(shape=shape, data=bytes(192)))
+    for reader in (open_npz, load_all):
+        refuse(reader, path, "images.npy announces shape")
+
+
+@pytest.mark.parametrize("dtype", ["<U0", "|V4", ("<f4", (10**8,)), [("a", "<f4")]])
+def test_absurd_types_are_refused(tmp_path, dtype):
+    path = members(tmp_path / "a.npz", images=npy(shape=(3, 4, 4), dtype=dtype, data=bytes(192)))
+    for reader in (open_npz, load_all):
+        refuse(reader, path, "images.npy (announces shape|has dtype)")
+
+
+@pytest.mark.parametrize("header", [b"-" * 9000 + b"1", b"(" * 9000, b"{'shape': 1}", b"\xff", b"'\\d'", b"{1: 2}"])
+def test_damaged_headers_are_refused(tmp_path, header):
+    data = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+    refuse(open_npz, members(tmp_path / "a.npz", images=data), "images.npy is not an array")
+
+
+BOMBS = [
+    ({"images": b"\x93NUMPY\x02\x00" + struct.pack("<L", 2**24) + bytes(2**24)}, "images.npy is not an array"),
+    ({"classes": npy(shape=(2**22,), dtype="<U1", data=bytes(2**24))}, "labels, classes unpack to 16,[0-9,]+ bytes"),
+    ({"info": npy(shape=(), dtype=f"<U{2**22}", data=bytes(2**24))}, "labels, info unpack to 16,[0-9,]+ bytes"),
+    ({"images": npy(shape=(3, 2**10, 2**10), data=bytes(3 * 2**22))}, "more than images can be compressed"),
+]
+
+
+@pytest.mark.parametrize("replaced, message", BOMBS)
+def test_decompression_bombs_are_refused_unread(tmp_path, monkeypatch, replaced, message):
+    monkeypatch.setattr(npz, "MEMORY_BYTES", 2**22)
+    refuse(open_npz, members(tmp_path / "a.npz", DEFLATED, **replaced), message)
+
+
+def test_compressed_images_larger_than_a_chunk_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(npz, "CHUNK_BYTES", 63)
+    refuse(open_npz, members(tmp_path / "a.npz", DEFLATED), "more than images can be compressed")
+
+
+def test_arrays_that_are_too_large_together_are_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(npz, "MEMORY_BYTES", 2**22)
+    path = members(tmp_path / "a.npz", DEFLATED, **{name: npy(np.zeros(2**18)) for name in "abc"})
+    refuse(load_all, path, "images, labels, a, b, c unpack to 6,29[0-9,]+ bytes, expected 4,194,304", most=2**20)
+
+
+@pytest.mark.parametrize("name", ["images", "labels"])
+def test_no_more_is_unpacked_than_announced(tmp_path, name):
+    contents = npy(ARRAYS[name])
+    real = contents + bytes(2**24)
+    which = list(ARRAYS).index(name)
+    path = edit(members(tmp_path / "a.npz", DEFLATED, **{name: real}), which, 24, struct.pack("<L", len(contents)))
+    refuse(open_npz, path, rf"Bad CRC-32 for file '{name}\.npy'", most=2**22)
+    edit(path, which, 16, struct.pack("<L", zlib.crc32(contents)))
+    np.testing.assert_array_equal(open_npz(path).images, 1)
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=191))
+    with pytest.raises(InputError, match=r"a\.unpacked\.npz needs 192 bytes, 191 are free; free space"):
+        open_npz(members(tmp_path / "a.npz", DEFLATED))
+    assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    images, _ = save(tmp_path / "a.npz")
+    images = np.ones((5, 6, 4))
+    path = save(tmp_path / "a.npz", images)
 
     def chunks():
         yield images[:2]
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(InputError, match="No space left on device; what was there before is"):
-        write_npz(tmp_path / "a.npz", chunks(), images.shape, images.dtype, np.zeros(5), CLASSES, {})
-    np.testing.assert_array_equal(open_npz(tmp_path / "a.npz").images, images)
-    assert [f.name for f in tmp_path.iterdir()] == ["a.npz"]
+    with pytest.raises(InputError, match="No space left on device; existing files are unchanged"):
+        write_npz(path, chunks(), images.shape, images.dtype, np.zeros(5), CLASSES, {})
+    np.testing.assert_array_equal(open_npz(path).images, images)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_load_arrays_reads_numbers_and_text(tmp_path, order):
+    arrays = {"a/b": np.asarray(np.arange(24.0).reshape(2, 3, 4), order=order), "about": np.array("text")}
+    np.savez(tmp_path / "a.npz", **arrays)
+    read = load_arrays(tmp_path / "a.npz", "a network", "fU")
+    assert read.keys() == arrays.keys() and read["about"].item() == "text"
+    np.testing.assert_array_equal(read["a/b"], arrays["a/b"])
+    refuse(load_all, tmp_path / "a.npz", "about.npy has dtype <U4, expected real numbers")

@@ -1,79 +1,242 @@
 import json
+import os
+import subprocess
+import sys
+from itertools import product
 
 import jax
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from gravlens_jax import weights
-from gravlens_jax.checkpoint import load_run, save_variables
-from gravlens_jax.config import CLASSES, Config, InputConfig, InputError, ModelConfig
-from gravlens_jax.evaluate import load_labelled
-from gravlens_jax.model import make_model, predict, predict_logits
-from gravlens_jax.run import RunInfo, create_run
+from gravlens_jax.checkpoint import save_variables
+from gravlens_jax.config import CLASSES, Config, InputConfig, ModelConfig
+from gravlens_jax.errors import InputError
+from gravlens_jax.folders import load_labelled
+from gravlens_jax.inference import predict, predict_logits
+from gravlens_jax.model import ResNet, make_model, variable_shapes
+from gravlens_jax.run_dir import RunInfo, create_run, write_temperatures
+from import_torch import load_state_dict, to_variables
+from learning_curve import load_history
 
-CONFIG = Config(model=ModelConfig(depth=8, width=4), input=InputConfig(crop=16, pool=1))
+CONFIG = Config(model=ModelConfig(depth=8, width=4), input=InputConfig(crop=16, pool=2))
+MODEL = make_model(CONFIG.model, CONFIG.input, CLASSES)
+VARIABLES = MODEL.init(jax.random.key(1), np.zeros((1, 8, 8, 1), np.float32))
+NETWORK = weights.Network(MODEL, VARIABLES, (20, 20))
+IMAGES = np.random.default_rng(0).poisson(50, (5, 20, 20)).astype(np.float32)
 
 
-@pytest.fixture
-def run_dir(tmp_path):
-    model = make_model(CONFIG.model, CONFIG.input, CLASSES)
-    create_run(tmp_path / "run", RunInfo(CONFIG, CLASSES, (20, 20)))
-    save_variables(tmp_path / "run", model.init(jax.random.key(1), np.zeros((1, 16, 16, 1), np.float32)))
-    return tmp_path / "run"
+def make_run(run_dir, variables=VARIABLES):
+    create_run(run_dir, RunInfo(CONFIG, CLASSES, (20, 20)))
+    save_variables(run_dir, variables)
+    return run_dir
 
 
-def test_an_exported_network_is_the_run_s(run_dir, tmp_path):
+def test_a_calibrated_run_and_its_exported_file_give_the_same_network(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    write_temperatures(run_dir, {0: 2.0})
     weights.export_run(run_dir, tmp_path / "net.npz")
-    model, variables, shape, _ = weights.load_network(tmp_path / "net.npz")
-    images = np.random.default_rng(0).random((3, 20, 20))
-    np.testing.assert_array_equal(predict_logits(model, variables, images), predict_logits(*load_run(run_dir), images))
-    assert shape == (20, 20) and model.classes == CLASSES
-    assert [p.name for p in tmp_path.iterdir() if "tmp" in p.name] == []
+    expected = predict_logits(*NETWORK, IMAGES) / 2
+    for network in map(weights.load_network, (run_dir, tmp_path / "net.npz")):
+        np.testing.assert_allclose(predict_logits(*network, IMAGES), expected, atol=1e-6)
+        assert network.image_shape == (20, 20) and network.temperature == 2 and network.model == MODEL
+    model, variables = weights.load_run(run_dir)
+    np.testing.assert_allclose(predict_logits(model, variables, IMAGES), expected, atol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.npz", "run"]
 
 
-@pytest.mark.parametrize("change", ["shape", "missing", "about", "bytes", "nothing", "other"])
-def test_a_damaged_file_is_refused(run_dir, tmp_path, change):
+@pytest.mark.parametrize("change", ["shape", "text", "missing", "more", "about", "depth", "other", "bytes", "nothing"])
+def test_a_damaged_file_is_refused(tmp_path, change):
     path = tmp_path / "net.npz"
-    weights.export_run(run_dir, path)
+    weights.write_network(path, NETWORK, weights.describe(NETWORK))
     arrays = dict(np.load(path))
-    if change == "shape":
-        arrays["params/head/bias"] = np.zeros(7, np.float32)
-    if change == "missing":
-        del arrays["params/head/bias"]
-    if change == "about":
-        about = json.loads(str(arrays["about"]))
-        arrays["about"] = np.array(json.dumps(about | {"model": about["model"] | {"depth": "x"}}))
-    if change == "other":
-        del arrays["about"]
+    about = json.loads(str(arrays["about"]))
+    damaged = {
+        "shape": {"params/head/bias": np.zeros(7, np.float32)},
+        "text": {"params/head/bias": np.array(["a", "b", "c"])},
+        "more": {"params/other": np.zeros(7, np.float32)},
+        "about": {"about": np.array("[1]")},
+        "depth": {"about": np.array(json.dumps(about | {"model": about["model"] | {"depth": "x"}}))},
+    }
+    arrays |= damaged.get(change, {})
+    arrays.pop({"missing": "params/head/bias", "other": "about"}.get(change), None)
     np.savez(path, **arrays)
     if change == "bytes":
         path.write_bytes(path.read_bytes()[:500])
     if change == "nothing":
         path.unlink()
-    with pytest.raises(InputError, match=r"net\.npz|model\.depth"):
+    with pytest.raises(InputError, match=r"net\.npz"):
         weights.load_network(path)
 
 
-def test_the_pretrained_network_knows_real_images(shared):
+def test_unknown_fields_and_a_missing_temperature_do_not_matter(tmp_path):
+    about = weights.describe(NETWORK) | {"from a later version": [1, {"a": None}]}
+    del about["temperature"]
+    weights.write_network(tmp_path / "net.npz", NETWORK, about)
+    network = weights.load_network(tmp_path / "net.npz")
+    assert network.model == MODEL and network.temperature == 1
+    jax.tree.map(np.testing.assert_array_equal, network.variables, VARIABLES)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_parameters_that_are_not_finite_are_neither_exported_nor_loaded(tmp_path, value):
+    head = VARIABLES["params"]["head"] | {"bias": np.array([0, value, 0], np.float32)}
+    bad = weights.Network(MODEL, VARIABLES | {"params": VARIABLES["params"] | {"head": head}}, (20, 20))
+    for suffix in weights.FORMATS:
+        with pytest.raises(InputError, match=r"not finite, it cannot be exported; train again with a lower learning"):
+            weights.write_network(tmp_path / f"net{suffix}", bad, weights.describe(bad))
+    assert list(tmp_path.iterdir()) == []
+    make_run(tmp_path / "run", bad.variables)
+    weights.write_network(tmp_path / "net.npz", NETWORK, weights.describe(NETWORK))
+    arrays = dict(np.load(tmp_path / "net.npz"))
+    np.savez(tmp_path / "net.npz", **arrays | {"params/head/bias": np.array([0, min(value, 1e300), 0])})  # float64
+    for name in ("run", "net.npz"):
+        with pytest.raises(InputError, match=f"{name}: the network has parameters that are not finite"):
+            weights.export_run(tmp_path / name, tmp_path / "other.npz")
+
+
+def test_the_pretrained_network_classifies_real_images(shared):
     dataset = load_labelled(shared / "real/dataset/val", CLASSES)
     probabilities = predict(*weights.load_pretrained(), dataset.images)
     assert (probabilities.argmax(1) == dataset.labels).mean() > 0.9
 
 
-def test_the_pretrained_file_says_how_it_was_made():
+def test_the_pretrained_file_is_small_and_records_its_training():
     with np.load(weights.PRETRAINED) as file:
         about = json.loads(str(file["about"]))
-    assert about["classes"] == list(CLASSES) and about["config"]["seed"] >= 0 and about["history"][-1]["step"] > 0
+    assert about["classes"] == list(CLASSES) and about["config"]["seed"] >= 0
+    history = load_history("pretrained")
+    assert history[-1]["image_steps"] > 100_000 and history[-1]["val_accuracy"] > 0.9
     assert weights.PRETRAINED.stat().st_size < 2**21
 
 
-def test_the_history_of_a_file_counts_image_steps():
-    history = weights.load_history("pretrained")
-    assert history[-1]["image_steps"] > 100_000 and history[-1]["val_accuracy"] > 0.9
-
-
-def test_a_run_without_an_epoch_has_no_history(run_dir, tmp_path):
+def test_a_run_without_an_epoch_has_no_history(tmp_path):
+    run_dir = make_run(tmp_path / "run")
     weights.export_run(run_dir, tmp_path / "net.npz")
-    for source in (run_dir, tmp_path / "net.npz"):
-        with pytest.raises(InputError, match="has no epoch of training yet"):
-            weights.load_history(source)
+    weights.write_network(tmp_path / "other.npz", NETWORK, weights.describe(NETWORK))
+    for name, message in (("run", "no epoch of training"), ("net.npz", "no epoch"), ("other.npz", "no record of its")):
+        with pytest.raises(InputError, match=message):
+            load_history(tmp_path / name)
+
+
+WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["gravlens_jax"] = None
+import numpy as np
+from jax import export
+program = export.deserialize(open("net.stablehlo", "rb").read())
+assert program.platforms == ("cpu", "cuda", "tpu")
+assert [str(size) for size in program.in_avals[0].shape] == ["n", "20", "20"]
+images = np.load("images.npy")
+np.savez("out.npz", all=program.call(images), one=program.call(images[:1]))
+"""
+
+
+def test_stablehlo_predicts_without_this_package(tmp_path):
+    weights.write_network(tmp_path / "net.stablehlo", NETWORK, {})
+    np.save(tmp_path / "images.npy", IMAGES)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-I", "-c", WITHOUT_THE_PACKAGE]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "out.npz") as out:
+        np.testing.assert_allclose(out["all"], predict(*NETWORK, IMAGES), atol=1e-5)
+        np.testing.assert_allclose(out["one"], predict(*NETWORK, IMAGES[:1]), atol=1e-5)
+
+
+def test_safetensors_hold_the_same_arrays_as_the_npz(tmp_path):
+    for name in ("net.npz", "net.safetensors"):
+        weights.write_network(tmp_path / name, NETWORK, weights.describe(NETWORK))
+    with np.load(tmp_path / "net.npz") as npz, safe_open(tmp_path / "net.safetensors", "numpy") as file:
+        assert file.metadata() == {"about": str(npz["about"])}
+        assert {*file.keys(), "about"} == set(npz.files)
+        for name in file.keys():  # noqa: SIM118 - it is no dict
+            np.testing.assert_array_equal(file.get_tensor(name), npz[name])
+
+
+@pytest.mark.parametrize("suffix, package", [("safetensors", "safetensors"), ("stablehlo", "flatbuffers")])
+def test_a_missing_package_is_named_and_nothing_is_written(tmp_path, monkeypatch, suffix, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=rf'needs {package}; .*pip install "gravlens_jax\[export\]"'):
+        weights.write_network(tmp_path / f"net.{suffix}", NETWORK, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_suffixes_and_missing_folders_are_refused(tmp_path):
+    for name, message in (("net.pth", r"ends in \.npz, \.safetensors, \.stablehlo"), ("none/net.npz", "no folder")):
+        with pytest.raises(InputError, match=message):
+            weights.write_network(tmp_path / name, NETWORK, {})
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    (tmp_path / "net.npz").write_bytes(b"old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(InputError, match="No space left"):
+        weights.write_network(tmp_path / "net.npz", NETWORK, {})
+    assert [f.read_bytes() for f in tmp_path.iterdir()] == [b"old"]
+
+
+@pytest.mark.parametrize("name, depth, correct", [("Train_1", 20, 106), ("Train_3_best", 32, 121)])
+def test_published_networks_give_their_pytorch_logits_on_real_images(shared, name, depth, correct):
+    order = [("no", "vort", "sphere").index(c) for c in CLASSES]
+    variables = to_variables(load_state_dict(shared / "reference" / f"{name}.npz"), depth, order)
+    dataset = load_labelled(shared / "real" / "dataset" / "val", CLASSES)
+    model = ResNet(depth=depth, input=InputConfig(crop=150, pool=1, stretch="linear", mean=0.0, std=1.0))
+    with jax.default_matmul_precision("highest"):
+        logits = predict_logits(model, variables, dataset.images, batch_size=45)
+    with np.load(shared / "reference" / "logits.npz", allow_pickle=False) as reference:
+        rows = {file: row for row, file in enumerate(reference["files"].tolist())}
+        expected = reference[name][[rows[f"dataset/val/{file}"] for file in dataset.info["files"]]][:, order]
+    np.testing.assert_allclose(logits, expected, atol=1e-3)
+    assert np.sum(logits.argmax(1) == dataset.labels) == correct  # 78.5 % and 89.6 % of 135
+
+
+def fake_state_dict(depth=8):
+    rng, arrays, channels = np.random.default_rng(0), {}, 1
+    layers = [("conv0", "bn0", 16)]
+    for stage, block, i in product((1, 2, 3), range((depth - 2) // 6), (1, 2)):
+        name = f"block{stage}.{block}.features"
+        layers.append((f"{name}.conv_{i}", f"{name}.bn_{i}", 8 * 2**stage))
+    for conv, norm, filters in layers:
+        arrays[f"{conv}.weight"] = rng.random((filters, channels, 3, 3))
+        parts = {part: rng.random(filters) for part in ("weight", "bias", "running_mean", "running_var")}
+        arrays |= {f"{norm}.{part}": x for part, x in parts.items()} | {f"{norm}.num_batches_tracked": np.array(7)}
+        channels = filters
+    return arrays | {"linear.weight": rng.random((3, 64)), "linear.bias": rng.random(3)}
+
+
+def test_each_array_of_a_state_dict_is_used():
+    state_dict = fake_state_dict(14)
+    variables = to_variables(state_dict, 14, [0, 2, 1])
+    assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, variable_shapes(ResNet(depth=14)))
+    ours, theirs = variables["params"]["head"]["bias"], state_dict["linear.bias"]
+    np.testing.assert_allclose(ours, theirs[[0, 2, 1]], rtol=1e-6)
+
+
+def test_a_state_dict_of_another_network_is_refused():
+    for found, depth, message in ((8, 14, "has no .* not of depth 14"), (14, 8, "is left over: .* not of depth 8")):
+        with pytest.raises(InputError, match=message):
+            to_variables(fake_state_dict(found), depth, [0, 1, 2])
+    with pytest.raises(InputError, match="the head has 3 classes, --classes names 2"):
+        to_variables(fake_state_dict(), 8, [0, 1])
+
+
+def test_unreadable_state_dicts_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.npz").write_text(json.dumps({}))
+    np.savez(tmp_path / "b.npz", x=np.array([{}], object))
+    (tmp_path / "d.pth").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    messages = {
+        "a.npz": "not a readable .npz",
+        "b.npz": "Python objects",
+        "c.npz": "no such file",
+        "d.pth": "needs torch",
+    }
+    for name, message in messages.items():
+        with pytest.raises(InputError, match=message):
+            load_state_dict(tmp_path / name)

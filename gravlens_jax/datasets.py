@@ -1,0 +1,186 @@
+"""The images of a run: files that exist, files that are simulated first, or images that are simulated when needed."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from gravlens_jax.config import CLASSES, FILES, SPLITS, Config, SimulationConfig
+from gravlens_jax.console import track
+from gravlens_jax.errors import check
+from gravlens_jax.lensing.images import labels_of, render_batch, simulate_images, simulate_parameters
+from gravlens_jax.lensing.priors import PRESETS, Priors, make_easy
+from gravlens_jax.loader import DeviceSource, FileSource, Source
+from gravlens_jax.npz import Dataset, open_npz, write_npz
+from gravlens_jax.pixels import check_pixels
+from gravlens_jax.preprocess import check_images
+from gravlens_jax.sharding import is_main, local_rows, shard_batch, wait_for_all
+from gravlens_jax.train_step import Batch
+
+
+@dataclass(frozen=True)
+class StreamSource:
+    """Simulated images, each used once: epoch 0, 1, ... are the images 0, 1, 2, ... of `lensing.simulate_images`.
+
+    On CPUs all cores simulate ahead; each accelerator renders its own share of a batch, with noise.
+    """
+
+    size: int  # images of an epoch
+    priors: Priors
+    split: int  # see `simulate_images`
+    batch_size: int  # over all devices
+    seed: int  # of the images
+    mesh: Mesh
+
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Batch]]:
+        """See `Source`."""
+        steps = self.size // self.batch_size
+        first, stop = ((epoch * steps + step) * self.batch_size for step in (skip, steps))
+        simulate = self._on_host if jax.default_backend() == "cpu" else self._on_devices
+        for batch in simulate(first, stop):
+            yield 1, batch
+
+    def _on_host(self, first: int, stop: int) -> Iterator[Batch]:
+        own = local_rows(np.arange(self.batch_size)[None])[0]  # each process simulates all and keeps its share
+        ready = np.empty((0, self.priors.num_pixels, self.priors.num_pixels), np.uint16)
+        chunks = simulate_images(stop - first, self.seed, self.split, self.priors, start=first)
+        for start in range(first, stop, self.batch_size):
+            while len(ready) < self.batch_size:
+                ready = np.concatenate([ready, next(chunks)])
+            batch = {"images": ready[own], "labels": labels_of(self.batch_size, start)[own]}
+            ready = ready[self.batch_size :]
+            yield shard_batch(batch, self.mesh)
+
+    def _on_devices(self, first: int, stop: int) -> Iterator[Batch]:
+        for start in range(first, stop, self.batch_size):
+            yield self._render(start, self.seed, self.split)
+
+    @cached_property
+    def _render(self):
+        """The jitted (first, seed, split) -> batch, of which each device renders its share."""
+        share = self.batch_size // self.mesh.size
+
+        def render_share(first, seed, split):
+            own = first + share * jax.lax.axis_index("data")
+            return render_batch(own, seed, split, priors=self.priors, batch_size=share)
+
+        # check_vma=False: jax.random.poisson has loops that the check of shard_map does not support.
+        whole, shares = PartitionSpec(), PartitionSpec("data")
+        return jax.jit(jax.shard_map(render_share, mesh=self.mesh, in_specs=whole, out_specs=shares, check_vma=False))
+
+
+class Splits(NamedTuple):
+    """The images of a run; the easy images, if there are any, come before the first epoch."""
+
+    train: Source
+    easy: Source | None
+    val: Dataset
+    test: Dataset
+
+
+def open_splits(config: Config, mesh: Mesh) -> Splits:
+    """Returns the images of a run; simulates files first if the config names none and they do not exist.
+
+    Raises:
+      InputError: files are missing, damaged or do not belong together; NaN or infinite pixels; images too small or too
+        few for the config.
+    """
+    if config.stream is not None:
+        splits = _open_stream(config, mesh)
+    else:
+        files = load_splits(_simulate(config) if config.data is None else Path(config.data))
+        make = DeviceSource if config.device_data else FileSource
+        easy = FileSource(files["easy"], config.batch_size, config.seed, mesh) if "easy" in files else None
+        splits = Splits(make(files["train"], config.batch_size, config.seed, mesh), easy, files["val"], files["test"])
+    check_images(splits.val.images.shape, config.input)
+    for name, source in (("train", splits.train), ("easy", splits.easy)):
+        check(
+            source is None or source.size >= config.batch_size,
+            f"{name} holds {source.size if source else 0} images, fewer than batch_size={config.batch_size}; give more "
+            f"or lower it",
+        )
+    return splits
+
+
+def _open_stream(config: Config, mesh: Mesh) -> Splits:
+    assert config.stream is not None
+    s, priors = config.simulation, PRESETS[config.stream]
+    held_out = replace(config, simulation=replace(s, preset=config.stream, train=0, easy=0))
+    files = load_splits(_simulate(held_out), ("val", "test"))
+
+    def stream(split: str, population: Priors) -> StreamSource:
+        return StreamSource(getattr(s, split), population, FILES.index(split), config.batch_size, s.seed, mesh)
+
+    easy = stream("easy", make_easy(priors)) if s.easy else None
+    return Splits(stream("train", priors), easy, files["val"], files["test"])
+
+
+def load_splits(folder: Path, splits: tuple[str, ...] = FILES) -> dict[str, Dataset]:
+    """Opens <split>.npz of each split; easy.npz is optional. Checks all pixels, and that the files belong together."""
+    paths = {split: Path(folder) / f"{split}.npz" for split in splits}
+    datasets = {split: open_npz(path) for split, path in paths.items() if split in SPLITS or path.exists()}
+    first = splits[0]
+    for split, other in datasets.items():
+        check(
+            other.classes == datasets[first].classes and other.image_shape == datasets[first].image_shape,
+            f"{folder}/{split}.npz has classes {other.classes} and images of {other.image_shape} pixels, "
+            f"{first}.npz {datasets[first].classes} and {datasets[first].image_shape}; pack them together",
+        )
+    for dataset in datasets.values():
+        check_pixels(dataset.images)
+    return datasets
+
+
+def _simulate(config: Config) -> Path:
+    """Simulates the files of the config that do not exist yet; returns their folder."""
+    s = config.simulation
+    for split in SPLITS[1:] if config.stream else SPLITS:
+        check(getattr(s, split) > 0, f"--simulation.{split} is 0; training needs images of every split")
+    folder = Path("data") / f"{s.preset}-{s.easy}-{s.train}-{s.val}-{s.test}-seed{s.seed}"
+    if is_main():
+        simulate_dataset(folder, s, track)
+    wait_for_all("the images are simulated")
+    return folder
+
+
+def simulate_dataset(
+    out: Path,
+    config: SimulationConfig,
+    progress: Callable = lambda items, *_: items,
+    priors: Priors | None = None,
+    parameters: bool = False,
+) -> Path:
+    """Simulates `out/{train,val,test,easy}.npz`, except those that exist already; returns `out`.
+
+    Args:
+      out: folder; a file in it that came from the same arguments is kept, any other is an error.
+      config: preset, numbers of images and seed.
+      progress: wraps the loop over chunks of images: (chunks, split, number of images) -> chunks.
+      priors: the population, if it is not the preset itself; `easy` has the same with heavier substructure.
+      parameters: whether to store the parameters of each lens too, as arrays "parameters/<name>".
+    """
+    priors = PRESETS[config.preset] if priors is None else priors
+    source = {"preset": config.preset, "seed": config.seed, "parameters": parameters}
+    todo: dict[str, tuple[Path, int, Priors, dict]] = {}
+    for split in FILES:
+        path, n = Path(out) / f"{split}.npz", getattr(config, split)
+        population = make_easy(priors) if split == "easy" and n else priors
+        info = {"simulated": source | {"priors": asdict(population)}}
+        if not path.exists():
+            todo |= {split: (path, n, population, info)} if n else {}
+            continue
+        found = open_npz(path)
+        same = found.size == n and found.info == info
+        check(same, f"{path} holds {found.size} other images; remove it or choose another folder")
+    for split, (path, n, population, info) in todo.items():
+        index, size = FILES.index(split), priors.num_pixels
+        arrays = simulate_parameters(n, config.seed, index, population) if parameters else {}
+        arrays = {f"parameters/{name}": array for name, array in arrays.items()}
+        chunks = progress(simulate_images(n, config.seed, index, population), split, n)
+        write_npz(path, chunks, (n, size, size), np.dtype(np.uint16), labels_of(n), CLASSES, info, arrays)
+    return Path(out)

@@ -1,0 +1,146 @@
+"""Predictions of a trained network: probabilities, logits, features and saliency maps.
+
+Pixels are read batch by batch through `npz.read_rows`, which checks them on the host.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gravlens_jax.errors import check
+from gravlens_jax.lensing.profiles import blur
+from gravlens_jax.model import ResNet, forward
+from gravlens_jax.pixels import read_rows
+from gravlens_jax.preprocess import check_images, prepare, to_unit
+
+# Of the network's six parts: first convolution, stages 1 to 3, mean over the pixels, head.
+BEFORE_HEAD = slice(0, 5)
+TO_STAGE_2, AFTER_STAGE_2 = slice(0, 3), slice(3, None)
+
+
+@partial(jax.jit, static_argnames=("model", "tta"))
+def _logits(variables, images: jax.Array, *, model: ResNet, tta: bool) -> jax.Array:
+    x = prepare(to_unit(images), model.input)
+    mirrored = [x, x[:, ::-1], x[:, :, ::-1], x[:, ::-1, ::-1]] if tta else [x]
+    return jnp.stack([forward(model, variables, some) for some in mirrored]).mean(0)
+
+
+@partial(jax.jit, static_argnames="model")
+def _features(variables, images: jax.Array, *, model: ResNet) -> jax.Array:
+    return forward(model, variables, prepare(to_unit(images), model.input), BEFORE_HEAD)
+
+
+@partial(jax.jit, static_argnames="model")
+def _maps(variables, images: jax.Array, labels: jax.Array | None, *, model: ResNet) -> jax.Array:
+    n, height, width = images.shape
+    crop, pool = model.input.crop, model.input.pool
+    activations = forward(model, variables, prepare(to_unit(images), model.input), TO_STAGE_2)
+    logits, pull_back = jax.vjp(lambda a: forward(model, variables, a, AFTER_STAGE_2), activations)
+    labels = logits.argmax(-1) if labels is None else labels
+    (gradient,) = pull_back(jax.nn.one_hot(labels, logits.shape[-1]))
+    coarse = jnp.sum(activations * jax.nn.relu(gradient), axis=-1, dtype=jnp.float32)
+    # The centre of pixel j of stage 2 is pooled pixel 2 j, because of its stride of 2 and padding of 1.
+    scale = jnp.float32([2 * pool, 2 * pool])
+    shift = jnp.float32([(height - crop) // 2, (width - crop) // 2]) - pool / 2
+    maps = jax.image.scale_and_translate(coarse, (n, height, width), (1, 2), scale, shift, "linear")
+    return jax.vmap(partial(blur, sigma=2 * pool, size=8 * pool + 1))(maps)  # the resolution of stage 2
+
+
+def predict(model: ResNet, variables: Any, images: np.ndarray, batch_size: int = 128, tta: bool = False) -> np.ndarray:
+    """Returns the probability of each class, float32 (n, len(model.classes)); arguments as in `predict_logits`."""
+    return np.asarray(jax.nn.softmax(predict_logits(model, variables, images, batch_size, tta)))
+
+
+def predict_logits(
+    model: ResNet, variables: Any, images: np.ndarray, batch_size: int = 128, tta: bool = False
+) -> np.ndarray:
+    """Returns the logits of `images`, float32 (n, len(model.classes)).
+
+    Args:
+      model: the network.
+      variables: {"params": ..., "batch_stats": ...}, as `model.init` and `load_network` return them.
+      images: (n, height, width), any real dtype, as on disk: pixels in [0, 1], or counts, which are scaled. A memory
+        map is read batch by batch.
+      batch_size: images per step.
+      tta: test-time augmentation: the mean over an image and its three mirror images, at four times the cost.
+
+    Raises:
+      InputError: not (n, height, width), smaller than the crop, or NaN or infinite pixels.
+    """
+    images = _checked(images, model)
+    logits = np.empty((len(images), len(model.classes)), np.float32)
+    for rows, batch in _batches(images, batch_size):
+        logits[rows] = _logits(variables, batch, model=model, tta=tta)[: rows.stop - rows.start]
+    return logits
+
+
+def embed(model: ResNet, variables: Any, images: np.ndarray, batch_size: int = 128) -> np.ndarray:
+    """Returns the features before the head, float32 (n, 4 * model.width); arguments as in `predict_logits`."""
+    images = _checked(images, model)
+    features = np.empty((len(images), 4 * model.width), np.float32)
+    for rows, batch in _batches(images, batch_size):
+        features[rows] = _features(variables, batch, model=model)[: rows.stop - rows.start]
+    return features
+
+
+def saliency(
+    model: ResNet, variables: Any, images: np.ndarray, labels: np.ndarray | None = None, batch_size: int = 64
+) -> np.ndarray:
+    """Returns saliency maps (LayerCAM) of `images`, float32 (n, height, width), not negative.
+
+    LayerCAM (Jiang et al. 2021, IEEE Trans. Image Process. 30, 5875) after stage 2: activations times the positive part
+    of the logit's gradient with respect to them, summed over channels. On simulated lenses its maps peak at the
+    substructure more often than those of Grad-CAM, which averages the gradient over the pixels.
+
+    Args:
+      model, variables, images: as in `predict_logits`.
+      labels: int (n,), the classes to explain; if not given, the predicted ones.
+      batch_size: images per step.
+
+    Raises:
+      InputError: as in `predict_logits`; `labels` has another length.
+    """
+    images = _checked(images, model)
+    if labels is not None:
+        shape = np.shape(labels)
+        check(shape == images.shape[:1], f"labels have shape {shape}, expected ({len(images)},): one per image")
+    maps = np.empty(images.shape, np.float32)
+    for rows, batch in _batches(images, batch_size):
+        n = rows.stop - rows.start
+        own = None if labels is None else np.pad(labels[rows], (0, len(batch) - n))
+        maps[rows] = _maps(variables, batch, own, model=model)[:n]
+    return maps
+
+
+def export_program(model: ResNet, variables: Any, image_shape: tuple[int, int]) -> bytes:
+    """Returns `predict` as a serialized StableHLO program for CPU, CUDA and TPU, which needs JAX but not this package.
+
+    `jax.export.deserialize(program).call(images)` takes float32 (n, *image_shape) for any n, pixels as on disk, and
+    returns the probabilities, float32 (n, len(model.classes)).
+    """
+    from jax import export  # jax does not import it by itself
+
+    (n,) = export.symbolic_shape("n")
+    function = jax.jit(lambda images: jax.nn.softmax(_logits(variables, images, model=model, tta=False)))
+    images = jax.ShapeDtypeStruct((n, *image_shape), jnp.float32)
+    return bytes(export.export(function, platforms=("cpu", "cuda", "tpu"))(images).serialize())
+
+
+def _checked(images: np.ndarray, model: ResNet) -> np.ndarray:
+    images = np.asanyarray(images)  # keeps a memory map
+    check_images(images.shape, model.input)
+    return images
+
+
+def _batches(images: np.ndarray, batch_size: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields (rows, images[rows]); the last batch is padded with zeros, so that all have one shape and compile once."""
+    check(batch_size >= 1, f"batch_size={batch_size}: expected at least 1")
+    batch_size = max(1, min(batch_size, len(images)))
+    for start in range(0, len(images), batch_size):
+        rows = slice(start, min(start + batch_size, len(images)))
+        batch = read_rows(images, rows)
+        yield rows, np.pad(batch, ((0, batch_size - len(batch)), (0, 0), (0, 0)))

@@ -1,0 +1,158 @@
+"""Sets of simulated images with photon noise, in balanced classes, on all CPU cores or on an accelerator.
+
+Image i of a split is a function of (seed, split, i) alone. Images of the preset `ct1` are a re-simulation of the public
+ML4SCI DeepLense "Common Test I" images, from published papers, public code and fits to public images.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gravlens_jax.errors import check
+from gravlens_jax.lensing.priors import SUBSTRUCTURES, Priors
+from gravlens_jax.lensing.render import render_lens, sample_lens
+
+MAX_COUNTS = 60_000  # images are stored as uint16
+CPU_BLOCK, ACCELERATOR_BLOCK = 4, 128  # images of one class per compiled call
+
+
+def lens_key(seed: int, split: int, index: int) -> jax.Array:
+    """Returns the random key of image `index` of a split: `sample_lens` draws the lens from it."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), split), index)
+
+
+def labels_of(n: int, start: int = 0) -> np.ndarray:
+    """Returns int32 (n,), labels of images `start` and on: image i has class i mod 3, so every part is balanced."""
+    return np.arange(start, start + n, dtype=np.int32) % len(SUBSTRUCTURES)
+
+
+@partial(jax.jit, static_argnames=("priors", "substructure", "noise"))
+def render_block(seed, split, indices, *, priors: Priors, substructure: str, noise: bool) -> jax.Array:
+    """Returns images `indices` of a split, all of one class.
+
+    Args:
+      seed, split: see `simulate_images`.
+      indices: int32 (n,). Values depend on n in the last bit, so callers keep it constant.
+      priors: the population.
+      substructure: "no", "sphere" or "vort".
+      noise: whether to draw the photon noise.
+
+    Returns:
+      (n, num_pixels, num_pixels): float32 expected counts, or with `noise` uint16 Poisson variates of them.
+    """
+
+    def one(index):
+        key = lens_key(seed, split, index)
+        expected = render_lens(sample_lens(key, priors, substructure), priors)
+        if not noise:
+            return expected
+        counts = jax.random.poisson(jax.random.fold_in(key, 1), expected)
+        # uint16 would wrap around; `simulate_images` refuses images that reach the limit.
+        return jnp.minimum(counts, MAX_COUNTS).astype(jnp.uint16)
+
+    return jax.vmap(one)(indices)
+
+
+def render_batch(first, seed, split, *, priors: Priors, batch_size: int) -> dict[str, jax.Array]:
+    """Returns a training batch of consecutive images, noise included, rendered on the device; for use inside jit.
+
+    The lenses are those of `simulate_images`, the noise is another draw. Counts over 60,000 are cut off.
+
+    Args:
+      first: index of the first image.
+      seed, split: see `simulate_images`.
+      priors: the population.
+      batch_size: number of images.
+
+    Returns:
+      images: uint16 (batch_size, num_pixels, num_pixels).
+      labels: int32 (batch_size,).
+    """
+    indices = first + jnp.arange(batch_size)
+    num_classes = len(SUBSTRUCTURES)
+    labels = indices % num_classes
+    per_class = -(-batch_size // num_classes)
+    rendered = []
+    for label, substructure in enumerate(SUBSTRUCTURES):
+        own = first + (label - first) % num_classes + num_classes * jnp.arange(per_class)
+        rendered.append(render_block(seed, split, own, priors=priors, substructure=substructure, noise=True))
+    return {"images": jnp.stack(rendered)[labels, (indices - first) // num_classes], "labels": labels}
+
+
+def _simulate_chunk(
+    start: int, stop: int, block: int, seed: int, split: int, priors: Priors, classes: tuple[str, ...]
+) -> np.ndarray:
+    """Returns images start to stop, at most `block` of each class, with photon noise: uint16 (n, height, width)."""
+    images = np.empty((stop - start, priors.num_pixels, priors.num_pixels), np.uint16)
+    # On a CPU NumPy's Poisson variates are exact too and several times faster than JAX's.
+    on_device = jax.default_backend() != "cpu"
+    for label, substructure in enumerate(classes):
+        # Always a whole block, so that the bits of an image never depend on the number of images.
+        indices = start + label + len(classes) * np.arange(block, dtype=np.int32)
+        rendered = np.asarray(
+            render_block(seed, split, indices, priors=priors, substructure=substructure, noise=on_device)
+        )
+        check(
+            rendered.max() < MAX_COUNTS,
+            f"a pixel has {rendered.max():.0f} counts, more than {MAX_COUNTS}; lower the prior `photons`",
+        )
+        for index, image in zip(indices.tolist(), rendered, strict=True):
+            if index < stop:
+                rng = np.random.default_rng([seed, split, index])
+                images[index - start] = image if on_device else rng.poisson(image)
+    return images
+
+
+def simulate_images(
+    n: int, seed: int, split: int, priors: Priors, classes: tuple[str, ...] = SUBSTRUCTURES, start: int = 0
+) -> Iterator[np.ndarray]:
+    """Yields `n` images in order, from image `start` on, in chunks of uint16 photon counts (chunk, height, width).
+
+    Counts are half the size of float32 and lose nothing; the public images are these, scaled to [0, 1] one by one.
+    On a CPU all cores work, each on its own chunks.
+
+    Args:
+      n: number of images, at least 1.
+      seed: non-negative.
+      split: non-negative; different splits never share an image.
+      priors: the population.
+      classes: the substructures of images 0, 1, ... in turn.
+      start: index of the first image.
+    """
+    check(n >= 1, f"n={n}: expected at least 1 image")
+    block = CPU_BLOCK if jax.default_backend() == "cpu" else ACCELERATOR_BLOCK
+    chunk = len(classes) * block
+    make = partial(_simulate_chunk, block=block, seed=seed, split=split, priors=priors, classes=classes)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = 3 * cores  # with one thread per core, cores idle while threads wait for each other's computations
+    stop, left_out = start + n, start % chunk  # chunks always begin at multiples of their size
+    begins = range(start - left_out, stop, chunk)
+    with ThreadPoolExecutor(workers) as pool:
+        futures = (pool.submit(make, begin, min(begin + chunk, stop)) for begin in begins)  # submitted when taken
+        pending = deque(islice(futures, 2 * workers))
+        while pending:
+            yield pending.popleft().result()[left_out:]
+            left_out = 0
+            pending.extend(islice(futures, 1))
+
+
+def simulate_parameters(n: int, seed: int, split: int, priors: Priors) -> dict[str, np.ndarray]:
+    """Returns the parameters of the lenses that `simulate_images` shows: float32 (n, ...) for each name.
+
+    The names are those of `sample_lens`; a parameter that a class does not have is NaN there.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    num_classes = len(SUBSTRUCTURES)
+    for label, substructure in enumerate(SUBSTRUCTURES):
+        draw = jax.vmap(lambda index, s=substructure: sample_lens(lens_key(seed, split, index), priors, s))
+        for name, values in jax.jit(draw)(jnp.arange(label, n, num_classes)).items():
+            array = arrays.setdefault(name, np.full((n, *values.shape[1:]), np.nan, np.float32))
+            array[label::num_classes] = values
+    return arrays

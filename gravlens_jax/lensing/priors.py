@@ -1,0 +1,159 @@
+"""Populations of lenses: the distributions of their parameters, and the camera.
+
+Make your own with `dataclasses.replace(PRESETS["ct1"], shear_max=0.1)`, or `scripts/simulate.py --prior.shear-max 0.1`.
+"""
+
+from dataclasses import dataclass, replace
+from math import ceil, pi, radians, sqrt
+
+from gravlens_jax.errors import check
+
+SUBSTRUCTURES = ("no", "sphere", "vort")  # a label is an index into them
+
+
+@dataclass(frozen=True)
+class Priors:
+    """A population of lenses and the camera; `_min` and `_max` bound a uniform prior.
+
+    The defaults are `ct1`. Sources: [P] arXiv 1909.07346 and 2008.12731, [C] public simulation code of that group, [M]
+    measured on public images. A "quirk" is an apparent error of that code, kept on purpose because the public images
+    have it. theta_E follows from mass and redshifts: see `profiles.einstein_radius_squared` for its quirk.
+    """
+
+    num_pixels: int = 150  # [M] image height and width
+    pixel_scale: float = 0.05  # [M] arcsec; one paper prints 0.5
+    supersampling: int = 2  # [C] sub-pixels per pixel and axis, averaged
+    psf_sigma: float = 0.087  # [M] arcsec, Gaussian
+    psf_pixels: int = 11  # [M] width of the kernel, odd
+    photons: float = 100.0  # [M] counts per pixel at surface brightness 1
+    sky: float = 0.1  # [M] surface brightness: 10 sky counts per pixel
+    mass: float = 1e12  # [P] solar masses of the main halo, an isothermal profile at the origin
+    mass_includes_substructure: bool = True  # [M] whether substructure is taken out of `mass` or comes on top of it
+    lens_axis_ratio: float = 1.0  # [P] of the main halo; 1 is a sphere
+    z_lens_min: float = 0.4  # [M] redshift
+    z_lens_max: float = 0.6
+    z_source_min: float = 0.8  # [M] redshift
+    z_source_max: float = 1.2
+    shear_min: float = 0.0  # [P, M] strength of the external shear
+    shear_max: float = 0.3
+    shear_angle_min: float = 0.0  # [M] radians from +x
+    shear_angle_max: float = radians(2 * pi)  # quirk: 2 pi was meant, and read as degrees
+    source_offset_min: float = 0.0  # [P, M] arcsec, distance from the axis (not uniform in area), at a random angle
+    source_offset_max: float = 0.5
+    source_in_square: bool = False  # whether offset_min and offset_max bound x and y each instead
+    source_n: float = 1.5  # [P, M] Sersic index
+    source_radius_min: float = 0.5  # [P, M] arcsec, effective radius
+    source_radius_max: float = 0.5
+    source_axis_ratio_min: float = 0.4  # [P, M]
+    source_axis_ratio_max: float = 1.0
+    source_angle_min: float = 0.0  # [M] radians from +x, of the major axis
+    source_angle_max: float = radians(2 * pi)  # quirk: 2 pi was meant, and read as degrees
+    subhalo_number: float = 25.0  # [P] mean number of point masses in a `sphere` lens
+    subhalo_poisson: bool = True  # [C] whether the number is a Poisson variate, or exact
+    subhalo_mass_min: float = 1e6  # [P] solar masses
+    subhalo_mass_max: float = 1e10
+    subhalo_slope: float = -0.9  # [C, M] pdf proportional to mass^slope; quirk: the papers print -1.9
+    subhalo_offset_min: float = 0.0  # [P, C] arcsec from the lens's centre, at a random angle
+    subhalo_offset_max: float = 2.0
+    subhalo_padding: int = 64  # length of the arrays; a Poisson(25) variate exceeds it with probability 1e-11
+    vortex_mass_fraction_min: float = 0.030  # [P] of `mass`, on one straight string in a `vort` lens
+    vortex_mass_fraction_max: float = 0.055
+    vortex_length_min: float = 1.0  # [M] arcsec, end to end; quirk: the papers' length, U[0.5, 2], is half of it
+    vortex_length_max: float = 4.0
+    vortex_length_log: bool = False  # whether the logarithm of the length is uniform
+    vortex_centre_sigma: float = 0.5  # [P, M] arcsec, normal in x and in y
+
+    def __post_init__(self):
+        values = vars(self)
+        for name, low in values.items():
+            if name.endswith("_min"):
+                high = values[name.removesuffix("_min") + "_max"]
+                check(low <= high, f"{name}={low} is larger than {name.removesuffix('_min')}_max={high}")
+        positive = (
+            *("num_pixels", "pixel_scale", "supersampling", "psf_sigma", "psf_pixels", "photons", "mass", "z_lens_min"),
+            *("source_n", "source_radius_min", "subhalo_mass_min", "vortex_length_min", "source_axis_ratio_min"),
+        )
+        for name in positive:
+            check(values[name] > 0, f"{name}={values[name]}: expected a positive number")
+        not_negative = ("sky", "shear_min", "subhalo_number", "subhalo_offset_min", "vortex_mass_fraction_min")
+        for name in (*not_negative, "vortex_centre_sigma"):
+            check(values[name] >= 0, f"{name}={values[name]}: expected a number >= 0")
+        for name in ("lens_axis_ratio", "source_axis_ratio_max"):
+            check(0 < values[name] <= 1, f"{name}={values[name]}: expected an axis ratio in (0, 1]")
+        check(
+            self.z_source_min > self.z_lens_max,
+            f"z_source_min={self.z_source_min} is not behind z_lens_max={self.z_lens_max}",
+        )
+        check(self.psf_pixels % 2 == 1, f"psf_pixels={self.psf_pixels}: expected an odd number")
+        check(
+            self.num_pixels >= self.psf_pixels,
+            f"num_pixels={self.num_pixels}: the grid is smaller than the PSF of {self.psf_pixels} pixels",
+        )
+        check(self.subhalo_slope != -1, "subhalo_slope=-1 has no power-law integral; try -0.999")
+        check(self.vortex_mass_fraction_max < 1, f"vortex_mass_fraction_max={self.vortex_mass_fraction_max}: is over 1")
+        most = self.subhalo_number + (6 * sqrt(self.subhalo_number) if self.subhalo_poisson else 0)
+        check(
+            most <= self.subhalo_padding,
+            f"subhalo_padding={self.subhalo_padding} is too few for subhalo_number={self.subhalo_number}; set it to "
+            f"{ceil(most)} or more",
+        )
+
+
+PRESETS = {
+    # Re-simulates the public "Common Test I" images.
+    "ct1": Priors(),
+    # The same at fixed redshifts, as in the papers' Model A.
+    "model_a": Priors(z_lens_min=0.5, z_lens_max=0.5, z_source_min=1.0, z_source_max=1.0),
+    # arXiv 2008.12731, Table I as printed: an ablation, in which subhalos are all but invisible.
+    "paper": Priors(
+        shear_angle_max=2 * pi,
+        source_angle_max=2 * pi,
+        source_radius_min=0.25,
+        source_radius_max=1.0,
+        subhalo_slope=-1.9,
+        vortex_length_min=0.5,
+        vortex_length_max=2.0,
+    ),
+    # DeepLenseSim's Model I [C]. Its exposure time, log-uniform from 1e3 to 10^3.5, is here its geometric mean, and its
+    # Gaussian background of rms 0.01 is here the Poisson noise of a sky of the same variance.
+    "deeplensesim_i": Priors(
+        supersampling=1,
+        psf_sigma=0.087 / 2.3548,  # 0.087 is the full width at half maximum here
+        psf_pixels=5,
+        photons=89.0,
+        sky=3.55,
+        mass_includes_substructure=False,
+        lens_axis_ratio=0.9 / 1.1,  # e1 = 0.1, e2 = 0
+        z_lens_min=0.5,
+        z_lens_max=0.5,
+        z_source_min=1.0,
+        z_source_max=1.0,
+        shear_min=0.05,
+        shear_max=0.05,
+        shear_angle_max=0.0,
+        source_offset_min=-0.35,
+        source_offset_max=0.35,
+        source_in_square=True,
+        source_n=1.0,
+        source_radius_min=0.25,
+        source_radius_max=0.25,
+        source_axis_ratio_min=0.7522,  # e1 = -0.1, e2 = 0.1
+        source_axis_ratio_max=0.7522,
+        source_angle_min=3 * pi / 8,
+        source_angle_max=3 * pi / 8,
+        subhalo_poisson=False,
+        subhalo_offset_min=0.25,
+        vortex_mass_fraction_min=0.03,
+        vortex_mass_fraction_max=0.03,
+        vortex_length_min=0.06,  # twice the de Broglie wavelength of axions of 1e-22 to 1e-24 eV
+        vortex_length_max=6.0,
+        vortex_length_log=True,
+        vortex_centre_sigma=0.0,
+    ),
+}
+
+
+def make_easy(priors: Priors, factor: float = 4.0) -> Priors:
+    """Returns the population with substructure `factor` times as heavy, which a network learns to recognize first."""
+    names = ("subhalo_mass_min", "subhalo_mass_max", "vortex_mass_fraction_min", "vortex_mass_fraction_max")
+    return replace(priors, **{name: factor * getattr(priors, name) for name in names})

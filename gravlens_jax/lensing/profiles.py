@@ -1,0 +1,198 @@
+"""Deflections of lens profiles, light of the source, and the camera: pure functions.
+
+Angles on the sky are in arcsec, orientations in radians counter-clockwise from +x, masses in solar masses. Every
+function works on arrays `x`, `y` of one shape (the rays) and scalar parameters; `jax.vmap` makes batches of them. The
+source position of a ray is its image position minus the sum of all deflections.
+
+Equations: Narayan & Bartelmann, astro-ph/9606001 (isothermal sphere, point mass); Keeton, astro-ph/0102341 (shear);
+Ciotti & Bertin 1999, A&A 352, 447 (Sersic b_n).
+"""
+
+import math
+import operator
+from collections.abc import Callable
+from functools import reduce
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SPEED_OF_LIGHT_KM_S = 299792.458
+# 4 G M_sun / (c^2 Mpc) in arcsec^2: theta_E^2 of one solar mass at a distance ratio of 1 / Mpc.
+FOUR_G_OVER_C2_ARCSEC2_MPC = 4 * 4.30091727e-9 / SPEED_OF_LIGHT_KM_S**2 * math.degrees(3600) ** 2
+# Distances smaller than this are kept away from 0 (arcsec): gradients stay finite at a profile's centre.
+SOFTENING = 1e-6
+
+Pair = tuple[jax.Array, jax.Array]
+Number = jax.Array | float  # a scalar or, where arrays are meant, an array
+
+
+def pixel_grid(num_pixels: int, pixel_scale: float, supersampling: int = 1) -> Pair:
+    """Returns the centres of all (sub-)pixels, field centre at the origin, row 0 at +y.
+
+    Args:
+      num_pixels: image height and width.
+      pixel_scale: arcsec per pixel.
+      supersampling: sub-pixels per pixel and axis.
+
+    Returns:
+      x, y: float (n, n) with n = num_pixels * supersampling, arcsec.
+    """
+    n = num_pixels * supersampling
+    centres = (jnp.arange(n) - (n - 1) / 2) * (pixel_scale / supersampling)
+    x, y = jnp.meshgrid(centres, -centres)
+    return x, y
+
+
+def luminosity_distance(z: Number, hubble: float = 70.0, omega_m: float = 0.3) -> jax.Array:
+    """Returns the luminosity distance in Mpc at redshift `z` (any shape) in a flat LambdaCDM cosmology.
+
+    The integral of c / H(z) is taken with 16 Gauss-Legendre nodes (relative error below 1e-12 for z < 2).
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(16)
+    z = jnp.asarray(z)
+    redshifts = z[..., None] * (nodes + 1) / 2
+    inverse_e = 1 / jnp.sqrt(omega_m * (1 + redshifts) ** 3 + 1 - omega_m)
+    comoving = SPEED_OF_LIGHT_KM_S / hubble * z / 2 * jnp.sum(weights * inverse_e, axis=-1)
+    return (1 + z) * comoving
+
+
+def einstein_radius_squared(mass: Number, z_lens: Number, z_source: Number) -> jax.Array:
+    """Returns theta_E^2 in arcsec^2 of `mass` (solar masses); it is linear in mass.
+
+    Distances are luminosity distances and D_LS = D_S - D_L, as in the code that made the public images; the textbook
+    value has angular-diameter distances. 1e12 at redshifts 0.5 and 1.0 gives 1.28145^2.
+    """
+    d_lens, d_source = luminosity_distance(z_lens), luminosity_distance(z_source)
+    return FOUR_G_OVER_C2_ARCSEC2_MPC * mass * (d_source - d_lens) / (d_lens * d_source)
+
+
+def deflect_sis(x: jax.Array, y: jax.Array, theta_E: Number) -> Pair:
+    """Returns the deflection theta_E (x, y) / r of a singular isothermal sphere at the origin."""
+    k = theta_E * jax.lax.rsqrt(x * x + y * y + SOFTENING**2)
+    return k * x, k * y
+
+
+def deflect_sie(x: jax.Array, y: jax.Array, theta_E: Number, axis_ratio: Number, angle: Number) -> Pair:
+    """Returns the deflection of a singular isothermal ellipsoid at the origin.
+
+    With the major axis along x, psi^2 = q^2 x^2 + y^2 and f^2 = 1 - q^2:
+    theta_E sqrt(q) / f (atan(f x / psi), atanh(f y / psi)). Kormann, Schneider & Bartelmann 1994, A&A 284, 285.
+
+    Args:
+      x, y: float, any shape, arcsec.
+      theta_E: arcsec.
+      axis_ratio: q, minor over major axis, in (0, 1]; 1 is `deflect_sis`.
+      angle: radians, direction of the major axis.
+    """
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    u, v = cos * x + sin * y, cos * y - sin * x
+    f_squared = 1 - axis_ratio**2
+    psi = jnp.sqrt(axis_ratio**2 * u * u + v * v + SOFTENING**2)
+    # atan(f t) / f and atanh(f t) / f are smooth in f^2, through f = 0: written as t times a function of (f t)^2.
+    k = theta_E * jnp.sqrt(axis_ratio) / psi
+    along = k * u * _arc_over_argument(f_squared * (u / psi) ** 2, jnp.arctan, -1)
+    across = k * v * _arc_over_argument(f_squared * (v / psi) ** 2, jnp.arctanh, 1)
+    return cos * along - sin * across, sin * along + cos * across
+
+
+def _arc_over_argument(s: jax.Array, function: Callable, sign: int) -> jax.Array:
+    """Returns function(sqrt(s)) / sqrt(s), by its series 1 + sign s / 3 + s^2 / 5 + sign s^3 / 7 where s is small."""
+    small = s < 1e-3
+    root = jnp.sqrt(jnp.where(small, 1e-3, s))
+    return jnp.where(small, 1 + sign * s / 3 + s**2 / 5 + sign * s**3 / 7, function(root) / root)
+
+
+def deflect_shear(x: jax.Array, y: jax.Array, gamma: Number, phi: Number) -> Pair:
+    """Returns the deflection of an external shear of strength `gamma` along the direction `phi` (radians)."""
+    g1, g2 = gamma * jnp.cos(2 * phi), gamma * jnp.sin(2 * phi)
+    return g1 * x + g2 * y, g2 * x - g1 * y
+
+
+def deflect_points(x: jax.Array, y: jax.Array, centres: jax.Array, theta_E_squared: jax.Array) -> Pair:
+    """Returns the summed deflection of point masses, theta_E^2 (x, y) / r^2 each.
+
+    Args:
+      x, y: float, any shape, arcsec.
+      centres: float (n, 2), x and y of each mass, arcsec.
+      theta_E_squared: float (n,), arcsec^2; 0 for padding.
+    """
+
+    def add(alpha, point):
+        (cx, cy), strength = point
+        dx, dy = x - cx, y - cy
+        k = strength / (dx * dx + dy * dy + SOFTENING**2)
+        return (alpha[0] + k * dx, alpha[1] + k * dy), None
+
+    # A scan keeps one pair of arrays in the cache: on a CPU 5 times faster than one fused sum over all masses.
+    # Adding 4 masses per pass is faster again by half.
+    start = (jnp.zeros_like(x), jnp.zeros_like(y))
+    return jax.lax.scan(add, start, (centres, theta_E_squared), unroll=4)[0]
+
+
+def deflect_string(
+    x: jax.Array, y: jax.Array, centre: jax.Array, angle: Number, length: Number, theta_E_squared: Number
+) -> Pair:
+    """Returns the deflection of a straight string of uniform density: the point-mass kernel integrated along it.
+
+    Args:
+      x, y: float, any shape, arcsec.
+      centre: float (2,), arcsec.
+      angle: radians, direction of the string.
+      length: arcsec, end to end.
+      theta_E_squared: arcsec^2, of the string's whole mass.
+    """
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    dx, dy = x - centre[0], y - centre[1]
+    u, w = cos * dx + sin * dy, cos * dy - sin * dx
+    w = jnp.where(jnp.abs(w) < SOFTENING, jnp.where(w < 0, -SOFTENING, SOFTENING), w)
+    head, tail = u + length / 2, u - length / 2
+    along = theta_E_squared / (2 * length) * jnp.log((head * head + w * w) / (tail * tail + w * w))
+    across = theta_E_squared / length * (jnp.arctan(head / w) - jnp.arctan(tail / w))
+    return cos * along - sin * across, sin * along + cos * across
+
+
+def sersic_light(
+    x: jax.Array, y: jax.Array, n: Number, effective_radius: Number, axis_ratio: Number, angle: Number
+) -> jax.Array:
+    """Returns the surface brightness of an elliptical Sersic profile at the origin, 1 at the effective radius.
+
+    Args:
+      x, y: float, any shape, arcsec, from the profile's centre.
+      n: Sersic index, 0.5 to 10.
+      effective_radius: arcsec, half-light radius of the circle of equal area.
+      axis_ratio: minor over major axis, in (0, 1].
+      angle: radians, direction of the major axis.
+    """
+    b_n = 2 * n - 1 / 3 + 4 / (405 * n) + 46 / (25515 * n**2) + 131 / (1148175 * n**3)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    u, v = cos * x + sin * y, cos * y - sin * x
+    radius_squared = axis_ratio * u * u + v * v / axis_ratio + SOFTENING**2
+    # exp(log) is 3 times as fast as a power on a CPU, and as exact to float32 rounding.
+    power = jnp.exp(jnp.log(radius_squared / effective_radius**2) / (2 * n))
+    return jnp.exp(-b_n * (power - 1))
+
+
+def bin_pixels(image: jax.Array, factor: int) -> jax.Array:
+    """Averages blocks of `factor` x `factor` pixels: (n, m) -> (n / factor, m / factor)."""
+    # Sums of slices, because XLA vectorizes them on a CPU, but not a mean.
+    rows = reduce(operator.add, (image[i::factor] for i in range(factor)))
+    return reduce(operator.add, (rows[:, i::factor] for i in range(factor))) / factor**2
+
+
+def blur(image: jax.Array, sigma: float, size: int) -> jax.Array:
+    """Convolves an image (height, width) with a normalized Gaussian of `size` x `size` pixels, zero outside.
+
+    Args:
+      image: float (height, width).
+      sigma: pixels.
+      size: kernel width in pixels, odd.
+    """
+    half = size // 2
+    kernel = np.exp(-0.5 * (np.arange(-half, half + 1) / sigma) ** 2)
+    kernel /= kernel.sum()
+    height, width = image.shape
+    padded = jnp.pad(image, ((half, half), (0, 0)))
+    image = reduce(operator.add, (k * padded[i : i + height] for i, k in enumerate(kernel.tolist())))
+    padded = jnp.pad(image, ((0, 0), (half, half)))
+    return reduce(operator.add, (k * padded[:, i : i + width] for i, k in enumerate(kernel.tolist())))

@@ -1,0 +1,114 @@
+"""Pixels on disk: images in a file as a numpy memory map, and the one function that reads them."""
+
+import mmap
+import os
+from typing import IO, Any
+
+import numpy as np
+
+from gravlens_jax.errors import InputError, check
+
+CHUNK_BYTES = 2**25  # read at a time
+
+
+class MappedImages(np.memmap):
+    """Images in a file, as a read-only memory map, or a view of some of them. Read them with `read_rows`."""
+
+    identity: tuple[int, ...] = ()  # of the file when it was opened
+    whole: tuple = ()  # address, shape and strides of all images in the file
+
+    def __array_finalize__(self, array: Any) -> None:
+        super().__array_finalize__(array)
+        if self.filename is not None:  # it shares the memory of `array`
+            self.identity, self.whole = array.identity, array.whole
+
+    def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
+        return np.asarray(array)[()]  # results of arithmetic are in memory, and scalars if they have no axes
+
+    def layout(self) -> tuple:
+        """Returns address, shape and strides: equal to `whole` unless this is a view of some images."""
+        return self.ctypes.data, self.shape, self.strides
+
+    def name(self, row: int) -> str:
+        """Returns the name of an image for error messages, with its row in the file, which is another in a view."""
+        address, _, (row_bytes, *_) = self.whole
+        return f"{self.filename}: images[{(self.ctypes.data + row * self.strides[0] - address) // row_bytes}]"
+
+
+def map_images(file: IO[bytes], dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> MappedImages:
+    """Returns images (n, height, width) of an open file, from byte `offset` on, without reading them."""
+    images = MappedImages(file, dtype, "r", offset, shape)
+    images.identity, images.whole = _identity(file), images.layout()
+    return images
+
+
+def read_rows(images: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
+    """Returns images[rows] as a new array in native byte order; float64 becomes float32, other dtypes stay.
+
+    All pixels of the project are read here. A file is mapped again for each call, because the pages of a map count as
+    memory of the process while the map lives.
+
+    Args:
+      images: (n, height, width), from `open_npz`, a view of those, or in memory.
+      rows: int (k,), or a slice.
+
+    Raises:
+      InputError: an image has pixels that are NaN, infinite or beyond float32; or the file was truncated or replaced
+        since it was opened.
+    """
+    rows = np.arange(len(images))[rows]
+    mapped = images if isinstance(images, MappedImages) and images.identity else None
+    source = np.asarray(images) if mapped is None else _map_again(mapped, rows)
+    dtype = np.dtype(np.float32) if images.dtype.char in "dg" else images.dtype.newbyteorder("=")
+    with np.errstate(over="ignore", invalid="ignore"):
+        batch = source[rows].astype(dtype, copy=False)
+    for image, row in zip(batch, rows.tolist(), strict=True):
+        if dtype.kind == "f" and not _all_finite(image):
+            problem = "pixels beyond float32" if np.isfinite(source[row]).all() else "NaN or infinite pixels"
+            name = f"images[{row}]" if mapped is None else mapped.name(row)
+            raise InputError(f"{name} has {problem}; fix or remove this image")
+    return batch
+
+
+def check_pixels(images: np.ndarray) -> None:
+    """Reads all images with `read_rows`, which raises InputError for pixels that are not finite."""
+    if images.dtype.kind != "f":
+        return
+    count = max(1, CHUNK_BYTES * len(images) // max(1, images.nbytes))
+    for start in range(0, len(images), count):
+        read_rows(images, slice(start, start + count))
+
+
+def _identity(file: IO[bytes]) -> tuple[int, ...]:
+    """Returns numbers that change when the file is replaced or written to."""
+    stat = os.fstat(file.fileno())
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _map_again(images: MappedImages, rows: np.ndarray) -> np.ndarray:
+    """Returns the images in a new map of the same file, or a view of some of them as it is, if the file is unchanged.
+
+    Reading a map beyond the end of a file that was truncated would kill the process.
+    """
+    path = str(images.filename)
+    try:
+        with open(path, "rb") as file:
+            same = _identity(file) == images.identity
+            check(same, f"{path} is not the file that was opened any more (truncated or replaced); start again")
+            if images.layout() != images.whole:
+                return np.asarray(images)
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read any more ({error.strerror}); start again") from error
+    row_bytes = images.strides[0]
+    for first in (images.offset + rows * row_bytes).tolist():  # read from the disk all at once, not page by page
+        page = first // mmap.PAGESIZE * mmap.PAGESIZE
+        pages.madvise(mmap.MADV_WILLNEED, page, first - page + row_bytes)
+    return np.ndarray(images.shape, images.dtype, pages, images.offset)
+
+
+def _all_finite(image: np.ndarray) -> bool:
+    """Returns whether all pixels, float16 or float32, are finite."""
+    if image.dtype == np.float16:  # NumPy's isfinite is slow for it; the exponent of infinity and NaN is all ones
+        return int((image.view(np.uint16) & 0x7C00).max()) < 0x7C00
+    return bool(np.isfinite(image).all())

@@ -1,0 +1,100 @@
+"""Preprocessing of stored images: scaling, augmentation, crop, pooling and stretch. Pure functions."""
+
+import jax
+import jax.numpy as jnp
+
+from gravlens_jax.config import AugmentConfig, InputConfig
+from gravlens_jax.errors import check
+
+
+def check_images(shape: tuple[int, ...], config: InputConfig) -> None:
+    """Raises InputError unless `shape` is (n, height, width) and the crop fits into the images."""
+    check(len(shape) == 3, f"images have shape {tuple(shape)}; expected (n, height, width)")
+    check(
+        min(shape[1:]) >= config.crop,
+        f"images are {shape[1]} x {shape[2]} pixels, the network's input is a crop of {config.crop} x {config.crop}; "
+        f"give larger images, or train with --input.crop {min(shape[1:]) // config.pool * config.pool}",
+    )
+
+
+def to_unit(images: jax.Array) -> jax.Array:
+    """Returns float32 images in [0, 1], shape (n, height, width, 1).
+
+    An image with all pixels in [0, 1] is not changed. Any other, such as photon counts, is scaled by its own minimum
+    and maximum, as the public images were.
+
+    Args:
+      images: any real dtype, (n, height, width).
+    """
+    images = images.astype(jnp.float32)[..., None]
+    low = images.min((1, 2, 3), keepdims=True)
+    high = images.max((1, 2, 3), keepdims=True)
+    scaled = (images - low) / jnp.where(high > low, high - low, 1)
+    return jnp.where((low >= 0) & (high <= 1), images, scaled)
+
+
+def flip(images: jax.Array, key: jax.Array) -> jax.Array:
+    """Mirrors each image along each axis with probability 1/2; (n, height, width, 1) in and out."""
+    for axis, axis_key in zip((1, 2), jax.random.split(key), strict=True):
+        mirrored = jax.random.bernoulli(axis_key, shape=(images.shape[0], 1, 1, 1))
+        images = jnp.where(mirrored, jnp.flip(images, axis), images)
+    return images
+
+
+def rotate_and_shift(images: jax.Array, key: jax.Array, max_rotation: float, max_shift: float) -> jax.Array:
+    """Rotates and shifts each image at random: nearest neighbour, zero outside.
+
+    Args:
+      images: float (n, height, width, 1).
+      key: a `jax.random.key`.
+      max_rotation: degrees; angles are uniform in [-max_rotation, max_rotation].
+      max_shift: fraction of height and width; shifts are uniform, either way.
+    """
+    n, height, width, _ = images.shape
+    angle_key, shift_key = jax.random.split(key)
+    angles = jax.random.uniform(angle_key, (n,), minval=-1, maxval=1) * jnp.deg2rad(max_rotation)
+    shifts = jax.random.uniform(shift_key, (n, 2), minval=-1, maxval=1) * max_shift
+    rows = jnp.arange(height)[:, None] - (height - 1) / 2
+    columns = jnp.arange(width)[None, :] - (width - 1) / 2
+
+    def one(image, angle, shift):
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        r, c = rows - shift[0] * height, columns - shift[1] * width
+        source_rows = jnp.round(cos * r - sin * c + (height - 1) / 2).astype(jnp.int32)
+        source_columns = jnp.round(sin * r + cos * c + (width - 1) / 2).astype(jnp.int32)
+        inside = (source_rows >= 0) & (source_rows < height) & (source_columns >= 0) & (source_columns < width)
+        return jnp.where(inside[..., None], image[source_rows % height, source_columns % width], 0)
+
+    return jax.vmap(one)(images, angles, shifts)
+
+
+def augment(images: jax.Array, key: jax.Array, config: AugmentConfig) -> jax.Array:
+    """Applies the random changes that `config` enables; float (n, height, width, 1) in and out."""
+    flip_key, affine_key = jax.random.split(key)
+    if config.flip:
+        images = flip(images, flip_key)
+    if config.max_rotation or config.max_shift:
+        images = rotate_and_shift(images, affine_key, config.max_rotation, config.max_shift)
+    return images
+
+
+def prepare(images: jax.Array, config: InputConfig) -> jax.Array:
+    """Crops, pools, stretches and standardizes images in [0, 1].
+
+    Args:
+      images: float32 (n, height, width, 1), height and width at least `config.crop`.
+      config: sizes, stretch, mean and standard deviation.
+
+    Returns:
+      float32 (n, crop / pool, crop / pool, 1).
+    """
+    n, height, width, _ = images.shape
+    top, left = (height - config.crop) // 2, (width - config.crop) // 2
+    images = images[:, top : top + config.crop, left : left + config.crop]
+    size = config.crop // config.pool
+    images = images.reshape(n, size, config.pool, size, config.pool, 1).mean((2, 4))
+    if config.stretch == "sqrt":
+        images = jnp.sqrt(images)
+    elif config.stretch == "log":
+        images = jnp.log(images + 0.01)
+    return (images - config.mean) / config.std

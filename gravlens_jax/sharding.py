@@ -1,0 +1,127 @@
+"""One axis, "data", over all devices of all processes: parameters are on every device, a batch is spread over them.
+
+Every process runs the same program on batches of the same order, and reads only its own rows of each.
+"""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gravlens_jax.errors import check
+
+DEAD_SECONDS = 60  # a process that has not been heard of for so long is taken for dead, and the others end
+
+
+def join_processes(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the processes of one run; does nothing if this is the only one. Call it before anything touches a device.
+
+    Args:
+      coordinator: HOST:PORT of process 0; or "auto", to ask what JAX knows of the cluster (SLURM, Open MPI, Cloud TPU,
+        Kubernetes). Without it JAX is asked where this is a step of several SLURM or Open MPI tasks, or the
+        environment names several TPU workers.
+      num_processes: of the run; with HOST:PORT only.
+      process_id: 0, 1, ... of this one; with HOST:PORT only.
+
+    Raises:
+      InputError: arguments that do not belong together.
+    """
+    environment = os.environ
+    tasks = max(int(environment.get(name, "1")) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    explicit = coordinator not in (None, "auto")
+    check(
+        (num_processes is not None) == (process_id is not None) == explicit,
+        f"coordinator={coordinator}, num_processes={num_processes}, process_id={process_id}: give all three, or none",
+    )
+    if coordinator is not None and num_processes is not None and process_id is not None:
+        host, _, port = coordinator.rpartition(":")
+        check(bool(host) and port.isdecimal(), f"coordinator={coordinator}: expected HOST:PORT, or auto")
+        check(
+            0 <= process_id < num_processes,
+            f"process_id={process_id}: expected 0 to {num_processes - 1} for num_processes={num_processes}",
+        )
+        # On this machine alone nobody else needs to reach the port.
+        bind = coordinator if host in ("localhost", "127.0.0.1", "[::1]") else None
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            coordinator_bind_address=bind,
+            heartbeat_timeout_seconds=DEAD_SECONDS,
+            cluster_detection_method="deactivate",
+        )
+    elif coordinator == "auto" or tasks > 1 or "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize(heartbeat_timeout_seconds=DEAD_SECONDS)
+
+
+def data_mesh(devices: int | None = None) -> Mesh:
+    """Returns the mesh of the first `devices` devices, or of all."""
+    used = jax.devices()[:devices]
+    check(devices in (None, len(used)), f"{devices} devices asked for, {len(used)} found: {used}")
+    return jax.make_mesh((len(used),), ("data",), axis_types=(AxisType.Auto,), devices=used)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a batch: its first axis is split evenly."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def local_rows(rows: np.ndarray) -> np.ndarray:
+    """Returns this process's share (steps, batch / processes) of the rows (steps, batch) of many batches."""
+    return np.split(rows, jax.process_count(), axis=1)[jax.process_index()]
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes reports."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(where: str) -> None:
+    """Returns when every process has come here; `where` is in words, the same in all."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def agree(value: int) -> int:
+    """Returns the largest of the values that the processes give; all must call, at the same point."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
+def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Returns a batch on the devices, its first axis split evenly, from each process's own share of it.
+
+    Give new arrays: JAX may use their memory.
+    """
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def shard_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Returns the rows (steps, batch) of many batches on the devices, the second axis split evenly."""
+    return jax.device_put(rows, NamedSharding(mesh, PartitionSpec(None, "data")))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raises InputError unless the devices can share a batch evenly."""
+    n = mesh.size
+    check(
+        batch_size % n == 0,
+        f"batch_size={batch_size} is not divisible by {n} devices; try {max(n, batch_size // n * n)}",
+    )
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Returns the tree of arrays, the same in every process, with a copy on every device."""
+    return jax.device_put(jax.tree.map(np.asarray, tree), replicated(mesh))

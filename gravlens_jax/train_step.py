@@ -1,0 +1,160 @@
+"""The training state and the steps that change it. Pure functions; `training` jits them."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gravlens_jax.config import AugmentConfig, OptimConfig
+from gravlens_jax.model import ResNet, forward
+from gravlens_jax.optim import init_plateau, update_plateau
+from gravlens_jax.preprocess import augment, prepare, to_unit
+
+Batch = dict[
+    str, jax.Array
+]  # images (batch, height, width), labels int32 (batch,); see also `train_steps`, `eval_step`
+Sums = dict[str, jax.Array]  # over images: loss float32, correct int32, count int32; over steps: gradient float32
+
+ADVICE = "saved checkpoints are intact; start again with a lower learning rate"
+
+
+class TrainState(NamedTuple):
+    """Everything needed to continue training; arrays only."""
+
+    step: jax.Array  # int32 (), optimizer updates done
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    plateau: Any  # updated once per epoch by `end_epoch`
+    sums: Sums  # running since the epoch began; `gradient` is the sum of |gradient| of the first kernel
+
+
+def zero_sums() -> Sums:
+    """Returns the sums before the first image."""
+    return {
+        "loss": jnp.zeros((), jnp.float32),
+        "correct": jnp.zeros((), jnp.int32),
+        "count": jnp.zeros((), jnp.int32),
+        "gradient": jnp.zeros((), jnp.float32),
+    }
+
+
+def mean_metrics(sums: dict[str, Any]) -> tuple[float, float]:
+    """Returns the mean loss and the accuracy."""
+    return float(sums["loss"]) / float(sums["count"]), float(sums["correct"]) / float(sums["count"])
+
+
+def init_state(seed: int, model: ResNet, tx: optax.GradientTransformation, config: OptimConfig) -> TrainState:
+    """Returns the state before the first step; a function of `seed` alone."""
+    size = model.input.crop // model.input.pool
+    variables = model.init(jax.random.key(seed), jnp.zeros((1, size, size, 1)))
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables["batch_stats"],
+        opt_state=tx.init(params),
+        plateau=init_plateau(config, params),
+        sums=zero_sums(),
+    )
+
+
+def _batch_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Sums:
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    correct = (logits.argmax(-1) == labels) & mask
+    return {"loss": jnp.sum(losses * mask), "correct": jnp.sum(correct), "count": jnp.sum(mask)}
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: ResNet,
+    tx: optax.GradientTransformation,
+    augment_config: AugmentConfig,
+    seed: int,
+) -> tuple[TrainState, Sums]:
+    """Returns the state after one optimizer update on `batch`, and a copy of its sums, which stays when it is donated.
+
+    The sums are those of the network before the update. Augmentation is a function of (seed, state.step).
+    """
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    x = prepare(augment(to_unit(batch["images"]), key, augment_config), model.input)
+    labels = batch["labels"]
+
+    def loss_fn(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
+        sums = _batch_sums(logits, labels, jnp.ones(labels.shape, bool))
+        return sums["loss"] / labels.shape[0], (sums, updated["batch_stats"])
+
+    grads, (sums, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates = jax.tree.map(lambda update: state.plateau.scale * update, updates)
+    sums["gradient"] = jnp.sum(jnp.abs(grads["conv0"]["kernel"]))
+    state = TrainState(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        plateau=state.plateau,
+        sums=jax.tree.map(jnp.add, state.sums, sums),
+    )
+    return state, state.sums
+
+
+def train_steps(state: TrainState, batch: Batch, **arguments: Any) -> tuple[TrainState, Sums]:
+    """Applies `train_step` to a batch, or to many batches of a data set in device memory, one after the other.
+
+    Args:
+      state: before the first step.
+      batch: as in `train_step`; or all images and labels of a data set, and rows int32 (steps, batch) of each batch.
+      **arguments: keyword arguments of `train_step`.
+    """
+    if "rows" not in batch:
+        return train_step(state, batch, **arguments)
+
+    def one(state, rows):
+        some = {name: batch[name][rows] for name in ("images", "labels")}
+        return train_step(state, some, **arguments)[0], None
+
+    state, _ = jax.lax.scan(one, state, batch["rows"])
+    return state, state.sums
+
+
+def eval_step(state: TrainState, batch: Batch, *, model: ResNet) -> Sums:
+    """Returns loss, correct and count of the examples that batch["mask"], bool (batch,), marks."""
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    logits = forward(model, variables, prepare(to_unit(batch["images"]), model.input))
+    return _batch_sums(logits, batch["labels"], batch["mask"])
+
+
+def end_epoch(state: TrainState, val_loss: jax.Array | None, *, config: OptimConfig) -> TrainState:
+    """Returns the state with zero sums, and the plateau reduction updated by the validation loss, if there is one."""
+    if val_loss is not None:
+        state = state._replace(plateau=update_plateau(state.plateau, val_loss, config))
+    return state._replace(sums=zero_sums())
+
+
+def check_finite(loss: float, name: str, step: int) -> None:
+    """Raises FloatingPointError unless the loss is finite."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"{name} is {loss} at step {step}; {ADVICE}")
+
+
+def check_alive(state: TrainState) -> None:
+    """Raises FloatingPointError if a parameter is not finite, or no gradient reached the first layer in this epoch.
+
+    The loss alone does not show it: compiled CPU programs may drop NaN, and the loss of a dead network is ln(classes).
+    """
+    step = int(state.step)
+    for path, array in jax.tree.leaves_with_path({"params": state.params, "batch_stats": state.batch_stats}):
+        if not np.isfinite(np.asarray(array)).all():
+            raise FloatingPointError(f"{jax.tree_util.keystr(path)} is not finite at step {step}; {ADVICE}")
+    if int(state.sums["count"]) and not float(state.sums["gradient"]) > 0:
+        raise FloatingPointError(
+            f"the gradient is 0 in all steps of the epoch up to step {step}: dead network; {ADVICE}"
+        )

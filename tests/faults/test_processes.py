@@ -1,0 +1,128 @@
+"""Several devices and several processes; each case runs `train.py` in processes of its own, as a user does."""
+
+import signal
+import socket
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from commands import NETWORK, SMALL, finish, history, load, start, wait_for_epochs, write_images
+from gravlens_jax.errors import InputError
+from gravlens_jax.sharding import check_batch_size, data_mesh, join_processes
+from gravlens_jax.weights import load_run
+
+FILES = [*NETWORK, "--data", "data", "--epochs", "2"]
+FRESH = [*SMALL, "--data", "simulate:ct1", "--simulation.easy", "0", "--simulation.train", "48", "--epochs", "1"]
+
+
+def start_two(folder, *arguments):
+    """Starts two processes of two devices each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+    several = ["--coordinator", coordinator, "--num-processes", 2, "--process-id"]
+    return [start(folder, "train.py", *arguments, *several, i, devices=2) for i in (0, 1)]
+
+
+def assert_same_run(a, b):
+    """Losses agree up to float32 rounding in another order of summation, amplified by training: the first updates of
+    Adam, which updates all that Muon does not, are the signs of gradients."""
+    for ours, theirs in zip(history(a), history(b), strict=True):
+        assert ours["step"] == theirs["step"]
+        for name in ("train_loss", "val_loss"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with images and a run on one device in runs/1."""
+    folder = tmp_path_factory.mktemp("work")
+    write_images(folder / "data", train=48, val=24, test=24)
+    finish(start(folder, "train.py", *FILES, "--run-dir", "runs/1"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "devices", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow), 8]
+)
+def test_result_does_not_depend_on_the_number_of_devices(folder, devices):
+    ((out, _),) = finish(start(folder, "train.py", *FILES, "--run-dir", f"runs/{devices}", devices=devices))
+    assert f"{devices} x cpu" in out
+    assert_same_run(folder / f"runs/{devices}", folder / "runs/1")
+
+
+def test_result_does_not_depend_on_the_number_of_processes_and_one_of_them_prints(folder):
+    (out, _), (other, _) = finish(*start_two(folder, *FILES, "--run-dir", "runs/2x2"))
+    assert "4 x cpu" in out and "epoch 2/2" in out and "epoch" not in other
+    assert_same_run(folder / "runs/2x2", folder / "runs/1")
+    assert (folder / "runs/2x2/report/metrics.json").exists()
+    a, b = (load_run(folder / "runs" / name).variables for name in ("2x2", "1"))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-3), a, b)
+
+
+def test_stream_does_not_depend_on_the_number_of_processes(folder):
+    finish(*start_two(folder, *FRESH, "--run-dir", "runs/fresh2"))  # and one simulates the other splits for both
+    finish(start(folder, "train.py", *FRESH, "--run-dir", "runs/fresh1"))
+    assert_same_run(folder / "runs/fresh2", folder / "runs/fresh1")
+
+
+def test_run_stopped_in_two_processes_resumes_on_other_devices(folder):
+    processes = start_two(folder, *FILES, "--run-dir", "runs/moved", "--epochs", 2000)
+    wait_for_epochs(folder / "runs/moved", 2, *processes)
+    processes[1].send_signal(signal.SIGTERM)  # one is enough: they stop together
+    for _, err in finish(*processes, status=143):
+        assert "SIGTERM: stopped after step" in err and "continue with --resume" in err
+    first = len(history(folder / "runs/moved"))
+    for devices in (1, 8):
+        process = start(folder, "train.py", "--run-dir", "runs/moved", "--resume", devices=devices)
+        first += 2
+        wait_for_epochs(folder / "runs/moved", first, process)
+        process.send_signal(signal.SIGINT)
+        finish(process, status=130)
+    steps = [line["step"] for line in history(folder / "runs/moved")]
+    assert steps == [3 * (i + 1) for i in range(len(steps))]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_of_two_processes_dies_the_other_ends_with_a_message(folder, victim):
+    name = f"runs/dies{victim}"
+    processes = start_two(folder, *FILES, "--run-dir", name, "--epochs", 2000)
+    wait_for_epochs(folder / name, 2, *processes)  # the first is saved
+    processes[victim].kill()
+    processes[victim].communicate()
+    _, err = processes[1 - victim].communicate(timeout=120)  # at once in a step; while it saves, after DEAD_SECONDS
+    if victim == 0 and processes[1].returncode == -signal.SIGABRT:
+        # Process 0 is JAX's coordinator: JAX aborts the others when it is gone, perhaps before our own message.
+        assert "the JAX distributed service detected fatal errors" in err
+    else:
+        assert processes[1 - victim].returncode == 1
+        assert "another process of this run has ended" in err and "--resume" in err and "Traceback" not in err
+    if victim == 0:
+        assert load(folder / name, "final")[1] >= 3
+    else:
+        process = start(folder, "train.py", "--run-dir", name, "--resume")
+        wait_for_epochs(folder / name, len(history(folder / name)) + 1, process)
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("localhost:1", None, None), "give all three, or none"),
+        ((None, 2, 0), "give all three, or none"),
+        (("auto", 2, 0), "give all three, or none"),
+        (("localhost", 2, 0), "expected HOST:PORT"),
+        (("localhost:1", 2, 2), "process_id=2: expected 0 to 1"),
+    ],
+)
+def test_inconsistent_arguments_of_several_processes_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        join_processes(*arguments)
+
+
+def test_batch_that_does_not_divide_between_the_devices_is_refused():
+    with pytest.raises(InputError, match="batch_size=7 is not divisible by 2 devices; try 6"):
+        check_batch_size(7, data_mesh(2))

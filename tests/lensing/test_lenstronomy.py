@@ -1,0 +1,62 @@
+"""Comparison with lenstronomy, an independent code (Birrer & Amara 2018); skipped where it is not installed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bench.peers import ellipticity, lenstronomy_image
+from gravlens_jax.lensing import profiles
+from gravlens_jax.lensing.priors import PRESETS, SUBSTRUCTURES
+from gravlens_jax.lensing.render import render_lens, sample_lens
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of lenstronomy
+pytest.importorskip("lenstronomy", exc_type=ImportError)
+
+
+def deflect_point(x, y):
+    return profiles.deflect_points(x, y, jnp.array([[0.31, -0.42]]), jnp.array([0.2**2]))
+
+
+@pytest.mark.parametrize(
+    "function, arguments, model, keywords",
+    [
+        (profiles.deflect_sis, (1.3,), "SIS", {"theta_E": 1.3}),
+        (profiles.deflect_sie, (1.3, 0.8, 0.3), "SIE", {"theta_E": 1.3} | ellipticity(0.8, 0.3)),
+        (profiles.deflect_sie, (1.3, 0.3, -1.0), "SIE", {"theta_E": 1.3} | ellipticity(0.3, -1.0)),
+        (profiles.deflect_shear, (0.2, 0.4), "SHEAR", {"gamma1": 0.2 * np.cos(0.8), "gamma2": 0.2 * np.sin(0.8)}),
+        (deflect_point, (), "POINT_MASS", {"theta_E": 0.2, "center_x": 0.31, "center_y": -0.42}),
+    ],
+)
+def test_deflections_agree_to_1e_6_arcsec(function, arguments, model, keywords):
+    from lenstronomy.LensModel.lens_model import LensModel
+
+    with jax.enable_x64(True):
+        x, y = profiles.pixel_grid(150, 0.05)
+        expected = LensModel([model]).alpha(np.ravel(x), np.ravel(y), [keywords])
+        np.testing.assert_allclose([np.ravel(a) for a in function(x, y, *arguments)], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("n, rtol", [(1.0, 1e-2), (1.5, 5e-3), (4.0, 5e-3)])
+def test_sersic_agrees_to_the_accuracy_of_their_linear_b_n(n, rtol):
+    from lenstronomy.LightModel.light_model import LightModel
+
+    with jax.enable_x64(True):
+        x, y = profiles.pixel_grid(100, 0.02)
+        keywords = {"amp": 1.0, "R_sersic": 0.5, "n_sersic": n, "center_x": 0, "center_y": 0} | ellipticity(0.6, 0.5)
+        expected = LightModel(["SERSIC_ELLIPSE"]).surface_brightness(np.ravel(x), np.ravel(y), [keywords])
+        light = np.ravel(profiles.sersic_light(x, y, n, 0.5, 0.6, 0.5))
+        inside = np.ravel(np.hypot(x, y)) < 1.0  # lenstronomy has another b_n, whose error grows outwards
+        np.testing.assert_allclose(light[inside], expected[inside], rtol=rtol)
+
+
+@pytest.mark.parametrize("preset", ["ct1", "deeplensesim_i"])
+@pytest.mark.parametrize("substructure", SUBSTRUCTURES)
+def test_whole_images_agree_to_1_percent_of_the_peak(preset, substructure):
+    priors = PRESETS[preset]
+    p = sample_lens(jax.random.key(0), priors, substructure)
+    expected = lenstronomy_image(p, priors, string_points=1000)
+    difference = np.sort(np.abs(render_lens(p, priors) - expected).ravel())
+    # Rays that almost hit a point mass differ by rounding: 99.5 % of the pixels must agree.
+    worst = difference[-1] if substructure == "no" else difference[int(0.995 * difference.size)]
+    assert worst < 0.01 * expected.max()

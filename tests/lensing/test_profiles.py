@@ -1,0 +1,130 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gravlens_jax.lensing import profiles
+
+
+def points(x, y):
+    centres, strengths = [[0.3, -0.2], [0.0, 0.5], [9.0, 9.0]], [0.04, 0.01, 0.0]
+    dtype = jnp.result_type(x)
+    return profiles.deflect_points(x, y, jnp.array(centres, dtype), jnp.array(strengths, dtype))
+
+
+def string(x, y):
+    return profiles.deflect_string(x, y, jnp.array([0.2, -0.1], jnp.result_type(x)), 0.7, 2.0, 0.07)
+
+
+PROFILES = {
+    "sis": lambda x, y: profiles.deflect_sis(x, y, 1.2),
+    "sie": lambda x, y: profiles.deflect_sie(x, y, 1.2, 0.7, 0.4),
+    "shear": lambda x, y: profiles.deflect_shear(x, y, 0.2, 0.3),
+    "points": points,
+    "string": string,
+}
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def assert_finite_gradients(function, *arguments):
+    gradients = jax.grad(function, tuple(range(len(arguments))))(*arguments)
+    assert all(math.isfinite(gradient) for gradient in gradients)
+
+
+@pytest.mark.parametrize("name, expected", [("points", 0.05), ("string", 0.07), ("sis", 1.2 * 3.0)])
+def test_flux_through_a_circle_is_that_of_the_mass_inside(name, expected):
+    # Gauss's law; an isothermal sphere holds theta_E * r. Trapezoids on a circle converge exponentially.
+    angles = 2 * math.pi * (jnp.arange(4000) + 0.5) / 4000
+    x, y = 3.0 * jnp.cos(angles), 3.0 * jnp.sin(angles)
+    ax, ay = PROFILES[name](x, y)
+    assert float(jnp.mean(ax * x + ay * y)) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_half_the_divergence_is_kappa(name):
+    x, y = jnp.array([0.9, -0.4, 0.1]), jnp.array([0.2, 0.7, -1.1])
+    jacobian = jax.vmap(jax.jacfwd(lambda p: jnp.stack(PROFILES[name](p[0], p[1]))))(jnp.stack([x, y], axis=1))
+    u, v = math.cos(0.4) * x + math.sin(0.4) * y, math.cos(0.4) * y - math.sin(0.4) * x
+    kappas = {"sis": 1.2 / (2 * jnp.hypot(x, y)), "sie": 1.2 / (2 * jnp.sqrt(0.7 * u**2 + v**2 / 0.7))}
+    kappa = kappas.get(name, jnp.zeros(3))  # the others have no mass at these places
+    np.testing.assert_allclose(jnp.trace(jacobian, axis1=1, axis2=2) / 2, kappa, atol=1e-9)
+
+
+def test_string_is_the_sum_of_many_point_masses():
+    x, y = profiles.pixel_grid(6, 0.8)
+    n, length, angle = 100_000, 2.0, 0.7
+    along = length * ((np.arange(n) + 0.5) / n - 0.5)
+    dx = np.asarray(x)[..., None] - (0.2 + along * np.cos(angle))
+    dy = np.asarray(y)[..., None] - (-0.1 + along * np.sin(angle))
+    k = 0.07 / n / (dx**2 + dy**2)
+    np.testing.assert_allclose(string(x, y), [(k * dx).sum(-1), (k * dy).sum(-1)], atol=1e-8)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_deflections_have_finite_gradients_on_and_off_the_centre(name):
+    for x, y in [(0.0, 0.0), (0.3, -0.2), (0.2, -0.1), (1.0, 1.0), (0.2 + math.cos(0.7), -0.1 + math.sin(0.7))]:
+        assert_finite_gradients(lambda x, y: sum(PROFILES[name](x, y)), x, y)
+
+
+def test_sie_of_axis_ratio_1_is_the_sphere():
+    x, y = profiles.pixel_grid(7, 0.5)
+    sphere = profiles.deflect_sis(x, y, 1.2)
+    np.testing.assert_allclose(profiles.deflect_sie(x, y, 1.2, 1.0, 0.4), sphere, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("axis_ratio", [0.2, 0.999, 1.0])
+@pytest.mark.parametrize("x, y", [(0.0, 0.0), (0.3, 0.0), (-0.1, 0.7)])
+def test_ellipses_have_finite_gradients_in_every_parameter(axis_ratio, x, y):
+    assert_finite_gradients(lambda *p: sum(profiles.deflect_sie(*p)), x, y, 1.2, axis_ratio, 0.4)
+    assert_finite_gradients(profiles.sersic_light, x, y, 1.5, 0.5, axis_ratio, 0.2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("name", PROFILES)
+def test_deflections_keep_the_precision_of_their_input(name, dtype):
+    x, y = profiles.pixel_grid(30, 0.25)
+    deflection = PROFILES[name](x.astype(dtype), y.astype(dtype))
+    assert deflection[0].dtype == deflection[1].dtype == dtype
+    np.testing.assert_allclose(deflection, PROFILES[name](x, y), atol=2e-5)
+
+
+def test_half_the_sersic_light_is_inside_the_effective_radius():
+    x, y = profiles.pixel_grid(600, 0.02)
+    light = profiles.sersic_light(x, y, 1.5, 0.5, 0.6, 0.4)
+    u, v = np.cos(0.4) * x + np.sin(0.4) * y, np.cos(0.4) * y - np.sin(0.4) * x
+    inside = 0.6 * u**2 + v**2 / 0.6 < 0.5**2
+    assert float(light[inside].sum() / light.sum()) == pytest.approx(0.5, abs=2e-3)  # pixels on the ellipse's edge
+
+
+def test_einstein_radius_is_that_of_the_public_code():
+    theta_E = math.sqrt(profiles.einstein_radius_squared(1e12, 0.5, 1.0))
+    assert theta_E == pytest.approx(1.28145, abs=1e-4)  # its constants of nature are rounded to a few 1e-5
+
+
+def test_luminosity_distance_is_the_integral_over_redshift():
+    # Flat LambdaCDM, H0 = 70, Om = 0.3: the textbook integral by 100,000 midpoints.
+    z = (np.arange(100_000) + 0.5) / 100_000
+    comoving = profiles.SPEED_OF_LIGHT_KM_S / 70 * np.mean(1 / np.sqrt(0.3 * (1 + z) ** 3 + 0.7))
+    assert float(profiles.luminosity_distance(1.0)) == pytest.approx(2 * comoving, rel=1e-9)
+
+
+def test_pixel_grid_has_plus_y_in_row_0_and_supersamples():
+    x, y = profiles.pixel_grid(2, 1.0, 2)
+    np.testing.assert_allclose(x[0], [-0.75, -0.25, 0.25, 0.75])
+    np.testing.assert_allclose(y[:, 0], [0.75, 0.25, -0.25, -0.75])
+    np.testing.assert_allclose(profiles.bin_pixels(x, 2), profiles.pixel_grid(2, 1.0)[0])
+
+
+def test_blur_is_a_normalized_gaussian():
+    image = jnp.zeros((31, 31)).at[15, 15].set(1.0)
+    rows = np.arange(-5, 6)
+    kernel = np.exp(-(rows[:, None] ** 2 + rows**2) / (2 * 1.74**2))
+    expected = np.pad(kernel / kernel.sum(), 10)
+    np.testing.assert_allclose(profiles.blur(image, 1.74, 11), expected, atol=1e-12)
