@@ -10,6 +10,7 @@ to be deleted is renamed first, so that it is either complete or absent.
 import os
 import re
 import shutil
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from gravlens_jax.train_step import TrainState
 
 Which = Literal["best", "final"]
 REMOVED = "removed"  # folder beside the steps, for those that are being removed
+VAL_LOSS = itemgetter("val_loss")  # of the metrics of a checkpoint
 
 
 def open_checkpoints(run_dir: Path) -> ocp.CheckpointManager:
@@ -31,14 +33,10 @@ def open_checkpoints(run_dir: Path) -> ocp.CheckpointManager:
     folder = run_dir / "checkpoints"
     for step in folder.glob("[0-9]*"):
         _verify(step, "metrics/")  # Orbax reads these of all checkpoints at once
-
-    def val_loss(metrics: dict[str, float]) -> float:
-        return metrics["val_loss"]
-
-    best = BestN(get_metric_fn=val_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+    best = BestN(get_metric_fn=VAL_LOSS, reverse=True, n=1, keep_checkpoints_without_metrics=False)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=AnyPreservationPolicy([LatestN(1), best]),
-        best_fn=val_loss,
+        best_fn=VAL_LOSS,
         best_mode="min",
         enable_async_checkpointing=False,  # the files are small, and an error is raised where it happens
         todelete_subdir=REMOVED,
@@ -50,20 +48,13 @@ def open_checkpoints(run_dir: Path) -> ocp.CheckpointManager:
 
 def remove_leftovers(run_dir: Path) -> None:
     """Deletes what a killed process left half written or half removed; only for the process that locked the run."""
-    _sweep(run_dir / "checkpoints")
-
-
-def _sweep(folder: Path) -> None:
+    folder = run_dir / "checkpoints"
     for left in (*folder.glob("*.orbax-checkpoint-tmp*"), folder / REMOVED):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, val_loss: float | None = None) -> None:
-    """Saves the state; with a (finite) `val_loss`, at the end of an epoch, it is a candidate for `best`.
-
-    Raises:
-      InputError: the disk is full or read-only; earlier checkpoints are intact.
-    """
+    """Saves the state, a candidate for `best` if it has a (finite) `val_loss`; InputError if the disk is full."""
     metrics = None if val_loss is None else {"val_loss": float(val_loss)}
     _save(manager, int(state.step), _items(state), metrics)
 
@@ -121,11 +112,11 @@ def _save(manager: ocp.CheckpointManager, step: int, items: dict[str, Any], metr
         manager.save(step, args=ocp.args.Composite(**args), metrics=metrics)
         if jax.process_index() == 0:
             write_digests(folder)
-            _sweep(folder.parent)
+            remove_leftovers(folder.parents[1])
     except (OSError, ValueError) as error:  # ValueError: of tensorstore, which writes the arrays
         if jax.process_count() > 1 and isinstance(error, ValueError):  # or of a lost connection
             raise
-        _sweep(folder.parent)  # on a full disk, makes room for others
+        remove_leftovers(folder.parents[1])  # on a full disk, makes room for others
         code = re.search(r"(?:os_error_code='|\[Errno )(\d+)", str(error))
         with writing(folder):
             raise OSError(os.strerror(int(code[1])) if code else " ".join(str(error).split())[:200]) from error

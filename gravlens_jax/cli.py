@@ -15,14 +15,8 @@ import tyro
 from gravlens_jax.console import Stopped
 from gravlens_jax.errors import InputError, check
 
-Source = Annotated[
-    Path,
-    tyro.conf.Positional,
-    tyro.conf.arg(
-        metavar="RUN",
-        help="directory made by train.py or import_torch.py, .npz made by export.py, or the word pretrained",
-    ),
-]
+HELP = "directory made by train.py or import_torch.py, .npz made by export.py, or the word pretrained"
+Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=HELP)]
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
@@ -32,7 +26,7 @@ def run(main: Callable[[], Any]) -> None:
     InputError, or a file or an output that cannot be read or written: 2; FloatingPointError (a loss or a parameter is
     not finite), or a lost connection to another process of the run: 1; SIGINT (Ctrl-C): 130; SIGTERM: 143.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # by default, temporary files would stay
     silence_orbax()
     try:
         main()
@@ -44,12 +38,9 @@ def run(main: Callable[[], Any]) -> None:
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # a lost connection raises either of them
         if not jax.distributed.is_initialized():
             raise
+        message = "another process of this run has ended or cannot be reached; saved checkpoints are intact"
         reason = " ".join(str(error).split())[:200]
-        _stop(
-            "error: another process of this run has ended or cannot be reached; saved checkpoints are intact. Start "
-            f"all processes again with --resume ({reason})",
-            1,
-        )
+        _stop(f"error: {message}. Start all processes again with --resume ({reason})", 1)
     except Stopped as stopped:
         _stop(str(stopped), 128 + stopped.number)
     except KeyboardInterrupt:
@@ -82,10 +73,7 @@ def set_environment() -> None:
 
 
 def use_compile_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, so that the next run starts faster.
-
-    A JAX_COMPILATION_CACHE_DIR that is already set is respected.
-    """
+    """Keeps compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR is set."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gravlens_jax"
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -99,10 +87,8 @@ def run_function(function: Callable[..., Any]) -> None:
 def split_names(text: str) -> tuple[str, ...]:
     """Returns the class names of a comma-separated list: at least two, all different."""
     names = tuple(name.strip() for name in text.split(","))
-    check(
-        len(names) >= 2 and all(names) and len(set(names)) == len(names),
-        f"--classes {text}: expected at least two different names separated by commas, such as no,sphere,vort",
-    )
+    right = len(names) >= 2 and all(names) and len(set(names)) == len(names)
+    check(right, f"--classes {text}: expected at least two different names separated by commas, such as no,sphere,vort")
     return names
 
 
@@ -117,10 +103,6 @@ def silence_orbax() -> None:
 
     sys.unraisablehook = show_others
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-
-
-def _terminate(number: int, _: Any) -> None:
-    raise SystemExit(128 + number)  # unlike the default action, it removes temporary files
 
 
 def _discard_output() -> None:

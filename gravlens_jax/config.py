@@ -4,7 +4,6 @@ Every field is a command-line option of `scripts/train.py`; the comment beside i
 """
 
 import dataclasses
-import json
 import math
 import types
 import typing
@@ -172,18 +171,10 @@ PRESETS = {
 }
 
 
-def to_json(config: Any) -> str:
-    """Returns a config dataclass as indented JSON."""
-    return json.dumps(dataclasses.asdict(config), indent=2)
-
-
 def from_dict(cls: type, values: Any, where: str = "config") -> Any:
-    """Returns a `cls` from plain values; missing or unknown fields and wrong types raise InputError.
+    """Returns a dataclass above, or a NamedTuple of such, from the values of a JSON object, called `where` in errors.
 
-    Args:
-      cls: one of the dataclasses above, or a NamedTuple of what they hold.
-      values: what `json.loads(to_json(config))` returns.
-      where: what to call the whole in errors.
+    Missing or unknown fields and wrong types raise InputError.
     """
     check(isinstance(values, dict), f"{where}: expected an object, got {values!r:.80}")
     hints = typing.get_type_hints(cls)

@@ -18,23 +18,17 @@ def list_folder(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], np.
     """Returns the .npy files of `folder/<class>/`, numbers in numerical order, and their labels int32 (n,)."""
     files, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(
-            (Path(folder) / name).glob("*.npy"), key=lambda f: (not f.stem.isdecimal(), f.stem.zfill(20), f.stem)
-        )
-        check(
-            bool(found),
-            f"{Path(folder) / name}: no .npy files there; expected one folder for each of the classes "
-            f"{', '.join(classes)} (name other ones with --classes)",
-        )
+        own = Path(folder) / name
+        found = sorted(own.glob("*.npy"), key=lambda f: (not f.stem.isdecimal(), f.stem.zfill(20), f.stem))
+        expected = f"one folder for each of the classes {', '.join(classes)} (name other ones with --classes)"
+        check(bool(found), f"{own}: no .npy files there; expected {expected}")
         files += found
         labels += [label] * len(found)
     return files, np.array(labels, np.int32)
 
 
 def load_image(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
-    """Reads one image, (height, width) of any real dtype up to 64 bits.
-
-    Its .npy has shape (height, width) or (1, height, width).
+    """Reads one image of shape (height, width) or (1, height, width); returns (height, width), any real dtype.
 
     Raises:
       InputError: unreadable, Python objects, another shape than `shape`, more than 64 bits a pixel, NaN or infinite
@@ -66,20 +60,10 @@ def load_folder(folder: Path, classes: tuple[str, ...]) -> Dataset:
 
 
 def load_labelled(path: Path, classes: tuple[str, ...]) -> Dataset:
-    """Opens labelled images for a network of `classes`; the labels returned index these.
-
-    Args:
-      path: an .npz, or a folder with one folder of .npy for each class.
-      classes: the classes of the network, in its order.
-
-    Raises:
-      InputError: the images have other classes.
-    """
+    """Opens an .npz, or a folder with one for each class; labels index `classes`, InputError if it has others."""
     path = Path(path)
     dataset = load_folder(path, classes) if path.is_dir() else open_npz(path)
-    check(
-        sorted(dataset.classes) == sorted(classes),
-        f"{path} has the classes {', '.join(dataset.classes)}; the network knows {', '.join(classes)}",
-    )
+    message = f"{path} has the classes {', '.join(dataset.classes)}; the network knows {', '.join(classes)}"
+    check(sorted(dataset.classes) == sorted(classes), message)
     order = np.array([classes.index(name) for name in dataset.classes], np.int32)
     return dataset._replace(labels=order[dataset.labels], classes=classes)

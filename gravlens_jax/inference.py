@@ -71,18 +71,16 @@ def predict_logits(
     Raises:
       InputError: not (n, height, width), smaller than the crop, or NaN or infinite pixels.
     """
-    images = _checked(images, model)
     logits = np.empty((len(images), len(model.classes)), np.float32)
-    for rows, batch in _batches(images, batch_size):
+    for rows, batch in _batches(images, model, batch_size):
         logits[rows] = _logits(variables, batch, model=model, tta=tta)[: rows.stop - rows.start]
     return logits
 
 
 def embed(model: ResNet, variables: Any, images: np.ndarray, batch_size: int = 128) -> np.ndarray:
     """Returns the features before the head, float32 (n, 4 * model.width); arguments as in `predict_logits`."""
-    images = _checked(images, model)
     features = np.empty((len(images), 4 * model.width), np.float32)
-    for rows, batch in _batches(images, batch_size):
+    for rows, batch in _batches(images, model, batch_size):
         features[rows] = _features(variables, batch, model=model)[: rows.stop - rows.start]
     return features
 
@@ -94,7 +92,7 @@ def saliency(
 
     LayerCAM (Jiang et al. 2021, IEEE Trans. Image Process. 30, 5875) after stage 2: activations times the positive part
     of the logit's gradient with respect to them, summed over channels. On simulated lenses its maps peak at the
-    substructure more often than those of Grad-CAM, which averages the gradient over the pixels.
+    substructure more often than those of Grad-CAM.
 
     Args:
       model, variables, images: as in `predict_logits`.
@@ -104,12 +102,11 @@ def saliency(
     Raises:
       InputError: as in `predict_logits`; `labels` has another length.
     """
-    images = _checked(images, model)
     if labels is not None:
-        shape = np.shape(labels)
-        check(shape == images.shape[:1], f"labels have shape {shape}, expected ({len(images)},): one per image")
-    maps = np.empty(images.shape, np.float32)
-    for rows, batch in _batches(images, batch_size):
+        expected = (len(images),)
+        check(np.shape(labels) == expected, f"labels have shape {np.shape(labels)}, expected {expected}: one per image")
+    maps = np.empty(np.shape(images), np.float32)
+    for rows, batch in _batches(images, model, batch_size):
         n = rows.stop - rows.start
         own = None if labels is None else np.pad(labels[rows], (0, len(batch) - n))
         maps[rows] = _maps(variables, batch, own, model=model)[:n]
@@ -130,14 +127,10 @@ def export_program(model: ResNet, variables: Any, image_shape: tuple[int, int]) 
     return bytes(export.export(function, platforms=("cpu", "cuda", "tpu"))(images).serialize())
 
 
-def _checked(images: np.ndarray, model: ResNet) -> np.ndarray:
+def _batches(images: np.ndarray, model: ResNet, batch_size: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields (rows, images[rows]); the last batch is padded with zeros, so that all have one shape and compile once."""
     images = np.asanyarray(images)  # keeps a memory map
     check_images(images.shape, model.input)
-    return images
-
-
-def _batches(images: np.ndarray, batch_size: int) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields (rows, images[rows]); the last batch is padded with zeros, so that all have one shape and compile once."""
     check(batch_size >= 1, f"batch_size={batch_size}: expected at least 1")
     batch_size = max(1, min(batch_size, len(images)))
     for start in range(0, len(images), batch_size):

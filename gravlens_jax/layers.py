@@ -27,10 +27,7 @@ GROUP_ELEMENTS = 160_000  # of the output gradient in one matrix product; its op
 def conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """Returns the convolution of `x` with `kernel`, with size // 2 zeros around each image.
 
-    Args:
-      x: float (n, height, width, channels).
-      kernel: float (size, size, channels, filters); size is odd.
-      stride: along height and width.
+    `x` is float (n, height, width, channels), `kernel` float (size, size, channels, filters) with an odd size.
     """
     return jax.lax.platform_dependent(x, kernel, cpu=partial(_cpu, stride=stride), default=partial(_xla, stride=stride))
 
@@ -70,11 +67,9 @@ conv.defvjp(lambda x, kernel, stride: (conv(x, kernel, stride), (x, kernel)), _c
 
 
 def _rows_gradient(x, grad, size, stride, first):
-    """Returns the gradient of kernel rows first, first + stride, ...: (rows, size, channels, filters).
-
-    These rows are multiplied with the same rows of `x`, each shifted by one against the one before. With `grad` shifted
-    instead, one matrix product is enough for all of them.
-    """
+    """Returns the gradient of kernel rows first, first + stride, ...: (rows, size, channels, filters)."""
+    # These rows are multiplied with the same rows of `x`, each shifted by one against the one before. With `grad`
+    # shifted instead, one matrix product is enough for all of them.
     n, height, width, filters = grad.shape
     channels, taps = x.shape[3], len(range(first, size, stride))
     border, span = (size // 2, size // 2), (width - 1) * stride + 1
@@ -116,10 +111,7 @@ class Conv(nn.Module):
 def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> tuple[jax.Array, ...]:
     """Returns scale (x - mean) / sqrt(variance + epsilon) + bias; and mean and variance, without gradients.
 
-    Args:
-      x: float (n, height, width, channels); mean and (biased) variance are over all but the channels.
-      scale, bias: float32 (channels,), as mean and variance are.
-      epsilon: added to the variance.
+    `x` is float (n, height, width, channels); all others are float32 (channels,), with the biased variance.
     """
     return _normalize_forward(x, scale, bias, epsilon)[0]
 

@@ -4,8 +4,6 @@ from typing import Any
 
 import numpy as np
 
-# scikit-learn and SciPy's optimizer take half a second to import, so only the functions that need them import them.
-
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Returns float64 probabilities (n, classes)."""
@@ -27,13 +25,10 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """Returns the temperature, by which logits should be divided, with the lowest cross-entropy.
 
-    Guo et al. 2017, arXiv 1706.04599, section 4.2. It changes the confidence of predictions, not their classes.
-
-    Args:
-      logits: float (n, classes), n >= 1, of images that the network was not trained on.
-      labels: int (n,).
+    Guo et al., section 4.2. `logits` are float (n, classes), n >= 1, of images that the network was not trained on,
+    `labels` int (n,). The temperature changes the confidence of predictions, not their classes.
     """
-    from scipy.optimize import minimize_scalar
+    from scipy.optimize import minimize_scalar  # slow to import, as scikit-learn is
 
     found = minimize_scalar(lambda log: _loss(softmax(logits / np.exp(log)), labels), bounds=(-3, 3), method="bounded")
     return float(np.exp(found.x))
@@ -49,13 +44,8 @@ def intervals(
 ) -> dict[str, Any]:
     """Returns 95 % intervals by bootstrap over the images: [low, high] for accuracy, macro_auc and each class's auc.
 
-    None for an AUC that is undefined in one of the resamples. The percentiles reflect the choice of test images alone,
-    not the scatter between trainings.
-
-    Args:
-      logits, labels, classes: as in `evaluate`.
-      resamples: sets of n images drawn with replacement.
-      seed: of the draw.
+    None for an AUC that is undefined in one of the resamples, which are sets of n images drawn with replacement. The
+    percentiles reflect the choice of test images alone, not the scatter between trainings. Arguments as in `evaluate`.
     """
     probabilities, rng, values = softmax(logits), np.random.default_rng(seed), []
     correct = probabilities.argmax(1) == labels
@@ -73,10 +63,7 @@ def roc_areas(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
     It is the probability that an image of the class has a higher score than another image; ties count half
     (Hanley & McNeil 1982, Radiology 143, 29). NaN for a class that contains all or none of the images.
-
-    Args:
-      probabilities: float (n, classes).
-      labels: int (n,).
+    `probabilities` are float (n, classes), `labels` int (n,).
     """
     areas = np.full(probabilities.shape[1], np.nan)
     for k, scores in enumerate(probabilities.T):
@@ -85,21 +72,6 @@ def roc_areas(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
             wins = np.searchsorted(others, own, "left") + np.searchsorted(others, own, "right")
             areas[k] = wins.mean() / (2 * len(others))
     return areas
-
-
-def roc_curves(probabilities: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, tuple]:
-    """Returns class -> (false positive rates, true positive rates), one class against the rest.
-
-    Classes that contain all or none of the images are left out.
-    """
-    from sklearn.metrics import roc_curve
-
-    shown = [k for k in range(len(classes)) if 0 < np.sum(labels == k) < len(labels)]
-    return {classes[k]: roc_curve(labels == k, probabilities[:, k])[:2] for k in shown}
-
-
-def _or_none(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
 
 
 def evaluate(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -118,12 +90,13 @@ def evaluate(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -
 
     probabilities = softmax(logits)
     areas = roc_areas(probabilities, labels)
+    *auc, macro_auc = (None if np.isnan(area) else float(area) for area in (*areas, areas.mean()))
     return {
         "n": len(labels),
         "accuracy": float(np.mean(probabilities.argmax(1) == labels)),
         "loss": _loss(probabilities, labels),
-        "auc": dict(zip(classes, map(_or_none, areas), strict=True)),
-        "macro_auc": _or_none(areas.mean()),
+        "auc": dict(zip(classes, auc, strict=True)),
+        "macro_auc": macro_auc,
         "ece": calibration_error(probabilities, labels),
         "confusion": confusion_matrix(labels, probabilities.argmax(1), labels=range(len(classes))).tolist(),
         "classes": list(classes),

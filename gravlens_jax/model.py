@@ -5,6 +5,7 @@ maintained; and every layer is named explicitly, so that a port changes this fil
 """
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -87,14 +88,8 @@ ResNet20 = partial(ResNet, depth=20)
 
 def make_model(config: ModelConfig, input_config: InputConfig, classes: tuple[str, ...]) -> ResNet:
     """Returns the network that a run's config describes."""
-    return ResNet(
-        depth=config.depth,
-        width=config.width,
-        classes=classes,
-        projection=config.projection,
-        dtype=jnp.dtype(config.dtype),
-        input=input_config,
-    )
+    fields = asdict(config) | {"dtype": jnp.dtype(config.dtype)}
+    return ResNet(**fields, classes=classes, input=input_config)
 
 
 def forward(model: ResNet, variables: Any, x: jax.Array, parts: slice = ALL) -> jax.Array:

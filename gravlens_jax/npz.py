@@ -14,7 +14,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -54,12 +54,10 @@ class Dataset(NamedTuple):
         return self.images.shape[1:]
 
 
-class Header(NamedTuple):
-    """The header of an .npy; its shape agrees with the number of bytes."""
-
+class Header(NamedTuple):  # of an .npy; its shape agrees with the number of bytes
     shape: tuple[int, ...]
-    dtype: np.dtype
     fortran_order: bool
+    dtype: np.dtype
     offset: int  # of the first element, from the start of the header
 
 
@@ -128,11 +126,10 @@ def open_npz(path: str | Path, need_labels: bool = True) -> Dataset:
         than 64 bits a pixel.
     """
     path = Path(path).resolve()
-    with _open_archive(path, EXPECTED) as archive:
-        info = _members(archive).get("images")
-        if info is None or info.compress_type == zipfile.ZIP_STORED:
-            header, labels, classes, about = _read_small(archive, need_labels)
-            return Dataset(_map_images(archive, header), labels, classes, about)
+    with _open_archive(path, EXPECTED) as (archive, members):
+        if "images" not in members or members["images"].compress_type == zipfile.ZIP_STORED:
+            header, labels, classes, info = _read_small(archive, members, need_labels)
+            return Dataset(_map_images(archive, members["images"], header), labels, classes, info)
     return open_npz(unpack_npz(path, need_labels=need_labels), need_labels)
 
 
@@ -162,37 +159,28 @@ def unpack_npz(
             return out
     else:
         check(not out.exists(), f"{out} exists; give the name of a new file")
-    with _open_archive(path, EXPECTED) as archive:
-        header, labels, names, _ = _read_small(archive, need_labels, classes or CLASSES)
-        infos = _members(archive)
-        info = infos["images"]
-        check(
-            classes in (None, names),
-            f"{path} names its classes itself, {', '.join(names)}; leave --classes {','.join(classes or ())} out",
-        )
-        if info.compress_type != zipfile.ZIP_STORED:
+    with _open_archive(path, EXPECTED) as (archive, members):
+        header, labels, names, _ = _read_small(archive, members, need_labels, classes or CLASSES)
+        text, images = ", ".join(names), members["images"]
+        other = f"{path} names its classes itself, {text}; leave --classes {','.join(classes or ())} out"
+        check(classes in (None, names), other)
+        if images.compress_type != zipfile.ZIP_STORED:
             print(f"{path} is compressed and cannot be memory-mapped: unpacking it once to {out}", file=sys.stderr)
-        if "classes" not in infos:
-            text = f"{path.name} does not name its classes: labels 0, 1, ... are taken as {', '.join(names)}"
-            print(text, file=sys.stderr)
-        known = labels if "labels" in infos else None
-        write_npz(out, _unpack(archive, info, header), header.shape, header.dtype, known, names, {"source": path.name})
+        if "classes" not in members:
+            print(f"{path.name} does not name its classes: labels 0, 1, ... are taken as {text}", file=sys.stderr)
+        known = labels if "labels" in members else None
+        chunks = _unpack(archive, images, header)
+        write_npz(out, chunks, header.shape, header.dtype, known, names, {"source": path.name})
     return out
 
 
 def load_arrays(path: Path, expected: str, kinds: str) -> dict[str, np.ndarray]:
-    """Reads all arrays of a small .npz, name -> array.
+    """Reads all arrays of a small .npz, name -> array; InputError if it is missing, damaged or too large.
 
-    Args:
-      path: the file.
-      expected: a description of the file, for error messages.
-      kinds: kinds of dtype that are accepted, one of KINDS.
-
-    Raises:
-      InputError: the file is missing or damaged, has another array, or its arrays are too large.
+    `expected` describes the file in errors; `kinds` are kinds of dtype, one of KINDS, and others an InputError.
     """
-    with _open_archive(path, expected) as archive:
-        return _read_members(archive, dict.fromkeys(_members(archive), kinds))
+    with _open_archive(path, expected) as (archive, members):
+        return _read_members(archive, members, dict.fromkeys(members, kinds))
 
 
 def read_header(file: IO[bytes], size: int, kinds: str, where: str) -> Header:
@@ -212,12 +200,12 @@ def read_header(file: IO[bytes], size: int, kinds: str, where: str) -> Header:
         and head.tell() + math.prod(shape) * dtype.itemsize == size,
         f"{where} announces shape {shape!s:.80} of {dtype}, but header and data have {size} bytes; make it again",
     )
-    return Header(shape, dtype, fortran_order, head.tell())
+    return Header(shape, fortran_order, dtype, head.tell())
 
 
-def _map_images(archive: zipfile.ZipFile, header: Header) -> np.ndarray:
+def _map_images(archive: zipfile.ZipFile, info: zipfile.ZipInfo, header: Header) -> np.ndarray:
     """Maps the stored images of an archive; their data must lie between the start of the file and its directory."""
-    info, file = _members(archive)["images"], archive.fp
+    file = archive.fp
     assert file is not None  # it is open
     file.seek(info.header_offset)
     name_bytes, extra_bytes = struct.unpack("<26xHH", file.read(30))
@@ -227,25 +215,20 @@ def _map_images(archive: zipfile.ZipFile, header: Header) -> np.ndarray:
 
 
 @contextmanager
-def _open_archive(path: Path, expected: str) -> Iterator[zipfile.ZipFile]:
-    """Opens an .npz; errors of damaged files, here or in the body, become InputError."""
+def _open_archive(path: Path, expected: str) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]]:
+    """Yields an .npz and its members by name, without .npy; errors of damaged files become InputError."""
     check(path.is_file(), f"{path}: no such file; expected {expected}")
     try:
         with zipfile.ZipFile(path) as archive:
-            yield archive
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            check(len(members) == len(archive.infolist()), f"{path}: two members have the same name")
+            known = all(info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in members.values())
+            check(known, f"{path}: a member is neither stored nor deflated")
+            yield archive, members
     except InputError:
         raise
     except DAMAGED as error:
         raise InputError(f"{path}: not a readable .npz ({str(error) or 'truncated'}); expected {expected}") from error
-
-
-def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """Returns the members by name, without .npy."""
-    infos = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-    check(len(infos) == len(archive.infolist()), f"{archive.filename}: two members have the same name")
-    known = all(info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in infos.values())
-    check(known, f"{archive.filename}: a member is neither stored nor deflated")
-    return infos
 
 
 def _member_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, kinds: str) -> Header:
@@ -253,9 +236,11 @@ def _member_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, kinds: str) 
         return read_header(file, info.file_size, kinds, f"{archive.filename}: {info.filename}")
 
 
-def _read_members(archive: zipfile.ZipFile, kinds: Mapping[str, str]) -> dict[str, np.ndarray]:
+def _read_members(
+    archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], kinds: dict[str, str]
+) -> dict[str, np.ndarray]:
     """Reads the members named in `kinds`, name -> kinds of dtype that are accepted; first checks all their headers."""
-    infos = {name: info for name, info in _members(archive).items() if name in kinds}
+    infos = {name: info for name, info in members.items() if name in kinds}
     for name, info in infos.items():
         _member_header(archive, info, kinds[name])
     total, most = sum(i.file_size for i in infos.values()), max(MEMORY_BYTES, os.path.getsize(str(archive.filename)))
@@ -270,19 +255,19 @@ def _read_members(archive: zipfile.ZipFile, kinds: Mapping[str, str]) -> dict[st
 
 
 def _read_small(
-    archive: zipfile.ZipFile, need_labels: bool, classes: tuple[str, ...] = CLASSES
+    archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], need_labels: bool, classes: tuple[str, ...] = CLASSES
 ) -> tuple[Header, np.ndarray, tuple[str, ...], dict]:
     """Reads all but the images: their header, with shape (n, height, width); labels, classes and info."""
-    path, infos = archive.filename, _members(archive)
+    path = archive.filename
     for name in ("images", "labels") if need_labels else ("images",):
-        check(name in infos, f"{path}: has no {name!r}, only {', '.join(sorted(infos)) or 'nothing':.200}")
-    header = _member_header(archive, infos["images"], "uif")
+        check(name in members, f"{path}: has no {name!r}, only {', '.join(sorted(members)) or 'nothing':.200}")
+    header = _member_header(archive, members["images"], "uif")
     shape = header.shape
     fits = len(shape) == 3 or (len(shape) == 4 and shape[1] == 1)
     check(fits, f"{path}: images have shape {shape}, expected (n, height, width)")
     check(header.dtype.itemsize <= 8, f"{path}: images are {header.dtype}, expected at most 64 bits a pixel")
     check(not header.fortran_order, f"{path}: images are in Fortran order, expected C order")
-    arrays = _read_members(archive, {"labels": "ui", "classes": "U", "info": "U"})
+    arrays = _read_members(archive, members, {"labels": "ui", "classes": "U", "info": "U"})
     labels = arrays.get("labels", np.zeros(shape[0], np.int32))
     check(labels.shape == shape[:1], f"{path}: {shape[0]} images but labels of shape {labels.shape}")
     if "classes" in arrays:

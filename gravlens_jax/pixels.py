@@ -15,7 +15,7 @@ class MappedImages(np.memmap):
     """Images in a file, as a read-only memory map, or a view of some of them. Read them with `read_rows`."""
 
     identity: tuple[int, ...] = ()  # of the file when it was opened
-    whole: tuple = ()  # address, shape and strides of all images in the file
+    whole: np.ndarray  # all images in the file
 
     def __array_finalize__(self, array: Any) -> None:
         super().__array_finalize__(array)
@@ -25,20 +25,16 @@ class MappedImages(np.memmap):
     def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
         return np.asarray(array)[()]  # results of arithmetic are in memory, and scalars if they have no axes
 
-    def layout(self) -> tuple:
-        """Returns address, shape and strides: equal to `whole` unless this is a view of some images."""
-        return self.ctypes.data, self.shape, self.strides
-
     def name(self, row: int) -> str:
-        """Returns the name of an image for error messages, with its row in the file, which is another in a view."""
-        address, _, (row_bytes, *_) = self.whole
-        return f"{self.filename}: images[{(self.ctypes.data + row * self.strides[0] - address) // row_bytes}]"
+        """Returns the name of an image for error messages, with its row in the file."""
+        distance = self.ctypes.data + row * self.strides[0] - self.whole.ctypes.data
+        return f"{self.filename}: images[{distance // self.whole.strides[0]}]"
 
 
 def map_images(file: IO[bytes], dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> MappedImages:
     """Returns images (n, height, width) of an open file, from byte `offset` on, without reading them."""
     images = MappedImages(file, dtype, "r", offset, shape)
-    images.identity, images.whole = _identity(file), images.layout()
+    images.identity, images.whole = _identity(file), np.asarray(images)
     return images
 
 
@@ -86,16 +82,13 @@ def _identity(file: IO[bytes]) -> tuple[int, ...]:
 
 
 def _map_again(images: MappedImages, rows: np.ndarray) -> np.ndarray:
-    """Returns the images in a new map of the same file, or a view of some of them as it is, if the file is unchanged.
-
-    Reading a map beyond the end of a file that was truncated would kill the process.
-    """
+    """Returns the images in a new map of the file, or a view as it is; reading a truncated file would be fatal."""
     path = str(images.filename)
     try:
         with open(path, "rb") as file:
             same = _identity(file) == images.identity
             check(same, f"{path} is not the file that was opened any more (truncated or replaced); start again")
-            if images.layout() != images.whole:
+            if images.__array_interface__ != images.whole.__array_interface__:
                 return np.asarray(images)
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:

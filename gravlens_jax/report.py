@@ -4,21 +4,18 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from gravlens_jax.checkpoint import Which
 from gravlens_jax.errors import check
 from gravlens_jax.inference import predict_logits, saliency
-from gravlens_jax.metrics import calibration_error, evaluate, intervals, roc_areas, roc_curves, softmax
+from gravlens_jax.metrics import calibration_error, evaluate, intervals, roc_areas, softmax
 from gravlens_jax.npz import Dataset
 from gravlens_jax.pixels import read_rows
 from gravlens_jax.run_dir import write_atomically, writing
 from gravlens_jax.weights import Network
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito: safe for colour-blind eyes
 WRONG = "#C00000"  # of a wrong prediction
@@ -83,11 +80,8 @@ def evaluate_network(
 
 def check_image_shape(shape: tuple[int, ...], expected: tuple[int, int], where: str) -> None:
     """Raises InputError unless images have the (height, width) that a network was trained on."""
-    check(
-        tuple(shape) == expected,
-        f"{where}: {shape[0]} x {shape[1]} pixels, but the network was trained on {expected[0]} x {expected[1]}; give "
-        f"images of that size and pixel scale",
-    )
+    trained = f"the network was trained on {expected[0]} x {expected[1]}; give images of that size and pixel scale"
+    check(tuple(shape) == expected, f"{where}: {shape[0]} x {shape[1]} pixels, but {trained}")
 
 
 def table(values: dict[str, Any], where: Path) -> str:
@@ -107,19 +101,17 @@ def table(values: dict[str, Any], where: Path) -> str:
     return "\n".join(lines)
 
 
-def new_figure(width: float, height: float, dpi: int = DPI) -> "Figure":
-    """Returns a figure of this size in inches that needs no display."""
+def new_figure(width: float, height: float, dpi: int = DPI) -> Any:
+    """Returns a matplotlib Figure of this size in inches that needs no display."""
     from matplotlib.figure import Figure
 
     return Figure((width, height), dpi=dpi, layout="constrained")
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     """Writes a figure as PNG, atomically."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     data = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(data)
+    figure.savefig(data, format="png", dpi="figure")
     write_atomically(path, data.getvalue())
 
 
@@ -148,13 +140,15 @@ def draw_history(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 def draw_roc(path: Path, logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> None:
     """One ROC curve for each class against the rest."""
+    from sklearn.metrics import roc_curve
+
     figure = new_figure(4.2, 4)
     axes = figure.subplots()
     probabilities = softmax(logits)
-    curves, areas = roc_curves(probabilities, labels, classes), roc_areas(probabilities, labels)
-    for k, name in enumerate(classes):
-        if name in curves:
-            axes.plot(*curves[name], color=COLOURS[k % len(COLOURS)], label=f"{name}: AUC {areas[k]:.3f}")
+    for k, area in enumerate(roc_areas(probabilities, labels)):
+        if not np.isnan(area):
+            false, true, _ = roc_curve(labels == k, probabilities[:, k])
+            axes.plot(false, true, color=COLOURS[k % len(COLOURS)], label=f"{classes[k]}: AUC {area:.3f}")
     axes.plot([0, 1], [0, 1], ":", color="0.6", label="chance")
     axes.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{len(labels):,} images", aspect="equal")
     axes.legend(loc="lower right", frameon=False)
@@ -181,10 +175,10 @@ def draw_confusion(path: Path, values: dict[str, Any]) -> None:
 
 
 def draw_examples(
-    path: Path, images: np.ndarray, logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], columns: int = 6
+    path: Path, images: np.ndarray, logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
 ) -> None:
     """A row of images for each class, titled by true class, prediction and probability; wrong ones last, in red."""
-    probabilities = softmax(logits)
+    probabilities, columns = softmax(logits), 6
     predicted = probabilities.argmax(1)
     figure = new_figure(1.5 * columns, 1.75 * len(classes))
     for label, row in enumerate(figure.subplots(len(classes), columns, squeeze=False)):
@@ -203,18 +197,10 @@ def draw_examples(
 
 
 def draw_saliency(
-    path: Path, images: np.ndarray, maps: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], columns: int = 3
+    path: Path, images: np.ndarray, maps: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
 ) -> None:
-    """Pairs of an image and its saliency map, up to `columns` of them in a row for each class.
-
-    Args:
-      path: where to write the PNG.
-      images: (n, height, width).
-      maps: float (n, height, width), not negative; each is scaled by its own maximum.
-      labels: int (n,), the class that each map explains.
-      classes: names.
-      columns: pairs in a row.
-    """
+    """Up to 3 pairs of an image and its saliency map in a row for each class; `labels` are the classes explained."""
+    columns = 3
     figure = new_figure(3.1 * columns + 0.4, 1.6 * len(classes) + 0.3)
     grid = figure.subplots(len(classes), 2 * columns, squeeze=False)
     for axes in grid.ravel():

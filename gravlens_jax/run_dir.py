@@ -21,7 +21,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gravlens_jax.config import Config, from_dict, to_json
+from flax.traverse_util import flatten_dict
+
+from gravlens_jax.config import Config, from_dict
 from gravlens_jax.errors import InputError, check, parse_json
 
 DIGESTS = "digests.json"
@@ -90,18 +92,13 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def check_unused(run_dir: Path) -> None:
     """Raises InputError if the directory already holds a run."""
-    check(
-        not (run_dir / "config.json").exists(),
-        f"{run_dir} already holds a run; continue it with --resume, or give the new run another --run-dir",
-    )
+    used = (run_dir / "config.json").exists()
+    check(not used, f"{run_dir} already holds a run; continue it with --resume, or give the new run another --run-dir")
 
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Locks the run directory, which is created if needed; InputError if another process holds the lock.
-
-    On a file system without locks a warning is printed instead.
-    """
+    """Locks the run directory, which is created if needed, if its file system can; InputError if it is in use."""
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         file = open(run_dir / ".lock", "a+")  # noqa: SIM115 - closed below
@@ -124,11 +121,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 def create_run(run_dir: Path, info: RunInfo) -> None:
     """Creates the run directory and its config.json; a directory that already holds a run is an InputError."""
     check_unused(run_dir)
-    values = {
-        "config": json.loads(to_json(info.config)),
-        "classes": list(info.classes),
-        "image_shape": list(info.image_shape),
-    }
+    values = info._asdict() | {"config": asdict(info.config)}
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "config.json", json.dumps(values, indent=2) + "\n")
@@ -143,7 +136,7 @@ def read_run(run_dir: Path) -> RunInfo:
 
 def check_resumable(run_dir: Path, config: Config) -> None:
     """Raises InputError unless the directory holds a run of the same config."""
-    saved, given = (_flat(asdict(c)) for c in (read_run(run_dir).config, config))
+    saved, given = (flatten_dict(asdict(c), sep=".") for c in (read_run(run_dir).config, config))
     for name, value in saved.items():
         check(
             value == given[name] or name in ("run_dir", "device_data"),  # which do not change the result
@@ -152,19 +145,8 @@ def check_resumable(run_dir: Path, config: Config) -> None:
         )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
 def read_history(run_dir: Path, epochs: int | None = None) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl, or the first `epochs` of them; [] if there is no such file.
-
-    Raises:
-      InputError: a line is damaged.
-    """
+    """Returns the lines of metrics.jsonl, or the first `epochs`; [] if there is no such file, InputError if damaged."""
     path = Path(run_dir) / "metrics.jsonl"
     lines = path.read_bytes().splitlines()[:epochs] if path.exists() else []
     try:

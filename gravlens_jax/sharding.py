@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gravlens_jax.errors import check
 
-DEAD_SECONDS = 60  # a process that has not been heard of for so long is taken for dead, and the others end
+DEAD_SECONDS = 60  # a process without a heartbeat for so long is considered dead, and the others end
 
 
 def join_processes(
@@ -22,29 +22,25 @@ def join_processes(
     """Joins the processes of one run; does nothing if this is the only one. Call it before anything touches a device.
 
     Args:
-      coordinator: HOST:PORT of process 0; or "auto", to ask what JAX knows of the cluster (SLURM, Open MPI, Cloud TPU,
-        Kubernetes). Without it JAX is asked where this is a step of several SLURM or Open MPI tasks, or the
-        environment names several TPU workers.
+      coordinator: HOST:PORT of process 0; or "auto" for what JAX knows of the cluster (SLURM, Open MPI, Cloud TPU,
+        Kubernetes), the default for several SLURM or Open MPI tasks or TPU workers.
       num_processes: of the run; with HOST:PORT only.
       process_id: 0, 1, ... of this one; with HOST:PORT only.
 
     Raises:
       InputError: arguments that do not belong together.
     """
-    environment = os.environ
-    tasks = max(int(environment.get(name, "1")) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
-    explicit = coordinator not in (None, "auto")
+    given = coordinator not in (None, "auto")
     check(
-        (num_processes is not None) == (process_id is not None) == explicit,
+        (num_processes is not None) == (process_id is not None) == given,
         f"coordinator={coordinator}, num_processes={num_processes}, process_id={process_id}: give all three, or none",
     )
+    tasks = max(int(os.environ.get(name, "1")) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     if coordinator is not None and num_processes is not None and process_id is not None:
         host, _, port = coordinator.rpartition(":")
         check(bool(host) and port.isdecimal(), f"coordinator={coordinator}: expected HOST:PORT, or auto")
-        check(
-            0 <= process_id < num_processes,
-            f"process_id={process_id}: expected 0 to {num_processes - 1} for num_processes={num_processes}",
-        )
+        last = num_processes - 1
+        check(0 <= process_id <= last, f"process_id={process_id}: expected 0 to {last} for {num_processes=}")
         # On this machine alone nobody else needs to reach the port.
         bind = coordinator if host in ("localhost", "127.0.0.1", "[::1]") else None
         jax.distributed.initialize(
@@ -55,7 +51,7 @@ def join_processes(
             heartbeat_timeout_seconds=DEAD_SECONDS,
             cluster_detection_method="deactivate",
         )
-    elif coordinator == "auto" or tasks > 1 or "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
+    elif coordinator == "auto" or tasks > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize(heartbeat_timeout_seconds=DEAD_SECONDS)
 
 
@@ -69,11 +65,6 @@ def data_mesh(devices: int | None = None) -> Mesh:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a batch: its first axis is split evenly."""
-    return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def local_rows(rows: np.ndarray) -> np.ndarray:
@@ -100,11 +91,8 @@ def agree(value: int) -> int:
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns a batch on the devices, its first axis split evenly, from each process's own share of it.
-
-    Give new arrays: JAX may use their memory.
-    """
-    sharding = batch_sharding(mesh)
+    """Returns a batch on the devices, split evenly, from each process's share of it: new arrays, which JAX may keep."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
@@ -115,11 +103,8 @@ def shard_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raises InputError unless the devices can share a batch evenly."""
-    n = mesh.size
-    check(
-        batch_size % n == 0,
-        f"batch_size={batch_size} is not divisible by {n} devices; try {max(n, batch_size // n * n)}",
-    )
+    n, possible = mesh.size, max(mesh.size, batch_size // mesh.size * mesh.size)
+    check(batch_size % n == 0, f"batch_size={batch_size} is not divisible by {n} devices; try {possible}")
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -106,20 +106,13 @@ def train_step(
     return state, state.sums
 
 
-def train_steps(state: TrainState, batch: Batch, **arguments: Any) -> tuple[TrainState, Sums]:
-    """Applies `train_step` to a batch, or to many batches of a data set in device memory, one after the other.
-
-    Args:
-      state: before the first step.
-      batch: as in `train_step`; or all images and labels of a data set, and rows int32 (steps, batch) of each batch.
-      **arguments: keyword arguments of `train_step`.
-    """
+def train_steps(state: TrainState, batch: Batch, **options: Any) -> tuple[TrainState, Sums]:
+    """Applies `train_step(**options)` to a batch; or, if it has rows int32 (steps, batch), to each of these rows."""
     if "rows" not in batch:
-        return train_step(state, batch, **arguments)
+        return train_step(state, batch, **options)
 
     def one(state, rows):
-        some = {name: batch[name][rows] for name in ("images", "labels")}
-        return train_step(state, some, **arguments)[0], None
+        return train_step(state, {name: batch[name][rows] for name in ("images", "labels")}, **options)[0], None
 
     state, _ = jax.lax.scan(one, state, batch["rows"])
     return state, state.sums
@@ -150,11 +143,8 @@ def check_alive(state: TrainState) -> None:
 
     The loss alone does not show it: compiled CPU programs may drop NaN, and the loss of a dead network is ln(classes).
     """
-    step = int(state.step)
     for path, array in jax.tree.leaves_with_path({"params": state.params, "batch_stats": state.batch_stats}):
         if not np.isfinite(np.asarray(array)).all():
-            raise FloatingPointError(f"{jax.tree_util.keystr(path)} is not finite at step {step}; {ADVICE}")
+            raise FloatingPointError(f"{jax.tree_util.keystr(path)} is not finite at step {int(state.step)}; {ADVICE}")
     if int(state.sums["count"]) and not float(state.sums["gradient"]) > 0:
-        raise FloatingPointError(
-            f"the gradient is 0 in all steps of the epoch up to step {step}: dead network; {ADVICE}"
-        )
+        raise FloatingPointError(f"all gradients of the epoch are 0 at step {int(state.step)}: dead network; {ADVICE}")

@@ -39,9 +39,7 @@ class Network:
         yield from (self.model, self.variables)
 
 
-class _About(NamedTuple):
-    """The description stored in an exported network, as far as loading needs it."""
-
+class _About(NamedTuple):  # the part of `describe` that loading needs
     model: ModelConfig
     input: InputConfig
     classes: tuple[str, ...]
@@ -114,23 +112,19 @@ def describe(network: Network) -> dict[str, Any]:
 def check_output(out: Path) -> None:
     """Raises InputError unless `write_network` can write a file of this name: suffix, required package, folder."""
     check(out.suffix in FORMATS, f"{out}: expected a name that ends in {', '.join(FORMATS)}")
-    package = FORMATS[out.suffix]
-    if package:
+    if package := FORMATS[out.suffix]:
         check_installed(package, out.suffix, '"gravlens_jax[export]"')
     check_folder(out)
 
 
 def write_network(out: Path, network: Network, about: dict[str, Any]) -> None:
-    """Writes a network to one file, atomically, in the format of its suffix.
+    """Writes a network to one file, atomically, in the format of its suffix; InputError if parameters are not finite.
 
     .npz: float32 arrays under names such as params/head/bias, and `about` as JSON text.
     .safetensors: the same arrays, with `about` in the metadata.
     .stablehlo: the whole prediction; see `inference.export_program`.
 
-    Args:
-      out: the file, replaced if it exists.
-      network: the network; parameters that are not finite are an InputError.
-      about: `describe(network)`, and more if you like; not part of a .stablehlo.
+    An existing file is replaced. `about` is `describe(network)`, and more if you like; not part of a .stablehlo.
     """
     check_output(out)
     _check_finite(network, out, "exported")

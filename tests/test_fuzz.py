@@ -1,6 +1,6 @@
 """Damaged files are read correctly or refused by an InputError, with little memory and no other effect.
 
-150 damaged files of each kind, the same each time. For more: GRAVLENS_FUZZ_EXAMPLES=5000 pytest tests/test_fuzz.py
+100 damaged files of each kind, the same each time. For more: GRAVLENS_FUZZ_EXAMPLES=5000 pytest tests/test_fuzz.py
 """
 
 import io
@@ -12,7 +12,6 @@ import re
 import tracemalloc
 import zipfile
 from functools import partial
-from zipfile import ZIP_BZIP2, ZIP_DEFLATED, ZIP_STORED
 
 import jax
 import numpy as np
@@ -22,19 +21,17 @@ from gravlens_jax.config import CLASSES, PRESETS, Config, InputConfig, ModelConf
 from gravlens_jax.errors import InputError
 from gravlens_jax.folders import load_image
 from gravlens_jax.model import make_model, variable_shapes
-from gravlens_jax.npz import open_npz, write_npz
+from gravlens_jax.npz import open_npz
 from gravlens_jax.run_dir import RunInfo, create_run, read_run
 from gravlens_jax.weights import Network, describe, load_network, write_network
-from import_torch import load_state_dict
 
-EXAMPLES = int(os.environ.get("GRAVLENS_FUZZ_EXAMPLES", 150))
+EXAMPLES = int(os.environ.get("GRAVLENS_FUZZ_EXAMPLES", 100))
 MEMORY_BYTES = 2**23  # limit for reading a damaged file of some kB
 NUMBERS = [0, 1, 2, 3, 4, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1]
 LENGTHS = [*NUMBERS, 1, 2, 3, 4, 6, 24, -1, -5, 10**12, 10**30, 2**62, True, 1.0, None, "3"]
 TYPES = ["<f4", ">f8", "|u1", "<i8", "<f2", "|b1", "<c16", "|O", "<U0", "<U5", ">U2", "|S4", "<M8[s]", "|V9", "x", 3]
 TYPES += [None, [("a", "<f4")], [("a", "|O", (3,))], ("<f4", (7, 7))]
-NAMES = ["images.npy", "labels.npy", "classes.npy", "info.npy", "about.npy", "images", "/images.npy", "../labels.npy"]
-NAMES += ["C:\\a.npy", "a/b.npy", ".npy", "a/", "a\0.npy", "é.npy"]
+NAMES = ["images.npy", "labels.npy", "classes.npy", "info.npy", "about.npy", "images", "../labels.npy", "a/", "a\0.npy"]
 VALUES = [*NUMBERS, -1, 10**30, 0.5, math.nan, -math.inf, None, True, "", "x", [], {}, [1, "a"], [[]], {"a": 1}]
 
 pytestmark = pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
@@ -44,9 +41,7 @@ def edited(rng, data):
     """Returns the bytes after a few changes, often in headers."""
     marks = [found.start() for found in re.finditer(b"PK[\1-\6]|\x93NUMPY", data)]
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
-        place, other = (rng.randrange(len(data) + 1) for _ in range(2))
-        if marks and rng.random() < 0.5:
-            place = rng.choice(marks) + rng.randrange(60)
+        place = rng.choice([rng.randrange(len(data) + 1), *(mark + rng.randrange(60) for mark in marks)])
         size = rng.choice([1, 2, 4, 8])
         number = (rng.choice(NUMBERS) % 256**size).to_bytes(size, "little")
         before, after = data[:place], data[place:]
@@ -55,10 +50,9 @@ def edited(rng, data):
             before + number + after[size:],
             before + number + after,
             before + after[size:],
-            before + data[other : other + 4 * size] + after[4 * size :],
-            rng.choice([before, after]),
+            before,
         ]
-        data = rng.choice([*changes[:2], *changes])
+        data = rng.choice(changes)
     return data
 
 
@@ -69,9 +63,7 @@ def with_header(rng, data):
     if rng.random() < 0.2:
         del header[rng.choice(sorted(header))]
     text = repr(header).encode()
-    text += b" " * (-(len(text) + 10) % 16 * rng.randrange(2))
-    length = rng.choice([len(text), len(text), *NUMBERS])
-    version = rng.choice([1, 1, 1, 2, 3, 9])
+    length, version = rng.choice([len(text), len(text), *NUMBERS]), rng.choice([1, 1, 1, 2, 3, 9])
     size = 2 if version == 1 else 4
     return b"\x93NUMPY" + bytes([version, 0]) + (length % 256**size).to_bytes(size, "little") + text + data[128:]
 
@@ -80,20 +72,20 @@ def damaged_archive(rng, whole):
     """Returns an archive that is damaged as a file, or an intact archive with damaged members, or both."""
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
         members = [(info.filename, archive.read(info), info.compress_type) for info in archive.infolist()]
-    for _ in range(rng.choice([0, 1, 1, 2])):
-        i = rng.randrange(min(8, len(members)))
-        name, data, method = member = members[i]
-        changes = [
-            [],
-            [member, member],
-            [(rng.choice(NAMES), data, method)],
-            [(name, data, rng.choice([ZIP_STORED, ZIP_DEFLATED, ZIP_BZIP2]))],
-            [(name, edited(rng, data), method)],
-            [(name, with_header(rng, data), method)],
-        ]
-        members[i : i + 1] = rng.choice(changes) if len(members) > 1 else changes[-1]
+    i = rng.randrange(min(8, len(members)))
+    name, data, method = member = members[i]
+    changes = [
+        [],
+        [member],
+        [member, member],
+        [(rng.choice(NAMES), data, method)],
+        [(name, data, rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2]))],
+        [(name, edited(rng, data), method)],
+        [(name, with_header(rng, data), method)],
+    ]
+    members[i : i + 1] = rng.choice(changes)
     if rng.random() < 0.1:
-        members[0] = (members[0][0], members[0][1] + bytes(2 * MEMORY_BYTES), ZIP_DEFLATED)
+        members[0] = (members[0][0], members[0][1] + bytes(2 * MEMORY_BYTES), zipfile.ZIP_DEFLATED)
     with zipfile.ZipFile(buffer := io.BytesIO(), "w", compresslevel=1) as archive:
         for member in members:
             archive.writestr(*member)
@@ -118,35 +110,28 @@ def read_damaged(reader, path, damage, examples=EXAMPLES):
     """Yields what the reader returns for damaged files, of which it must read some and refuse some."""
     read = 0
     for seed in range(examples):
-        data = damage(random.Random(seed))
+        data, result = damage(random.Random(seed)), None
         path.write_bytes(data)
         path.with_suffix(".unpacked.npz").unlink(missing_ok=True)
-        result = None
         tracemalloc.start()
         try:
             result = reader(path)
         except InputError as error:
             assert path.name in str(error) or "=" in str(error), (seed, error)  # values are named by their field
-        finally:
-            peak = tracemalloc.get_traced_memory()[1]
-            tracemalloc.stop()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
         assert peak < MEMORY_BYTES + 4 * len(data), seed
         if result is not None:
             read += 1
             yield result
-    print(f"{examples} files, {read} read")
     assert 0 < read < examples
 
 
-@pytest.mark.parametrize("kind", ["packed", "compressed", "from numpy"])
-def test_damaged_images(tmp_path, kind):
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damaged_images(tmp_path, save):
     path = tmp_path / "a.npz"
-    images, labels = np.arange(72, dtype=np.float32).reshape(3, 6, 4), np.array([0, 1, 2])
-    if kind == "packed":
-        write_npz(path, iter([images]), images.shape, images.dtype, labels, CLASSES, {"source": "test"})
-    else:
-        save = np.savez if kind == "from numpy" else np.savez_compressed
-        save(path, images=images[:, None], labels=labels)
+    images = np.arange(72, dtype=np.float32).reshape(3, 1, 6, 4)
+    save(path, images=images, labels=np.arange(3), classes=np.array(CLASSES), info=np.array('{"source": "test"}'))
     for dataset in read_damaged(open_npz, path, partial(damaged_archive, whole=path.read_bytes())):
         n, height, width = dataset.images.shape
         assert n > 0 and height > 0 and width > 0 and dataset.images.dtype.kind in "uif"
@@ -182,10 +167,6 @@ def test_damaged_networks(tmp_path):
         assert all(array.dtype == np.float32 for array in jax.tree.leaves(network.variables))
         assert jax.tree.map(np.shape, network.variables) == jax.tree.map(np.shape, variables)
         assert len(network.model.classes) == 3
-    del arrays["params/head/bias"]
-    np.savez(path, **arrays)
-    for state_dict in read_damaged(load_state_dict, path, partial(damaged_archive, whole=path.read_bytes())):
-        assert all(array.dtype.kind in "uif" for array in state_dict.values())
 
 
 def test_damaged_configs(tmp_path):

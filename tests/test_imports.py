@@ -39,12 +39,6 @@ def test_a_module_imports_only_modules_before_it(module):
     assert not {name.partition(".")[0] for name in names} & {"scripts", "bench", "tests"}
 
 
-def test_the_network_needs_no_checkpoints_and_no_files():
-    names = {name for module in ("errors", "config", "layers", "model") for name in imported(MODULES[module])}
-    libraries = {name.partition(".")[0] for name in names}
-    assert not libraries & {"orbax", "numpy", "optax", "pathlib", "zipfile"} and "gravlens_jax.npz" not in names
-
-
 def test_the_package_is_small():
     assert {module.partition(".")[0] for module in MODULES} == {"__init__", *ORDER}
     assert len(MODULES) <= 28

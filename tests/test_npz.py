@@ -18,7 +18,8 @@ from gravlens_jax.npz import is_copy, load_arrays, open_npz, unpack_npz, write_n
 from gravlens_jax.pixels import read_rows
 
 RNG = np.random.default_rng(0)
-ARRAYS = {"images": np.ones((3, 4, 4), np.float32), "labels": np.array([0, 1, 2])}
+IMAGES, LABELS = np.ones((3, 4, 4), np.float32), np.array([0, 1, 2])
+ARRAYS = {"images": IMAGES, "labels": LABELS}
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 
 
@@ -80,20 +81,22 @@ def test_images_survive_a_round_trip_through_the_memory_map(tmp_path, dtype):
     assert isinstance(dataset.images, np.memmap) and not dataset.images.flags.writeable
     np.testing.assert_array_equal(dataset.images, images)
     assert dataset.labels.tolist() == [0, 1, 2, 0, 1] and dataset.labels.dtype == np.int32
-    assert dataset.images.dtype == dtype and dataset.images.max() == images.max()
-    assert dataset.classes == CLASSES and dataset.info == {"source": "test"}
+    assert dataset.images.dtype == dtype and dataset.classes == CLASSES and dataset.info == {"source": "test"}
     with np.load(tmp_path / "a.npz", allow_pickle=False) as archive:
         np.testing.assert_array_equal(archive["images"], images)
         assert archive["classes"].tolist() == list(CLASSES)
 
 
-@pytest.mark.parametrize("shape", [(5, 6, 4), (5, 1, 6, 4)])
-def test_files_of_numpy_are_read(tmp_path, shape):
-    images = RNG.random(shape)
-    np.savez(tmp_path / "a.npz", images=images, labels=np.zeros(5, int))
-    dataset = open_npz(tmp_path / "a.npz")
-    np.testing.assert_array_equal(dataset.images, images.reshape(5, 6, 4))
-    assert dataset.classes == CLASSES and isinstance(dataset.images, np.memmap)
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_files_of_numpy_are_read_and_compressed_ones_unpacked_once_with_a_message(tmp_path, capsys, save):
+    images, compressed = RNG.random((5, 1, 6, 4)), save is np.savez_compressed
+    save(tmp_path / "a.npz", images=images, labels=np.array([0, 1, 2, 0, 1]))
+    for _ in range(2):
+        dataset = open_npz(tmp_path / "a.npz")
+        np.testing.assert_array_equal(dataset.images, images[:, 0])
+        assert dataset.classes == CLASSES and isinstance(dataset.images, np.memmap)
+    assert capsys.readouterr().err.count("unpacking it once to") == compressed
+    assert [file.name for file in tmp_path.iterdir() if is_copy(file)] == ["a.unpacked.npz"] * compressed
 
 
 def test_files_written_to_a_pipe_are_read(tmp_path):
@@ -104,17 +107,6 @@ def test_files_written_to_a_pipe_are_read(tmp_path):
     np.savez(pipe := Pipe(), **ARRAYS)
     (tmp_path / "a.npz").write_bytes(pipe.getvalue())
     np.testing.assert_array_equal(read_rows(open_npz(tmp_path / "a.npz").images, slice(None)), 1)
-
-
-def test_a_compressed_file_is_unpacked_once_with_a_message(tmp_path, capsys):
-    images = RNG.random((5, 6, 4)).astype(np.float32)
-    np.savez_compressed(tmp_path / "a.npz", images=images, labels=np.array([0, 1, 2, 0, 1]))
-    np.testing.assert_array_equal(open_npz(tmp_path / "a.npz").images, images)
-    message = capsys.readouterr().err
-    assert "unpacking it once to" in message and "a.unpacked.npz" in message
-    open_npz(tmp_path / "a.npz")
-    assert capsys.readouterr().err == ""
-    assert [f.name for f in sorted(tmp_path.iterdir()) if is_copy(f)] == ["a.unpacked.npz"]
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -137,29 +129,23 @@ def test_unpack_npz_overwrites_neither_files_nor_class_names(tmp_path):
     assert open_npz(unpack_npz(b, c)).classes == ("x", "y") and not is_copy(c)
 
 
-IMAGES, LABELS = np.zeros((3, 4, 4)), np.array([0, 1, 2])
-
-
 @pytest.mark.parametrize(
     "arrays, message",
     [
         ({"images": IMAGES, "labels": np.array([0, 1, 3])}, "labels run from 0 to 3, expected 0 to 2"),
         ({"images": IMAGES, "labels": np.array([-1, 1, 2])}, "labels run from -1"),
         ({"images": IMAGES, "labels": np.array([0, 1, 2**32])}, "labels run from 0 to 4294967296"),
-        ({"images": IMAGES, "labels": LABELS[:2]}, "3 images but labels of shape"),
         ({"images": IMAGES, "labels": LABELS[:, None]}, "3 images but labels of shape"),
         ({"images": IMAGES, "labels": LABELS * 1.0}, "labels.npy has dtype float64, expected integers"),
         ({"images": IMAGES[0], "labels": LABELS}, r"shape \(4, 4\), expected \(n, height"),
         ({"images": IMAGES.astype(np.longdouble), "labels": LABELS}, "expected at most 64 bits a pixel"),
         ({"images": IMAGES.astype(complex), "labels": LABELS}, "dtype complex128"),
-        ({"images": IMAGES.astype(bool), "labels": LABELS}, "dtype bool"),
         ({"images": np.asfortranarray(IMAGES), "labels": LABELS}, "Fortran order"),
         ({"labels": LABELS}, "has no 'images', only labels"),
         (ARRAYS | {"info": np.array("[]")}, "info is not a JSON object"),
         (ARRAYS | {"info": np.array("[" * 10**5)}, "info is not readable JSON"),
         (ARRAYS | {"info": np.array(["{}", "{}"])}, "can only convert an array of size 1"),
         (ARRAYS | {"info": np.array(1)}, "info.npy has dtype int64, expected text"),
-        (ARRAYS | {"classes": np.array([2**21] * 3, "<u4").view("<U1")}, "code point not in range"),
         (ARRAYS | {"classes": np.array([2**21] * 3, ">u4").view(">U1")}, "code point not in range"),
         (ARRAYS | {"classes": np.array([0xD800] * 3, "<u4").view("<U1")}, "surrogate|code point not in range"),
     ],
@@ -181,11 +167,8 @@ def test_python_objects_are_never_unpickled(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_a_missing_file_is_named(tmp_path):
-    refuse(open_npz, tmp_path / "absent.npz", r"absent\.npz: no such file")
-
-
-def test_a_file_truncated_anywhere_is_refused(tmp_path):
+def test_a_file_that_is_missing_or_truncated_anywhere_is_refused(tmp_path):
+    refuse(open_npz, tmp_path / "a.npz", r"a\.npz: no such file")
     whole = save(tmp_path / "a.npz", np.ones((5, 6, 4))).read_bytes()
     for size in [0, 1, 30, *range(100, len(whole), 97)]:
         (tmp_path / "b.npz").write_bytes(whole[:size])
@@ -198,14 +181,11 @@ def test_a_file_truncated_anywhere_is_refused(tmp_path):
     "which, offset, value, message",
     [
         (1, 8, b"\1", "encrypted"),
-        (1, 8, b"\x41", "encrypt"),
         (1, 10, struct.pack("<H", zipfile.ZIP_LZMA), "neither stored nor deflated"),
         (1, 16, b"\1\2\3\4", "Bad CRC-32"),
         (0, 20, struct.pack("<LL", 2**31, 2**31), "truncated|Overlapped"),
         (0, 24, struct.pack("<L", 10**9), "announces"),
-        (0, 42, struct.pack("<L", 1), "Bad magic number"),
         (1, 42, struct.pack("<L", 0), "differ"),  # begins where images.npy does
-        (1, 42, struct.pack("<L", 10**6), "Truncated file header"),
     ],
 )
 def test_damaged_archives_are_refused(tmp_path, reader, which, offset, value, message):
@@ -218,58 +198,49 @@ def test_images_that_reach_beyond_their_part_of_the_file_are_refused(tmp_path):
     refuse(open_npz, edit(path, 0, 20, size + size), "images.npy is incomplete|Overlapped")
 
 
-@pytest.mark.parametrize("reader", [open_npz, load_all])
-def test_duplicate_names_are_refused(tmp_path, reader):
+def test_duplicate_names_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
-        archive.writestr("images.npy", npy(ARRAYS["images"]))
-        archive.writestr("images", npy(ARRAYS["images"]))
-    refuse(reader, tmp_path / "a.npz", "two members have the same name")
-
-
-@pytest.mark.parametrize("compression", [STORED, DEFLATED])
-@pytest.mark.parametrize("shape", [(10**12, 150, 150), (-3, -4, 4), (0, 4, 4), (2**62, 4, 1), (1,) * 65])
-def test_absurd_shapes_are_refused(tmp_path, compression, shape):
-    path = members(tmp_path / "a.npz", compression, images=npy(shape=shape, data=bytes(192)))
+        for name in ("images.npy", "images"):
+            archive.writestr(name, npy(ARRAYS["images"]))
     for reader in (open_npz, load_all):
-        refuse(reader, path, "images.npy announces shape")
+        refuse(reader, tmp_path / "a.npz", "two members have the same name")
 
 
-@pytest.mark.parametrize("dtype", ["<U0", "|V4", ("<f4", (10**8,)), [("a", "<f4")]])
-def test_absurd_types_are_refused(tmp_path, dtype):
-    path = members(tmp_path / "a.npz", images=npy(shape=(3, 4, 4), dtype=dtype, data=bytes(192)))
-    for reader in (open_npz, load_all):
-        refuse(reader, path, "images.npy (announces shape|has dtype)")
+@pytest.mark.parametrize("reader", [open_npz, load_all])
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [(shape, "<f4") for shape in ((10**12, 150, 150), (-3, -4, 4), (0, 4, 4), (2**62, 4, 1), (1,) * 65)]
+    + [((3, 4, 4), dtype) for dtype in ("<U0", "|V4", ("<f4", (10**8,)), [("a", "<f4")])],
+)
+def test_absurd_shapes_and_types_are_refused(tmp_path, reader, shape, dtype):
+    path = members(tmp_path / "a.npz", DEFLATED, images=npy(shape=shape, dtype=dtype, data=bytes(192)))
+    refuse(reader, path, "images.npy (announces shape|has dtype)")
 
 
-@pytest.mark.parametrize("header", [b"-" * 9000 + b"1", b"(" * 9000, b"{'shape': 1}", b"\xff", b"'\\d'", b"{1: 2}"])
+@pytest.mark.parametrize("header", [b"-" * 9000 + b"1", b"(" * 999, b"{'shape': 1}", b"\xff", b"'\\d'", b"{1: 2}"])
 def test_damaged_headers_are_refused(tmp_path, header):
     data = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
     refuse(open_npz, members(tmp_path / "a.npz", images=data), "images.npy is not an array")
 
 
-BOMBS = [
-    ({"images": b"\x93NUMPY\x02\x00" + struct.pack("<L", 2**24) + bytes(2**24)}, "images.npy is not an array"),
-    ({"classes": npy(shape=(2**22,), dtype="<U1", data=bytes(2**24))}, "labels, classes unpack to 16,[0-9,]+ bytes"),
-    ({"info": npy(shape=(), dtype=f"<U{2**22}", data=bytes(2**24))}, "labels, info unpack to 16,[0-9,]+ bytes"),
-    ({"images": npy(shape=(3, 2**10, 2**10), data=bytes(3 * 2**22))}, "more than images can be compressed"),
-]
-
-
-@pytest.mark.parametrize("replaced, message", BOMBS)
-def test_decompression_bombs_are_refused_unread(tmp_path, monkeypatch, replaced, message):
+@pytest.mark.parametrize(
+    "reader, replaced, message",
+    [
+        (open_npz, {"images": b"\x93NUMPY\x02\x00" + struct.pack("<L", 2**24) + bytes(2**24)}, "not an array"),
+        (open_npz, {"classes": npy(shape=(2**22,), dtype="<U1", data=bytes(2**24))}, "labels, classes unpack to 16,"),
+        (open_npz, {"info": npy(shape=(), dtype=f"<U{2**22}", data=bytes(2**24))}, "labels, info unpack to 16,"),
+        (open_npz, {"images": npy(shape=(3, 2**10, 2**10), data=bytes(3 * 2**22))}, "more than images can be compres"),
+        (load_all, {name: npy(np.zeros(2**18)) for name in "abc"}, "a, b, c unpack to 6,29[0-9,]+ bytes, expected 4,"),
+    ],
+)
+def test_decompression_bombs_are_refused_unread(tmp_path, monkeypatch, reader, replaced, message):
     monkeypatch.setattr(npz, "MEMORY_BYTES", 2**22)
-    refuse(open_npz, members(tmp_path / "a.npz", DEFLATED, **replaced), message)
+    refuse(reader, members(tmp_path / "a.npz", DEFLATED, **replaced), message, most=2**20)
 
 
 def test_compressed_images_larger_than_a_chunk_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(npz, "CHUNK_BYTES", 63)
     refuse(open_npz, members(tmp_path / "a.npz", DEFLATED), "more than images can be compressed")
-
-
-def test_arrays_that_are_too_large_together_are_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr(npz, "MEMORY_BYTES", 2**22)
-    path = members(tmp_path / "a.npz", DEFLATED, **{name: npy(np.zeros(2**18)) for name in "abc"})
-    refuse(load_all, path, "images, labels, a, b, c unpack to 6,29[0-9,]+ bytes, expected 4,194,304", most=2**20)
 
 
 @pytest.mark.parametrize("name", ["images", "labels"])

@@ -10,21 +10,12 @@ from gravlens_jax.errors import InputError
 from test_checkpoint import CONFIG, INFO
 
 
-def test_config_survives_the_run_directory(tmp_path):
+def test_run_directory_is_created_once_and_keeps_its_config(tmp_path):
     info = INFO._replace(config=replace(CONFIG, data="somewhere"), classes=("a", "b"))
     run_dir.create_run(tmp_path, info)
-    assert run_dir.read_run(tmp_path) == info
-
-
-def test_directory_that_holds_a_run_is_refused(tmp_path):
-    run_dir.create_run(tmp_path, INFO)
     with pytest.raises(InputError, match="already holds a run; continue it with --resume"):
         run_dir.create_run(tmp_path, INFO)
-
-
-def test_directory_without_a_run_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"is not a run \(no config\.json\)"):
-        run_dir.read_run(tmp_path / "absent")
+    assert run_dir.read_run(tmp_path) == info
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"config": {}, "classes": [], "image_shape": [1, 2]}'])
@@ -41,18 +32,15 @@ def test_only_a_run_of_the_same_config_is_resumed(tmp_path):
         run_dir.check_resumable(tmp_path, replace(CONFIG, model=replace(CONFIG.model, depth=14)))
 
 
-def test_second_process_on_a_run_directory_is_refused(tmp_path):
-    code = f"""
-from pathlib import Path
-from gravlens_jax import run_dir
-with run_dir.locked(Path({str(tmp_path)!r})):
-    pass
-"""
+def test_run_directory_in_use_is_refused(tmp_path):
+    code = (
+        "import sys, pathlib; from gravlens_jax import run_dir; run_dir.locked(pathlib.Path(sys.argv[1])).__enter__()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
     with run_dir.locked(tmp_path):
-        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        other = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert other.returncode and f"is in use by another process (process {os.getpid()} on" in other.stderr
-    with run_dir.locked(tmp_path):  # it is free again
-        pass
+    run_dir.locked(tmp_path).__enter__()  # it is free again
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -73,11 +61,14 @@ def test_damaged_line_of_the_history_is_an_input_error(tmp_path, damage):
 def test_temperatures_belong_to_steps(tmp_path):
     assert run_dir.read_temperature(tmp_path, 2) == 1.0
     run_dir.write_temperatures(tmp_path, {2: 2.5})
-    assert run_dir.read_temperature(tmp_path, 2) == 2.5 and run_dir.read_temperature(tmp_path, 3) == 1.0
-    for damage in ('{"2": 0.0}', "[1]", '{"2": "x"}', "{"):
-        (tmp_path / "calibration.json").write_text(damage)
-        with pytest.raises(InputError, match=r"calibration\.json"):
-            run_dir.read_temperature(tmp_path, 2)
+    assert [run_dir.read_temperature(tmp_path, step) for step in (2, 3)] == [2.5, 1.0]
+
+
+@pytest.mark.parametrize("damage", ['{"2": 0.0}', "[1]", '{"2": "x"}', "{"])
+def test_damaged_temperatures_are_refused(tmp_path, damage):
+    (tmp_path / "calibration.json").write_text(damage)
+    with pytest.raises(InputError, match=r"calibration\.json"):
+        run_dir.read_temperature(tmp_path, 2)
 
 
 def test_file_is_complete_or_unchanged(tmp_path):

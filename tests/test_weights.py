@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from itertools import product
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -46,28 +47,21 @@ def test_a_calibrated_run_and_its_exported_file_give_the_same_network(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["net.npz", "run"]
 
 
-@pytest.mark.parametrize("change", ["shape", "text", "missing", "more", "about", "depth", "other", "bytes", "nothing"])
-def test_a_damaged_file_is_refused(tmp_path, change):
+def test_files_that_are_not_networks_are_refused(tmp_path):
     path = tmp_path / "net.npz"
     weights.write_network(path, NETWORK, weights.describe(NETWORK))
     arrays = dict(np.load(path))
     about = json.loads(str(arrays["about"]))
-    damaged = {
-        "shape": {"params/head/bias": np.zeros(7, np.float32)},
-        "text": {"params/head/bias": np.array(["a", "b", "c"])},
-        "more": {"params/other": np.zeros(7, np.float32)},
-        "about": {"about": np.array("[1]")},
-        "depth": {"about": np.array(json.dumps(about | {"model": about["model"] | {"depth": "x"}}))},
-    }
-    arrays |= damaged.get(change, {})
-    arrays.pop({"missing": "params/head/bias", "other": "about"}.get(change), None)
-    np.savez(path, **arrays)
-    if change == "bytes":
-        path.write_bytes(path.read_bytes()[:500])
-    if change == "nothing":
-        path.unlink()
-    with pytest.raises(InputError, match=r"net\.npz"):
-        weights.load_network(path)
+    about["model"]["depth"] = "x"
+    bias = "params/head/bias"
+    changes = [{bias: np.zeros(7, np.float32)}, {bias: np.array(["a", "b", "c"])}, {"params/other": np.zeros(7)}]
+    changes += [{"about": np.array(text)} for text in ("[1]", json.dumps(about))]
+    damaged = [arrays | change for change in changes]
+    damaged += [{name: arrays[name] for name in arrays if name != left_out} for left_out in (bias, "about")]
+    for contents in damaged:
+        np.savez(path, **contents)
+        with pytest.raises(InputError, match=r"net\.npz"):
+            weights.load_network(path)
 
 
 def test_unknown_fields_and_a_missing_temperature_do_not_matter(tmp_path):
@@ -96,10 +90,14 @@ def test_parameters_that_are_not_finite_are_neither_exported_nor_loaded(tmp_path
             weights.export_run(tmp_path / name, tmp_path / "other.npz")
 
 
-def test_the_pretrained_network_classifies_real_images(shared):
-    dataset = load_labelled(shared / "real/dataset/val", CLASSES)
-    probabilities = predict(*weights.load_pretrained(), dataset.images)
-    assert (probabilities.argmax(1) == dataset.labels).mean() > 0.9
+@pytest.fixture
+def real(shared):
+    return load_labelled(shared / "real/dataset/val", CLASSES)
+
+
+def test_the_pretrained_network_classifies_real_images(real):
+    probabilities = predict(*weights.load_pretrained(), real.images[::2])
+    assert (probabilities.argmax(1) == real.labels[::2]).mean() > 0.9
 
 
 def test_the_pretrained_file_is_small_and_records_its_training():
@@ -136,9 +134,8 @@ np.savez("out.npz", all=program.call(images), one=program.call(images[:1]))
 def test_stablehlo_predicts_without_this_package(tmp_path):
     weights.write_network(tmp_path / "net.stablehlo", NETWORK, {})
     np.save(tmp_path / "images.npy", IMAGES)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-I", "-c", WITHOUT_THE_PACKAGE]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "out.npz") as out:
         np.testing.assert_allclose(out["all"], predict(*NETWORK, IMAGES), atol=1e-5)
@@ -155,45 +152,41 @@ def test_safetensors_hold_the_same_arrays_as_the_npz(tmp_path):
             np.testing.assert_array_equal(file.get_tensor(name), npz[name])
 
 
-@pytest.mark.parametrize("suffix, package", [("safetensors", "safetensors"), ("stablehlo", "flatbuffers")])
-def test_a_missing_package_is_named_and_nothing_is_written(tmp_path, monkeypatch, suffix, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputError, match=rf'needs {package}; .*pip install "gravlens_jax\[export\]"'):
-        weights.write_network(tmp_path / f"net.{suffix}", NETWORK, {})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_unknown_suffixes_and_missing_folders_are_refused(tmp_path):
-    for name, message in (("net.pth", r"ends in \.npz, \.safetensors, \.stablehlo"), ("none/net.npz", "no folder")):
+def test_a_file_that_cannot_be_written_is_refused_before(tmp_path, monkeypatch):
+    for package in ("safetensors", "flatbuffers"):
+        monkeypatch.setitem(sys.modules, package, None)
+    messages = {
+        "net.safetensors": r'needs safetensors; .*pip install "gravlens_jax\[export\]"',
+        "net.stablehlo": "needs flatbuffers",
+        "net.pth": r"ends in \.npz, \.safetensors, \.stablehlo",
+        "none/net.npz": "no folder",
+    }
+    for name, message in messages.items():
         with pytest.raises(InputError, match=message):
             weights.write_network(tmp_path / name, NETWORK, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     (tmp_path / "net.npz").write_bytes(b"old")
-
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(InputError, match="No space left"):
         weights.write_network(tmp_path / "net.npz", NETWORK, {})
     assert [f.read_bytes() for f in tmp_path.iterdir()] == [b"old"]
 
 
 @pytest.mark.parametrize("name, depth, correct", [("Train_1", 20, 106), ("Train_3_best", 32, 121)])
-def test_published_networks_give_their_pytorch_logits_on_real_images(shared, name, depth, correct):
+def test_published_networks_give_their_pytorch_logits_on_real_images(shared, real, name, depth, correct):
     order = [("no", "vort", "sphere").index(c) for c in CLASSES]
     variables = to_variables(load_state_dict(shared / "reference" / f"{name}.npz"), depth, order)
-    dataset = load_labelled(shared / "real" / "dataset" / "val", CLASSES)
     model = ResNet(depth=depth, input=InputConfig(crop=150, pool=1, stretch="linear", mean=0.0, std=1.0))
-    with jax.default_matmul_precision("highest"):
-        logits = predict_logits(model, variables, dataset.images, batch_size=45)
     with np.load(shared / "reference" / "logits.npz", allow_pickle=False) as reference:
         rows = {file: row for row, file in enumerate(reference["files"].tolist())}
-        expected = reference[name][[rows[f"dataset/val/{file}"] for file in dataset.info["files"]]][:, order]
-    np.testing.assert_allclose(logits, expected, atol=1e-3)
-    assert np.sum(logits.argmax(1) == dataset.labels) == correct  # 78.5 % and 89.6 % of 135
+        expected = reference[name][[rows[f"dataset/val/{file}"] for file in real.info["files"]]][:, order]
+    assert np.sum(expected.argmax(1) == real.labels) == correct  # 78.5 % and 89.6 % of 135
+    with jax.default_matmul_precision("highest"):
+        logits = predict_logits(model, variables, real.images[::3])
+    np.testing.assert_allclose(logits, expected[::3], atol=1e-3)
 
 
 def fake_state_dict(depth=8):
@@ -210,33 +203,23 @@ def fake_state_dict(depth=8):
     return arrays | {"linear.weight": rng.random((3, 64)), "linear.bias": rng.random(3)}
 
 
-def test_each_array_of_a_state_dict_is_used():
+def test_each_array_of_a_state_dict_is_used_and_belongs_to_the_network():
     state_dict = fake_state_dict(14)
     variables = to_variables(state_dict, 14, [0, 2, 1])
     assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, variable_shapes(ResNet(depth=14)))
-    ours, theirs = variables["params"]["head"]["bias"], state_dict["linear.bias"]
-    np.testing.assert_allclose(ours, theirs[[0, 2, 1]], rtol=1e-6)
-
-
-def test_a_state_dict_of_another_network_is_refused():
-    for found, depth, message in ((8, 14, "has no .* not of depth 14"), (14, 8, "is left over: .* not of depth 8")):
+    bias = variables["params"]["head"]["bias"]
+    np.testing.assert_allclose(bias, state_dict["linear.bias"][[0, 2, 1]], rtol=1e-6)
+    for arrays, depth, order, message in (
+        (fake_state_dict(8), 14, [0, 1, 2], "has no .* not of depth 14"),
+        (state_dict, 8, [0, 1, 2], "is left over: .* not of depth 8"),
+        (state_dict, 14, [0, 1], "the head has 3 classes, --classes names 2"),
+    ):
         with pytest.raises(InputError, match=message):
-            to_variables(fake_state_dict(found), depth, [0, 1, 2])
-    with pytest.raises(InputError, match="the head has 3 classes, --classes names 2"):
-        to_variables(fake_state_dict(), 8, [0, 1])
+            to_variables(arrays, depth, order)
 
 
-def test_unreadable_state_dicts_are_refused(tmp_path, monkeypatch):
-    (tmp_path / "a.npz").write_text(json.dumps({}))
-    np.savez(tmp_path / "b.npz", x=np.array([{}], object))
-    (tmp_path / "d.pth").write_bytes(b"")
+def test_a_state_dict_of_pytorch_needs_pytorch(tmp_path, monkeypatch):
+    (tmp_path / "a.pth").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "torch", None)
-    messages = {
-        "a.npz": "not a readable .npz",
-        "b.npz": "Python objects",
-        "c.npz": "no such file",
-        "d.pth": "needs torch",
-    }
-    for name, message in messages.items():
-        with pytest.raises(InputError, match=message):
-            load_state_dict(tmp_path / name)
+    with pytest.raises(InputError, match="needs torch"):
+        load_state_dict(tmp_path / "a.pth")

@@ -38,9 +38,8 @@ def render_block(seed, split, indices, *, priors: Priors, substructure: str, noi
     """Returns images `indices` of a split, all of one class.
 
     Args:
-      seed, split: see `simulate_images`.
+      seed, split, priors: as in `simulate_images`.
       indices: int32 (n,). Values depend on n in the last bit, so callers keep it constant.
-      priors: the population.
       substructure: "no", "sphere" or "vort".
       noise: whether to draw the photon noise.
 
@@ -67,8 +66,7 @@ def render_batch(first, seed, split, *, priors: Priors, batch_size: int) -> dict
 
     Args:
       first: index of the first image.
-      seed, split: see `simulate_images`.
-      priors: the population.
+      seed, split, priors: as in `simulate_images`.
       batch_size: number of images.
 
     Returns:
@@ -93,16 +91,12 @@ def _simulate_chunk(
     images = np.empty((stop - start, priors.num_pixels, priors.num_pixels), np.uint16)
     # On a CPU NumPy's Poisson variates are exact too and several times faster than JAX's.
     on_device = jax.default_backend() != "cpu"
-    for label, substructure in enumerate(classes):
+    for label, name in enumerate(classes):
         # Always a whole block, so that the bits of an image never depend on the number of images.
         indices = start + label + len(classes) * np.arange(block, dtype=np.int32)
-        rendered = np.asarray(
-            render_block(seed, split, indices, priors=priors, substructure=substructure, noise=on_device)
-        )
-        check(
-            rendered.max() < MAX_COUNTS,
-            f"a pixel has {rendered.max():.0f} counts, more than {MAX_COUNTS}; lower the prior `photons`",
-        )
+        rendered = np.asarray(render_block(seed, split, indices, priors=priors, substructure=name, noise=on_device))
+        most = rendered.max()
+        check(most < MAX_COUNTS, f"a pixel has {most:.0f} counts, more than {MAX_COUNTS}; lower the prior `photons`")
         for index, image in zip(indices.tolist(), rendered, strict=True):
             if index < stop:
                 rng = np.random.default_rng([seed, split, index])
@@ -115,8 +109,7 @@ def simulate_images(
 ) -> Iterator[np.ndarray]:
     """Yields `n` images in order, from image `start` on, in chunks of uint16 photon counts (chunk, height, width).
 
-    Counts are half the size of float32 and lose nothing; the public images are these, scaled to [0, 1] one by one.
-    On a CPU all cores work, each on its own chunks.
+    The public images are such counts, scaled to [0, 1] one by one. On a CPU all cores work, each on its own chunks.
 
     Args:
       n: number of images, at least 1.

@@ -5,6 +5,7 @@ Make your own with `dataclasses.replace(PRESETS["ct1"], shear_max=0.1)`, or `scr
 
 from dataclasses import dataclass, replace
 from math import ceil, pi, radians, sqrt
+from typing import Any
 
 from gravlens_jax.errors import check
 
@@ -80,15 +81,11 @@ class Priors:
             check(values[name] >= 0, f"{name}={values[name]}: expected a number >= 0")
         for name in ("lens_axis_ratio", "source_axis_ratio_max"):
             check(0 < values[name] <= 1, f"{name}={values[name]}: expected an axis ratio in (0, 1]")
-        check(
-            self.z_source_min > self.z_lens_max,
-            f"z_source_min={self.z_source_min} is not behind z_lens_max={self.z_lens_max}",
-        )
+        behind = self.z_source_min > self.z_lens_max
+        check(behind, f"z_source_min={self.z_source_min} is not behind z_lens_max={self.z_lens_max}")
         check(self.psf_pixels % 2 == 1, f"psf_pixels={self.psf_pixels}: expected an odd number")
-        check(
-            self.num_pixels >= self.psf_pixels,
-            f"num_pixels={self.num_pixels}: the grid is smaller than the PSF of {self.psf_pixels} pixels",
-        )
+        small = f"num_pixels={self.num_pixels}: the grid is smaller than the PSF of {self.psf_pixels} pixels"
+        check(self.num_pixels >= self.psf_pixels, small)
         check(self.subhalo_slope != -1, "subhalo_slope=-1 has no power-law integral; try -0.999")
         check(self.vortex_mass_fraction_max < 1, f"vortex_mass_fraction_max={self.vortex_mass_fraction_max}: is over 1")
         most = self.subhalo_number + (6 * sqrt(self.subhalo_number) if self.subhalo_poisson else 0)
@@ -99,11 +96,15 @@ class Priors:
         )
 
 
+def _fixed(**values: float) -> dict[str, Any]:
+    return {f"{name}_{bound}": value for name, value in values.items() for bound in ("min", "max")}
+
+
 PRESETS = {
     # Re-simulates the public "Common Test I" images.
     "ct1": Priors(),
     # The same at fixed redshifts, as in the papers' Model A.
-    "model_a": Priors(z_lens_min=0.5, z_lens_max=0.5, z_source_min=1.0, z_source_max=1.0),
+    "model_a": Priors(**_fixed(z_lens=0.5, z_source=1.0)),
     # arXiv 2008.12731, Table I as printed: an ablation, in which subhalos are all but invisible.
     "paper": Priors(
         shear_angle_max=2 * pi,
@@ -124,27 +125,15 @@ PRESETS = {
         sky=3.55,
         mass_includes_substructure=False,
         lens_axis_ratio=0.9 / 1.1,  # e1 = 0.1, e2 = 0
-        z_lens_min=0.5,
-        z_lens_max=0.5,
-        z_source_min=1.0,
-        z_source_max=1.0,
-        shear_min=0.05,
-        shear_max=0.05,
+        **_fixed(z_lens=0.5, z_source=1.0, shear=0.05, source_radius=0.25, vortex_mass_fraction=0.03),
+        **_fixed(source_axis_ratio=0.7522, source_angle=3 * pi / 8),  # e1 = -0.1, e2 = 0.1
         shear_angle_max=0.0,
         source_offset_min=-0.35,
         source_offset_max=0.35,
         source_in_square=True,
         source_n=1.0,
-        source_radius_min=0.25,
-        source_radius_max=0.25,
-        source_axis_ratio_min=0.7522,  # e1 = -0.1, e2 = 0.1
-        source_axis_ratio_max=0.7522,
-        source_angle_min=3 * pi / 8,
-        source_angle_max=3 * pi / 8,
         subhalo_poisson=False,
         subhalo_offset_min=0.25,
-        vortex_mass_fraction_min=0.03,
-        vortex_mass_fraction_max=0.03,
         vortex_length_min=0.06,  # twice the de Broglie wavelength of axions of 1e-22 to 1e-24 eV
         vortex_length_max=6.0,
         vortex_length_log=True,

@@ -28,15 +28,14 @@ Number = jax.Array | float  # a scalar or, where arrays are meant, an array
 
 
 def pixel_grid(num_pixels: int, pixel_scale: float, supersampling: int = 1) -> Pair:
-    """Returns the centres of all (sub-)pixels, field centre at the origin, row 0 at +y.
+    """Returns x, y of all (sub-)pixels, float (n, n) with n = num_pixels * supersampling, arcsec.
+
+    The field's centre is at the origin, row 0 at +y.
 
     Args:
       num_pixels: image height and width.
       pixel_scale: arcsec per pixel.
       supersampling: sub-pixels per pixel and axis.
-
-    Returns:
-      x, y: float (n, n) with n = num_pixels * supersampling, arcsec.
     """
     n = num_pixels * supersampling
     centres = (jnp.arange(n) - (n - 1) / 2) * (pixel_scale / supersampling)
@@ -181,13 +180,7 @@ def bin_pixels(image: jax.Array, factor: int) -> jax.Array:
 
 
 def blur(image: jax.Array, sigma: float, size: int) -> jax.Array:
-    """Convolves an image (height, width) with a normalized Gaussian of `size` x `size` pixels, zero outside.
-
-    Args:
-      image: float (height, width).
-      sigma: pixels.
-      size: kernel width in pixels, odd.
-    """
+    """Convolves an image (height, width) with a normalized Gaussian, zero outside; `sigma` and odd `size` in pixels."""
     half = size // 2
     kernel = np.exp(-0.5 * (np.arange(-half, half + 1) / sigma) ** 2)
     kernel /= kernel.sum()

@@ -110,22 +110,16 @@ def deflect_substructure(x: jax.Array, y: jax.Array, lens_params: LensParams) ->
 def render_lens(lens_params: LensParams, priors: Priors) -> jax.Array:
     """Returns the expected photon counts per pixel, float32 (num_pixels, num_pixels), sky included.
 
-    Args:
-      lens_params: a result of `sample_lens`.
-      priors: the camera and the source's fixed profile.
+    `lens_params` are a result of `sample_lens`; of `priors` only the camera and the source's fixed profile are used.
     """
     return _render(lens_params, deflect_substructure(*_rays(priors), lens_params), priors)
 
 
 def render_lenses(lens_params: LensParams, priors: Priors) -> jax.Array:
-    """Returns `render_lens` of many lenses, float32 (n, num_pixels, num_pixels), equal to rounding.
+    """Returns `render_lens` of n lenses of one class, float32 (n, num_pixels, num_pixels), equal to rounding.
 
     The same as `jax.vmap` of `render_lens`, but on a CPU twice as fast for many lenses with subhalos. It takes about
-    1 MB of memory per lens.
-
-    Args:
-      lens_params: parameters of n lenses of one class; each array has a leading axis of length n.
-      priors: the camera and the source's fixed profile.
+    1 MB of memory per lens. Each array of `lens_params` has a leading axis of length n.
     """
     deflect = partial(deflect_substructure, *_rays(priors))
     # Each point mass needs a pass over all rays; the rays of one lens fit in a CPU's cache.
@@ -148,9 +142,8 @@ def _render(p: LensParams, substructure: profiles.Pair, priors: Priors) -> jax.A
     shear = profiles.deflect_shear(x, y, p["shear"], p["shear_angle"])
     beta_x = x - halo[0] - shear[0] - substructure[0] - p["source"][0]
     beta_y = y - halo[1] - shear[1] - substructure[1] - p["source"][1]
-    light = profiles.sersic_light(
-        beta_x, beta_y, priors.source_n, p["source_radius"], p["source_axis_ratio"], p["source_angle"]
-    )
+    shape = (p["source_radius"], p["source_axis_ratio"], p["source_angle"])
+    light = profiles.sersic_light(beta_x, beta_y, priors.source_n, *shape)
     image = profiles.bin_pixels(light, priors.supersampling)
     image = profiles.blur(image, priors.psf_sigma / priors.pixel_scale, priors.psf_pixels)
     return priors.photons * (image + priors.sky)

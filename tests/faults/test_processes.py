@@ -62,6 +62,7 @@ def test_result_does_not_depend_on_the_number_of_processes_and_one_of_them_print
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-3), a, b)
 
 
+@pytest.mark.slow
 def test_stream_does_not_depend_on_the_number_of_processes(folder):
     finish(*start_two(folder, *FRESH, "--run-dir", "runs/fresh2"))  # and one simulates the other splits for both
     finish(start(folder, "train.py", *FRESH, "--run-dir", "runs/fresh1"))

@@ -10,6 +10,7 @@ import pytest
 
 from commands import (
     DEFAULT_NETWORK,
+    NETWORK,
     assert_same_parameters,
     finish,
     history,
@@ -24,7 +25,7 @@ from gravlens_jax.run_dir import locked, read_run
 from gravlens_jax.training import fit
 
 FILES = [*DEFAULT_NETWORK, "--data", "data", "--epochs", "2"]  # 3 easy steps, then epochs of 6: steps 4-9 and 10-15
-STREAM = [*DEFAULT_NETWORK, "--data", "simulate:ct1", "--epochs", "1"]
+STREAM = [*NETWORK, "--data", "simulate:ct1", "--epochs", "1"]
 STREAM += [word for size in ("easy=0", "train=96", "val=24", "test=24") for word in ("--simulation." + size).split("=")]
 DEVICE = [*DEFAULT_NETWORK, "--data", "data", "--device-data", "--batch-size", "1", "--epochs", "1"]
 SAVE_OFTEN = ["--save-minutes", "1e-6"]  # after every call

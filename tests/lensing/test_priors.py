@@ -25,7 +25,6 @@ def test_easy_images_differ_only_in_the_mass_of_their_substructure(preset):
     [
         ({"shear_min": 0.4}, "shear_min=0.4 is larger than shear_max=0.3"),
         ({"mass": -1.0}, "mass=-1.0: expected a positive number"),
-        ({"subhalo_mass_min": 0.0}, "subhalo_mass_min=0.0: expected a positive number"),
         ({"z_source_min": 0.55}, "z_source_min=0.55 is not behind z_lens_max=0.6"),
         ({"lens_axis_ratio": 0.0}, r"lens_axis_ratio=0.0: expected an axis ratio in \(0, 1\]"),
         ({"source_axis_ratio_max": 1.2}, r"source_axis_ratio_max=1.2: expected an axis ratio in \(0, 1\]"),
