@@ -1,6 +1,6 @@
 """Predictions of a trained network: probabilities, logits, features and saliency maps.
 
-Pixels are read batch by batch through `npz.read_rows`, which checks them on the host.
+Pixels are read batch by batch through `pixels.read_rows`, which checks them on the host.
 """
 
 from collections.abc import Iterator
