@@ -94,9 +94,9 @@ def test_when_one_of_two_processes_dies_the_other_ends_with_a_message(folder, vi
     processes[victim].kill()
     processes[victim].communicate()
     _, err = processes[1 - victim].communicate(timeout=120)  # at once in a step; while it saves, after DEAD_SECONDS
-    if victim == 0 and processes[1].returncode == -signal.SIGABRT:
-        # Process 0 is JAX's coordinator: JAX aborts the others when it is gone, perhaps before our own message.
-        assert "the JAX distributed service detected fatal errors" in err
+    if victim == 0 and "the JAX distributed service detected fatal errors" in err:
+        # Process 0 is JAX's coordinator: JAX ends the others when it is gone, perhaps before our own message.
+        assert processes[1].returncode in (1, -signal.SIGABRT)
     else:
         assert processes[1 - victim].returncode == 1
         assert "another process of this run has ended" in err and "--resume" in err and "Traceback" not in err
