@@ -86,10 +86,20 @@ def run_function(function: Callable[..., Any]) -> None:
 
 def split_names(text: str) -> tuple[str, ...]:
     """Returns the class names of a comma-separated list: at least two, all different."""
-    names = tuple(name.strip() for name in text.split(","))
-    right = len(names) >= 2 and all(names) and len(set(names)) == len(names)
-    check(right, f"--classes {text}: expected at least two different names separated by commas, such as no,sphere,vort")
-    return names
+    return tuple(parse_classes(text))
+
+
+def parse_classes(text: str) -> dict[str, str]:
+    """Returns the classes of a --classes option: name in the network -> name in the data (of a folder, for example).
+
+    `no,sphere` means that both are the same; `no=no_sub,sphere=cdm` gives both. At least two, all different.
+    """
+    pairs = [name.partition("=") for name in text.split(",")]
+    classes = {own.strip(): (theirs if equals else own).strip() for own, equals, theirs in pairs}
+    right = len(classes) == len(set(classes.values())) == len(pairs) >= 2 and all(classes) and all(classes.values())
+    expected = "at least two different names separated by commas, such as no,sphere,vort or no=no_sub,sphere=cdm"
+    check(right, f"--classes {text}: expected {expected}")
+    return classes
 
 
 def silence_orbax() -> None:

@@ -39,7 +39,7 @@ def map_images(file: IO[bytes], dtype: np.dtype, offset: int, shape: tuple[int, 
 
 
 def read_rows(images: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
-    """Returns images[rows] as a new array in native byte order; float64 becomes float32, other dtypes stay.
+    """Returns images[rows] as a new array in native byte order: 8 and 16 bits a pixel as they are, others by `scale`.
 
     All pixels of the project are read here. A file is mapped again for each call, because the pages of a map count as
     memory of the process while the map lives.
@@ -49,21 +49,32 @@ def read_rows(images: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
       rows: int (k,), or a slice.
 
     Raises:
-      InputError: an image has pixels that are NaN, infinite or beyond float32; or the file was truncated or replaced
-        since it was opened.
+      InputError: an image has NaN or infinite pixels; or the file was truncated or replaced since it was opened.
     """
     rows = np.arange(len(images))[rows]
     mapped = images if isinstance(images, MappedImages) and images.identity else None
     source = np.asarray(images) if mapped is None else _map_again(mapped, rows)
-    dtype = np.dtype(np.float32) if images.dtype.char in "dg" else images.dtype.newbyteorder("=")
-    with np.errstate(over="ignore", invalid="ignore"):
-        batch = source[rows].astype(dtype, copy=False)
+    short = images.dtype.itemsize <= 2
+    batch = np.empty((len(rows), *images.shape[1:]), images.dtype.newbyteorder("=") if short else np.float32)
     for image, row in zip(batch, rows.tolist(), strict=True):
-        if dtype.kind == "f" and not _all_finite(image):
-            problem = "pixels beyond float32" if np.isfinite(source[row]).all() else "NaN or infinite pixels"
+        image[...] = source[row] if short else scale(source[row])
+        if not _all_finite(image):
             name = f"images[{row}]" if mapped is None else mapped.name(row)
-            raise InputError(f"{name} has {problem}; fix or remove this image")
+            raise InputError(f"{name} has NaN or infinite pixels; fix or remove this image")
     return batch
+
+
+def scale(image: np.ndarray) -> np.ndarray:
+    """Returns an image (height, width), of any real dtype, scaled to [0, 1] by its own minimum and maximum, in float32.
+
+    Computed in float64 unless it is float32 already, so that neither a large offset nor a range beyond float32 loses
+    precision. A constant image becomes 0; one with NaN or infinite pixels has NaN.
+    """
+    with np.errstate(invalid="ignore"):
+        image = image.astype(np.float32 if image.dtype == np.float32 else np.float64) / 2  # so that its range is finite
+        image -= image.min()
+        image /= image.max() or 1
+        return image.astype(np.float32, copy=False)
 
 
 def check_pixels(images: np.ndarray) -> None:
@@ -101,7 +112,7 @@ def _map_again(images: MappedImages, rows: np.ndarray) -> np.ndarray:
 
 
 def _all_finite(image: np.ndarray) -> bool:
-    """Returns whether all pixels, float16 or float32, are finite."""
+    """Returns whether all pixels are finite."""
     if image.dtype == np.float16:  # NumPy's isfinite is slow for it; the exponent of infinity and NaN is all ones
         return int((image.view(np.uint16) & 0x7C00).max()) < 0x7C00
-    return bool(np.isfinite(image).all())
+    return image.dtype.kind != "f" or bool(np.isfinite(image).all())

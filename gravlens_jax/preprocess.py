@@ -18,10 +18,10 @@ def check_images(shape: tuple[int, ...], config: InputConfig) -> None:
 
 
 def to_unit(images: jax.Array) -> jax.Array:
-    """Returns float32 images in [0, 1], shape (n, height, width, 1).
+    """Returns float32 images (n, height, width, 1), each scaled to [0, 1] by its own minimum and maximum.
 
-    An image with all pixels in [0, 1] is not changed. Any other, such as photon counts, is scaled by its own minimum
-    and maximum, as the public images were.
+    The public images were scaled so too, so that predictions do not depend on units or an offset. A constant image
+    becomes 0. `pixels.read_rows` has already done this, in float64, for more than 16 bits a pixel.
 
     Args:
       images: any real dtype, (n, height, width).
@@ -29,8 +29,7 @@ def to_unit(images: jax.Array) -> jax.Array:
     images = images.astype(jnp.float32)[..., None]
     low = images.min((1, 2, 3), keepdims=True)
     high = images.max((1, 2, 3), keepdims=True)
-    scaled = (images - low) / jnp.where(high > low, high - low, 1)
-    return jnp.where((low >= 0) & (high <= 1), images, scaled)
+    return (images - low) / jnp.where(high > low, high - low, 1)
 
 
 def flip(images: jax.Array, key: jax.Array) -> jax.Array:
