@@ -1,4 +1,4 @@
-"""Predictions of a trained network: probabilities, logits, features and saliency maps.
+"""Predictions of a trained network: probabilities, logits, outlier scores, features and saliency maps.
 
 Pixels are read batch by batch through `pixels.read_rows`, which checks them on the host.
 """
@@ -13,25 +13,30 @@ import numpy as np
 
 from gravlens_jax.errors import check
 from gravlens_jax.lensing.profiles import blur
+from gravlens_jax.metrics import outlier_scores
 from gravlens_jax.model import ResNet, forward
 from gravlens_jax.pixels import read_rows
 from gravlens_jax.preprocess import check_images, prepare, to_unit
 
 # Of the network's six parts: first convolution, stages 1 to 3, mean over the pixels, head.
-BEFORE_HEAD = slice(0, 5)
+HEAD = slice(5, None)
 TO_STAGE_2, AFTER_STAGE_2 = slice(0, 3), slice(3, None)
 
 
 @partial(jax.jit, static_argnames=("model", "tta"))
-def _logits(variables, images: jax.Array, *, model: ResNet, tta: bool) -> jax.Array:
+def _outputs(variables, images: jax.Array, *, model: ResNet, tta: bool) -> tuple[jax.Array, jax.Array]:
+    """Returns the logits and the channel means: see `outputs`."""
     x = prepare(to_unit(images), model.input)
-    mirrored = [x, x[:, ::-1], x[:, :, ::-1], x[:, ::-1, ::-1]] if tta else [x]
-    return jnp.stack([forward(model, variables, some) for some in mirrored]).mean(0)
-
-
-@partial(jax.jit, static_argnames="model")
-def _features(variables, images: jax.Array, *, model: ResNet) -> jax.Array:
-    return forward(model, variables, prepare(to_unit(images), model.input), BEFORE_HEAD)
+    means = []
+    for part in range(4):
+        x = forward(model, variables, x, slice(part, part + 1))
+        means.append(x.astype(jnp.float32).mean((1, 2)))
+    logits = forward(model, variables, means[-1], HEAD)
+    if tta:
+        x = prepare(to_unit(images), model.input)
+        mirrored = (x[:, ::-1], x[:, :, ::-1], x[:, ::-1, ::-1])
+        logits = jnp.stack([logits, *(forward(model, variables, some) for some in mirrored)]).mean(0)
+    return logits, jnp.concatenate(means, 1)
 
 
 @partial(jax.jit, static_argnames="model")
@@ -50,9 +55,23 @@ def _maps(variables, images: jax.Array, labels: jax.Array | None, *, model: ResN
     return jax.vmap(partial(blur, sigma=2 * pool, size=8 * pool + 1))(maps)  # the resolution of stage 2
 
 
-def predict(model: ResNet, variables: Any, images: np.ndarray, batch_size: int = 128, tta: bool = False) -> np.ndarray:
-    """Returns the probability of each class, float32 (n, len(model.classes)); arguments as in `predict_logits`."""
-    return np.asarray(jax.nn.softmax(predict_logits(model, variables, images, batch_size, tta)))
+def predict(
+    model: ResNet,
+    variables: Any,
+    images: np.ndarray,
+    batch_size: int = 128,
+    tta: bool = False,
+    return_outlier: bool = False,
+) -> Any:
+    """Returns the probability of each class, float32 (n, len(model.classes)); arguments as in `predict_logits`.
+
+    With `return_outlier` also the outlier scores, float32 (n,): the distance from the network's training population
+    (`metrics.outlier_scores`), above 1 for 1 % of images like those; the class of an image far above 1 means nothing.
+    NaN if the network has no population: see `load_network`.
+    """
+    logits, means = outputs(model, variables, images, batch_size, tta)
+    probabilities = np.asarray(jax.nn.softmax(logits))
+    return (probabilities, outlier_scores(variables.get("population"), means)) if return_outlier else probabilities
 
 
 def predict_logits(
@@ -63,26 +82,36 @@ def predict_logits(
     Args:
       model: the network.
       variables: {"params": ..., "batch_stats": ...}, as `model.init` and `load_network` return them.
-      images: (n, height, width), any real dtype, as on disk: pixels in [0, 1], or counts, which are scaled. A memory
-        map is read batch by batch.
+      images: (n, height, width), any real dtype and unit: each is scaled by its own minimum and maximum. A memory map
+        is read batch by batch.
       batch_size: images per step.
       tta: test-time augmentation: the mean over an image and its three mirror images, at four times the cost.
 
     Raises:
       InputError: not (n, height, width), smaller than the crop, or NaN or infinite pixels.
     """
-    logits = np.empty((len(images), len(model.classes)), np.float32)
-    for rows, batch in _batches(images, model, batch_size):
-        logits[rows] = _logits(variables, batch, model=model, tta=tta)[: rows.stop - rows.start]
-    return logits
+    return outputs(model, variables, images, batch_size, tta)[0]
 
 
 def embed(model: ResNet, variables: Any, images: np.ndarray, batch_size: int = 128) -> np.ndarray:
     """Returns the features before the head, float32 (n, 4 * model.width); arguments as in `predict_logits`."""
-    features = np.empty((len(images), 4 * model.width), np.float32)
+    return outputs(model, variables, images, batch_size)[1][:, -4 * model.width :]
+
+
+def outputs(
+    model: ResNet, variables: Any, images: np.ndarray, batch_size: int = 128, tta: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the logits, and the channel means: the mean over all pixels of each channel after the first convolution
+    and after each stage, float32 (n, 8 * model.width). The last half of them are the features of `embed`.
+
+    Arguments as in `predict_logits`. The channel means are those of the images themselves, also with `tta`.
+    """
+    logits = np.empty((len(images), len(model.classes)), np.float32)
+    means = np.empty((len(images), 8 * model.width), np.float32)
     for rows, batch in _batches(images, model, batch_size):
-        features[rows] = _features(variables, batch, model=model)[: rows.stop - rows.start]
-    return features
+        own = _outputs(variables, batch, model=model, tta=tta)
+        logits[rows], means[rows] = (array[: rows.stop - rows.start] for array in own)
+    return logits, means
 
 
 def saliency(
@@ -122,7 +151,7 @@ def export_program(model: ResNet, variables: Any, image_shape: tuple[int, int]) 
     from jax import export  # jax does not import it by itself
 
     (n,) = export.symbolic_shape("n")
-    function = jax.jit(lambda images: jax.nn.softmax(_logits(variables, images, model=model, tta=False)))
+    function = jax.jit(lambda images: jax.nn.softmax(_outputs(variables, images, model=model, tta=False)[0]))
     images = jax.ShapeDtypeStruct((n, *image_shape), jnp.float32)
     return bytes(export.export(function, platforms=("cpu", "cuda", "tpu"))(images).serialize())
 

@@ -1,4 +1,7 @@
-"""Metrics of a classifier: accuracy, cross-entropy, confusion, ROC, AUC, calibration. Pure functions of arrays."""
+"""Metrics of a classifier: accuracy, cross-entropy, confusion, ROC, AUC, calibration, outlier scores.
+
+Pure functions of arrays.
+"""
 
 from typing import Any
 
@@ -32,6 +35,60 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
     found = minimize_scalar(lambda log: _loss(softmax(logits / np.exp(log)), labels), bounds=(-3, 3), method="bounded")
     return float(np.exp(found.x))
+
+
+def fit_population(
+    means: np.ndarray, labels: np.ndarray, num_classes: int, folds: int = 10
+) -> dict[str, np.ndarray] | None:
+    """Returns the population from which `outlier_scores` measures; None for fewer than 20 images, which are too few.
+
+    A Gaussian for each class, with a common covariance (Lee et al. 2018, arXiv 1807.03888, eq. 1 and 2, with channels
+    of all stages as in their section 2.2), scaled so that 1 % of images like these have a score above 1. This quantile
+    is found by cross-validation, because distances of images that a covariance was estimated from are too short.
+
+    Args:
+      means: float (n, channels), from `inference.outputs`, of images that the network was not trained on.
+      labels: int (n,).
+      num_classes: of the network; one without images gets the mean of all.
+      folds: of the cross-validation.
+
+    Returns:
+      float32 whitening (channels, channels), and centres (num_classes, channels), which are whitened.
+    """
+    if len(labels) < 20:
+        return None
+    fold, scores = np.arange(len(labels)) % folds, np.empty(len(labels))
+    for k in range(folds):
+        others = _fit_gaussians(means[fold != k], labels[fold != k], num_classes)
+        scores[fold == k] = outlier_scores(others, means[fold == k])
+    unit = max(np.quantile(scores, 0.99), 1e-6)
+    gaussians = _fit_gaussians(means, labels, num_classes)
+    return {name: (array / unit).astype(np.float32) for name, array in gaussians.items()}
+
+
+def _fit_gaussians(means: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
+    from sklearn.covariance import LedoitWolf
+
+    means = means.astype(np.float64)
+    own = [means[labels == k] for k in range(num_classes)]
+    centres = np.stack([(some if len(some) else means).mean(0) for some in own])
+    covariance = LedoitWolf(assume_centered=True).fit(means - centres[labels]).covariance_
+    # Channels that are always 0 in these images, but perhaps not in others, get a small variance.
+    covariance += np.eye(len(covariance)) * (1e-4 * np.trace(covariance) / len(covariance) + 1e-12)
+    whitening = np.linalg.cholesky(np.linalg.inv(covariance))
+    return {"whitening": whitening, "centres": centres @ whitening}
+
+
+def outlier_scores(population: dict[str, np.ndarray] | None, means: np.ndarray) -> np.ndarray:
+    """Returns the Mahalanobis distance to the nearest class, float32 (n,), in units of that which 1 % exceed.
+
+    `population` is a result of `fit_population`, `means` float (n, channels); NaN without a population.
+    """
+    if population is None:
+        return np.full(len(means), np.nan, np.float32)
+    whitening, centres = (np.asarray(population[name], np.float64) for name in ("whitening", "centres"))
+    white = means.astype(np.float64) @ whitening
+    return np.stack([np.linalg.norm(white - centre, axis=1) for centre in centres]).min(0).astype(np.float32)
 
 
 def _loss(probabilities: np.ndarray, labels: np.ndarray) -> float:

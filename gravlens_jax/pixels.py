@@ -71,7 +71,8 @@ def scale(image: np.ndarray) -> np.ndarray:
     precision. A constant image becomes 0; one with NaN or infinite pixels has NaN.
     """
     with np.errstate(invalid="ignore"):
-        image = image.astype(np.float32 if image.dtype == np.float32 else np.float64) / 2  # so that its range is finite
+        image = image.astype(np.float32 if image.dtype == np.float32 else np.float64)
+        image /= 2  # so that its range is finite
         image -= image.min()
         image /= image.max() or 1
         return image.astype(np.float32, copy=False)

@@ -10,11 +10,11 @@ import numpy as np
 
 from gravlens_jax.checkpoint import Which
 from gravlens_jax.errors import check
-from gravlens_jax.inference import predict_logits, saliency
-from gravlens_jax.metrics import calibration_error, evaluate, intervals, roc_areas, softmax
+from gravlens_jax.inference import outputs, saliency
+from gravlens_jax.metrics import calibration_error, evaluate, intervals, outlier_scores, roc_areas, softmax
 from gravlens_jax.npz import Dataset
 from gravlens_jax.pixels import read_rows
-from gravlens_jax.run_dir import write_atomically, writing
+from gravlens_jax.run_dir import write_arrays, write_atomically, writing
 from gravlens_jax.weights import Network
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito: safe for colour-blind eyes
@@ -44,28 +44,30 @@ def evaluate_network(
 
     Returns:
       the contents of metrics.json: those of `metrics.evaluate`, and `checkpoint`, `tta`, `interval_95` (see
-      `metrics.intervals`), `temperature` and `ece_uncalibrated`, without the temperature.
+      `metrics.intervals`), `temperature`, `ece_uncalibrated`, without the temperature, and `outliers`, the fraction of
+      images with an outlier score above 1 (None if the network has no population).
     """
     (model, variables), labels = network, dataset.labels
     check_image_shape(dataset.image_shape, network.image_shape, "the images")
-    logits = predict_logits(model, variables, dataset.images, tta=tta)
+    logits, means = outputs(model, variables, dataset.images, tta=tta)
+    outlier = outlier_scores(variables.get("population"), means)
     values = evaluate(logits, labels, model.classes) | {
         "checkpoint": checkpoint,
         "tta": tta,
         "interval_95": intervals(logits, labels, model.classes),
         "temperature": network.temperature,
         "ece_uncalibrated": calibration_error(softmax(logits * network.temperature), labels),
+        "outliers": None if np.isnan(outlier).any() else float(np.mean(outlier > 1)),
     }
     if out is None:
         return values
     correct = logits.argmax(1) == labels
     rows = np.concatenate([np.flatnonzero(correct & (labels == k))[:3] for k in range(len(model.classes))])
-    arrays = io.BytesIO()
-    np.savez(arrays, logits=logits, labels=labels, classes=np.array(model.classes))
+    arrays = {"logits": logits, "outlier": outlier, "labels": labels, "classes": np.array(model.classes)}
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "metrics.json", json.dumps(values, indent=2) + "\n")
-        write_atomically(out / "predictions.npz", arrays.getvalue())
+        write_arrays(out / "predictions.npz", arrays)
         draw_roc(out / "roc.png", logits, labels, model.classes)
         draw_confusion(out / "confusion.png", values)
         draw_examples(out / "examples.png", dataset.images, logits, labels, model.classes)
@@ -89,11 +91,12 @@ def table(values: dict[str, Any], where: Path) -> str:
     auc = values["auc"] | {"macro": values["macro_auc"]}
     confusion = zip(values["classes"], values["confusion"], strict=True)
     recall = {name: row[k] / sum(row) if sum(row) else None for k, (name, row) in enumerate(confusion)}
-    low, high = values["interval_95"]["accuracy"]
+    (low, high), outliers = values["interval_95"]["accuracy"], values["outliers"]
     lines = [
         f"{values['n']:,} images, {values['checkpoint']} checkpoint",
         f"  accuracy {values['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f})   loss {values['loss']:.4f}",
         f"  calibration error {values['ece']:.4f} ({values['ece_uncalibrated']:.4f} without temperature scaling)",
+        f"  outliers {'-' if outliers is None else f'{outliers:.1%}'} (about 1 % of images like those of training)",
         "  recall   " + "   ".join(f"{name} {'-' if v is None else f'{v:.3f}'}" for name, v in recall.items()),
         "  AUC      " + "   ".join(f"{name} {'-' if v is None else f'{v:.4f}'}" for name, v in auc.items()),
         f"report: {where}",
@@ -166,7 +169,8 @@ def draw_confusion(path: Path, values: dict[str, Any]) -> None:
     for (row, column), count in np.ndenumerate(counts):
         fraction = fractions[row, column]
         colour = "white" if fraction > 0.6 else "black"
-        axes.text(column, row, f"{count:,}\n{fraction:.1%}", ha="center", va="center", color=colour)
+        share = f"{fraction:.1%}" if counts[row].any() else "no images"
+        axes.text(column, row, f"{count:,}\n{share}", ha="center", va="center", color=colour)
     ticks = range(len(classes))
     axes.set(xticks=ticks, yticks=ticks, xticklabels=classes, yticklabels=classes, xlabel="predicted", ylabel="true")
     axes.set_title(f"accuracy {values['accuracy']:.1%}")

@@ -4,6 +4,7 @@ runs/<name>/config.json              the configuration; written before the first
 runs/<name>/metrics.jsonl            one line per epoch
 runs/<name>/checkpoints/             see `checkpoint`
 runs/<name>/calibration.json         step -> temperature of the logits, for the checkpoints of a finished run
+runs/<name>/population.npz           <step>/<array>: see `metrics.fit_population`
 runs/<name>/report/                  figures, metrics and predictions on the test split
 
 All files are written atomically: under a temporary name, then renamed.
@@ -11,6 +12,7 @@ All files are written atomically: under a temporary name, then renamed.
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import sys
@@ -21,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from gravlens_jax.config import Config, from_dict
@@ -63,6 +66,13 @@ def write_atomically(path: Path, data: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes an .npz atomically."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+    write_atomically(path, file.getvalue())
 
 
 def check_folder(path: Path) -> None:
@@ -162,11 +172,14 @@ def write_history(run_dir: Path, lines: list[dict[str, Any]]) -> None:
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def write_temperatures(run_dir: Path, temperatures: dict[int, float]) -> None:
-    """Writes calibration.json: the temperature for the checkpoint of each step."""
-    path = run_dir / "calibration.json"
-    with writing(path):
-        write_atomically(path, json.dumps(temperatures) + "\n")
+def write_calibration(
+    run_dir: Path, temperatures: dict[int, float], populations: dict[int, dict[str, np.ndarray] | None]
+) -> None:
+    """Writes calibration.json and population.npz: temperature and population for the checkpoint of each step."""
+    arrays = {f"{step}/{name}": x for step, population in populations.items() for name, x in (population or {}).items()}
+    with writing(run_dir):
+        write_atomically(run_dir / "calibration.json", json.dumps(temperatures) + "\n")
+        write_arrays(run_dir / "population.npz", arrays)
 
 
 def read_temperature(run_dir: Path, step: int) -> float:

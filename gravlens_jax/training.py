@@ -18,9 +18,9 @@ from gravlens_jax.config import Config
 from gravlens_jax.console import Meter, Stopped, recorded_signals
 from gravlens_jax.datasets import Splits, open_splits
 from gravlens_jax.errors import check
-from gravlens_jax.inference import predict_logits
+from gravlens_jax.inference import outputs
 from gravlens_jax.loader import Plan, eval_batches, train_batches
-from gravlens_jax.metrics import fit_temperature
+from gravlens_jax.metrics import fit_population, fit_temperature
 from gravlens_jax.model import ResNet, make_model
 from gravlens_jax.npz import Dataset
 from gravlens_jax.optim import learning_rate_schedule, make_optimizer
@@ -32,8 +32,8 @@ from gravlens_jax.run_dir import (
     create_run,
     locked,
     read_history,
+    write_calibration,
     write_history,
-    write_temperatures,
 )
 from gravlens_jax.sharding import agree, check_batch_size, data_mesh, is_main, replicate, replicated, wait_for_all
 from gravlens_jax.train_step import (
@@ -87,12 +87,16 @@ def fit(
         variables = {int(state.step): jax.tree.map(np.asarray, final)}
         if best_step not in variables:
             variables[best_step], _ = checkpoint.load_variables(run_dir, model, "best")
-        images, labels = splits.val.images, splits.val.labels
-        temperatures = {k: fit_temperature(predict_logits(model, v, images), labels) for k, v in variables.items()}
+        labels, temperatures, populations = splits.val.labels, {}, {}
+        for step, own in variables.items():
+            logits, means = outputs(model, own, splits.val.images)
+            temperatures[step] = fit_temperature(logits, labels)
+            populations[step] = fit_population(means, labels, len(info.classes))
         if main:
-            write_temperatures(run_dir, temperatures)
-        temperature = temperatures[best_step]
-        network = Network(model, calibrated(variables[best_step], temperature), info.image_shape, temperature)
+            write_calibration(run_dir, temperatures, populations)
+        best, temperature = variables[best_step], temperatures[best_step]
+        best = calibrated(best, temperature, populations[best_step])
+        network = Network(model, best, info.image_shape, temperature)
         out = run_dir / "report" if main else None
         return evaluate_network(network, splits.test, out=out, history=read_history(run_dir))
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,15 @@ from gravlens_jax.errors import check, check_installed, parse_json
 from gravlens_jax.inference import export_program
 from gravlens_jax.model import ResNet, make_model, variable_shapes
 from gravlens_jax.npz import load_arrays
-from gravlens_jax.run_dir import check_folder, read_history, read_run, read_temperature, write_atomically, writing
+from gravlens_jax.run_dir import (
+    check_folder,
+    read_history,
+    read_run,
+    read_temperature,
+    write_arrays,
+    write_atomically,
+    writing,
+)
 
 EXPECTED = "a network written by scripts/export.py"
 FORMATS = {".npz": None, ".safetensors": "safetensors", ".stablehlo": "flatbuffers"}  # suffix -> required package
@@ -31,7 +38,7 @@ class Network:
     """A trained network; iterating yields its model and variables: `model, variables = load_pretrained()`."""
 
     model: ResNet
-    variables: Any  # {"params": ..., "batch_stats": ...}, calibrated
+    variables: Any  # {"params", "batch_stats"}, calibrated, and perhaps "population": see `metrics.fit_population`
     image_shape: tuple[int, int]  # height and width of the training images
     temperature: float = 1.0  # by which the head has already been divided
 
@@ -65,7 +72,8 @@ def load_network(source: str | Path, checkpoint: Which = "best") -> Network:
         model = make_model(info.config.model, info.config.input, info.classes)
         variables, step = load_variables(path, model, checkpoint)
         temperature = read_temperature(path, step)
-        network = Network(model, calibrated(variables, temperature), info.image_shape, temperature)
+        variables = calibrated(variables, temperature, _read_population(path, step, model))
+        network = Network(model, variables, info.image_shape, temperature)
     _check_finite(network, path, "used")
     return network
 
@@ -80,10 +88,11 @@ def load_pretrained() -> Network:
     return load_network(PRETRAINED)
 
 
-def calibrated(variables: Any, temperature: float) -> dict[str, Any]:
-    """Returns the variables with the head, and so the logits, divided by `temperature`."""
+def calibrated(variables: Any, temperature: float, population: dict[str, np.ndarray] | None = None) -> dict[str, Any]:
+    """Returns the variables with the head, and so the logits, divided by `temperature`, and with the population."""
     head = jax.tree.map(lambda x: x / temperature, variables["params"]["head"])
-    return {**variables, "params": {**variables["params"], "head": head}}
+    added = {} if population is None else {"population": population}
+    return {**variables, "params": {**variables["params"], "head": head}, **added}
 
 
 def export_run(run: str | Path, out: Path, checkpoint: Which = "best") -> dict[str, Any]:
@@ -136,12 +145,11 @@ def write_network(out: Path, network: Network, about: dict[str, Any]) -> None:
         from safetensors.numpy import save
 
         data = save(arrays, {"about": json.dumps(about)})
-    else:
-        file = io.BytesIO()
-        np.savez(file, **{"about": np.array(json.dumps(about)), **arrays})
-        data = file.getvalue()
     with writing(out):
-        write_atomically(out, data)
+        if out.suffix == ".npz":
+            write_arrays(out, {"about": np.array(json.dumps(about)), **arrays})
+        else:
+            write_atomically(out, data)
 
 
 def resolve(source: str | Path) -> Path:
@@ -154,6 +162,20 @@ def _check_finite(network: Network, where: Path, use: str) -> None:
     finite = all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(network.variables))  # not by XLA: drops NaN
     reason = f"the network has parameters that are not finite, it cannot be {use}"
     check(finite, f"{where}: {reason}; train again with a lower learning rate")
+
+
+def _read_population(run_dir: Path, step: int, model: ResNet) -> dict[str, np.ndarray] | None:
+    path = run_dir / "population.npz"
+    arrays = load_arrays(path, "arrays", "f") if path.exists() else {}
+    own = {name: arrays[f"{step}/{name}"] for name in ("whitening", "centres") if f"{step}/{name}" in arrays}
+    right = {name: x.shape for name, x in own.items()} == _population_shapes(model)
+    check(right or not own, f"{path}: its arrays do not fit the network; remove it")
+    return own or None
+
+
+def _population_shapes(model: ResNet) -> dict[str, tuple[int, ...]]:
+    channels = 8 * model.width
+    return {"whitening": (channels, channels), "centres": (len(model.classes), channels)}
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -172,6 +194,8 @@ def _load_file(path: Path) -> Network:
     model = make_model(about.model, about.input, about.classes)
     shapes = {name: array.shape for name, array in arrays.items() if array.dtype.kind == "f"}
     expected = {name: x.shape for name, x in flatten_dict(variable_shapes(model), sep="/").items()}
+    if "population/whitening" in arrays:  # files of older versions have none
+        expected |= {f"population/{name}": shape for name, shape in _population_shapes(model).items()}
     check(shapes == expected and len(arrays) == len(shapes), f"{path}: its arrays do not fit its model")
     with np.errstate(over="ignore"):  # of float64; `load_network` finds the infinity
         variables = {name: jnp.asarray(array.astype(np.float32)) for name, array in arrays.items()}

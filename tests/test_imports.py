@@ -9,9 +9,9 @@ import gravlens_jax
 from conftest import ROOT
 
 ORDER = (
-    *("errors", "config", "layers", "preprocess", "lensing", "model", "run_dir", "pixels", "npz", "folders"),
+    *("errors", "config", "metrics", "layers", "preprocess", "lensing", "model", "run_dir", "pixels", "npz", "folders"),
     *("inference", "optim", "train_step", "sharding", "loader", "console", "datasets", "checkpoint", "weights"),
-    *("metrics", "report", "training", "cli"),
+    *("report", "training", "cli"),
 )
 PACKAGE = ROOT / "gravlens_jax"
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}

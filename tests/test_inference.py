@@ -2,6 +2,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,15 @@ from gravlens_jax.errors import InputError
 from gravlens_jax.inference import embed, predict, predict_logits, saliency
 from gravlens_jax.lensing.images import simulate_images, simulate_parameters
 from gravlens_jax.lensing.priors import PRESETS
-from gravlens_jax.lensing.profiles import pixel_grid
+from gravlens_jax.lensing.profiles import pixel_grid, sersic_light
+from gravlens_jax.metrics import roc_areas
 from gravlens_jax.model import ResNet
+from gravlens_jax.pixels import scale
 from gravlens_jax.weights import load_pretrained
 
 MODEL = ResNet(depth=8, width=4, input=InputConfig(crop=16, pool=1, stretch="linear", mean=0.0, std=1.0))
 VARIABLES = MODEL.init(jax.random.key(0), np.zeros((1, 16, 16, 1), np.float32))
-IMAGES = np.random.default_rng(0).random((5, 16, 16)).astype(np.float32)
+IMAGES = np.stack([scale(image) for image in np.random.default_rng(0).random((5, 16, 16))])
 # Run with the default network, images of its size, and XLA's default flags: the compiled program drops NaN there.
 BAD_PIXELS = """
 import pathlib, runpy, sys
@@ -35,7 +38,7 @@ network = load_pretrained()
 def evaluate(model, variables, images):
     evaluate_network(network, Dataset(images, np.arange(3), model.classes, {}), out=pathlib.Path("report"))
 
-for dtype, bad in [("f2", np.nan), (">f4", -np.inf), ("f8", np.nan), ("f8", 1e300)]:
+for dtype, bad in [("f2", np.nan), (">f4", -np.inf), ("f8", np.nan), ("f8", np.inf)]:
     images = np.random.default_rng(0).random((3, 150, 150)).astype(dtype)
     images[1, 75, 80] = bad
     np.savez("bad.npz", images=images)
@@ -83,8 +86,58 @@ def test_predictions_agree_with_the_network_for_any_number_of_images(n):
 def test_byte_order_batch_size_and_container_do_not_change_the_result(function):
     expected = function(MODEL, VARIABLES, IMAGES)
     for given in (IMAGES.astype(">f4"), jnp.array(IMAGES), IMAGES.tolist()):
-        np.testing.assert_array_equal(function(MODEL, VARIABLES, given), expected)
+        np.testing.assert_allclose(function(MODEL, VARIABLES, given), expected, atol=1e-6)
     np.testing.assert_allclose(function(MODEL, VARIABLES, IMAGES, batch_size=4), expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def lenses():
+    return np.concatenate(list(simulate_images(60, 8, FILES.index("test"), PRESETS["ct1"]))).astype(np.float64)
+
+
+@pytest.mark.parametrize(
+    "factor, offset, dtype",
+    [(0.01, 0, "f8"), (1e-5, 0, "f4"), (1e-300, 0, "f8"), (1e300, 0, "f8"), (1, -300, "f4"), (1e-3, 1e6, "f8")],
+)
+def test_predictions_do_not_depend_on_the_unit_of_the_pixels(lenses, factor, offset, dtype):
+    given = (lenses[:12] * factor + offset).astype(dtype)
+    results, expected = (predict(*load_pretrained(), images, return_outlier=True) for images in (given, lenses[:12]))
+    for ours, theirs in zip(results, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+def change(images, name):
+    """Returns images unlike those of training; `name` says how."""
+    rng, priors = np.random.default_rng(0), PRESETS["ct1"]
+    if name == "hot pixel":
+        images = images.copy()
+        images[np.arange(len(images)), rng.integers(150, size=len(images)), 75] = 5 * images.max((1, 2))
+    elif name == "noise":
+        images = rng.poisson(50, images.shape)
+    elif name == "lens light":  # de Vaucouleurs, as bright as the ring
+        light = np.asarray(sersic_light(*pixel_grid(150, priors.pixel_scale), 4, 0.6, 1, 0))
+        images = rng.poisson(images + images.max((1, 2), keepdims=True) * light / light.max())
+    else:
+        priors = replace(
+            priors, **{"wide PSF": {"psf_sigma": 0.174, "psf_pixels": 21}}.get(name, {"pixel_scale": name})
+        )
+        images = np.concatenate(list(simulate_images(len(images), 9, FILES.index("test"), priors)))
+    return images
+
+
+@pytest.mark.parametrize("name", ["hot pixel", "noise", "lens light", "wide PSF", 0.025, 0.1])
+def test_images_unlike_those_of_training_have_high_outlier_scores(lenses, name):
+    network = load_pretrained()
+    ordinary, other = (predict(*network, x, return_outlier=True)[1] for x in (lenses, change(lenses[:24], name)))
+    assert np.mean(ordinary > 1) <= 0.05 and np.mean(other > 1) > 0.5  # of 1,500 ordinary ones 0.5 % are above 1
+    scores, labels = np.concatenate([ordinary, other]), np.repeat([0, 1], [len(ordinary), len(other)])
+    assert roc_areas(np.stack([-scores, scores], 1), labels)[1] > 0.95
+
+
+def test_outlier_scores_are_nan_without_a_population():
+    probabilities, outlier = predict(MODEL, VARIABLES, IMAGES, return_outlier=True)
+    np.testing.assert_array_equal(probabilities, predict(MODEL, VARIABLES, IMAGES))
+    assert outlier.shape == (5,) and np.isnan(outlier).all()
 
 
 def test_tta_is_the_mean_over_mirror_images():
@@ -142,9 +195,8 @@ def distance_to_substructure(x, y, p, heaviest=5):
 
 
 @pytest.mark.parametrize("label", [1, 2])
-def test_saliency_of_the_pretrained_network_peaks_on_the_substructure(label):
-    n, priors, split = 60, PRESETS["ct1"], FILES.index("test")
-    images = np.concatenate(list(simulate_images(n, 8, split, priors)))[label::3]
+def test_saliency_of_the_pretrained_network_peaks_on_the_substructure(lenses, label):
+    n, priors, split, images = len(lenses), PRESETS["ct1"], FILES.index("test"), lenses[label::3]
     parameters = {name: v[label::3] for name, v in simulate_parameters(n, 8, split, priors).items()}
     lenses = [{name: v[i] for name, v in parameters.items() if np.isfinite(v).all()} for i in range(n // 3)]
     peaks = saliency(*load_pretrained(), images).reshape(n // 3, -1).argmax(1)

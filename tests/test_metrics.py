@@ -3,7 +3,16 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from gravlens_jax.config import CLASSES
-from gravlens_jax.metrics import calibration_error, evaluate, fit_temperature, intervals, roc_areas, softmax
+from gravlens_jax.metrics import (
+    calibration_error,
+    evaluate,
+    fit_population,
+    fit_temperature,
+    intervals,
+    outlier_scores,
+    roc_areas,
+    softmax,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -66,3 +75,25 @@ def test_intervals_contain_the_value_and_shrink_with_the_number_of_images():
 def test_an_interval_is_none_if_a_resample_lacks_a_class():
     found = intervals(np.eye(3)[[0, 1]], np.array([0, 1]), CLASSES, resamples=20)
     assert found["auc"]["vort"] is None and found["macro_auc"] is None and len(found["accuracy"]) == 2
+
+
+@pytest.mark.parametrize("n", [40, 900])
+def test_one_percent_of_images_like_those_of_a_population_have_a_score_above_1(n):
+    shape, centres = RNG.normal(size=(16, 16)), 3 * RNG.normal(size=(3, 16))
+
+    def draw(n):
+        labels = RNG.integers(3, size=n)
+        return centres[labels] + RNG.normal(size=(n, 16)) @ shape, labels
+
+    population = fit_population(*draw(n), num_classes=3)
+    assert {name: x.shape for name, x in population.items()} == {"whitening": (16, 16), "centres": (3, 16)}
+    means, _ = draw(4000)
+    assert 0.001 < np.mean(outlier_scores(population, means) > 1) < (0.02 if n == 900 else 0.1)
+    assert (outlier_scores(population, means + 8 * shape[0]) > 1).mean() > 0.9
+
+
+def test_populations_of_degenerate_images_are_finite():
+    means = np.zeros((20, 4))  # one class alone, all channels dead
+    population = fit_population(means, np.zeros(20, int), num_classes=3)
+    assert all(np.isfinite(x).all() for x in population.values()) and outlier_scores(population, means + 1).min() > 1
+    assert fit_population(means[:19], np.zeros(19, int), num_classes=3) is None

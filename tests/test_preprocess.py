@@ -10,11 +10,13 @@ from gravlens_jax.preprocess import augment, check_images, flip, prepare, rotate
 IMAGES = np.random.default_rng(0).uniform(0.1, 0.9, (8, 11, 9)).astype(np.float32)
 
 
-def test_counts_are_scaled_by_their_own_minimum_and_maximum():
-    counts = np.random.default_rng(0).poisson(50, (3, 8, 8)).astype(np.uint16)
-    expected = (counts - counts.min((1, 2), keepdims=True)) / np.ptp(counts, axis=(1, 2))[:, None, None]
-    np.testing.assert_allclose(to_unit(jnp.array(counts))[..., 0], expected, rtol=1e-6)
-    np.testing.assert_array_equal(to_unit(jnp.array(IMAGES))[..., 0], IMAGES)  # they are within 0 and 1
+@pytest.mark.parametrize("dtype, factor", [("u2", 500), ("f2", 10), ("f4", 1), ("f4", 1e-3)])
+def test_each_image_is_scaled_by_its_own_minimum_and_maximum(dtype, factor):
+    images = (IMAGES * factor).astype(dtype)
+    low, high = images.min((1, 2), keepdims=True), images.max((1, 2), keepdims=True)
+    unit = to_unit(jnp.array(images))
+    np.testing.assert_allclose(unit[..., 0], (images - low).astype("f4") / (high - low), atol=1e-3)
+    np.testing.assert_allclose(to_unit(unit[..., 0]), unit, rtol=1e-6)
     assert np.isfinite(to_unit(jnp.full((1, 8, 8), 7, jnp.uint8))).all()
 
 

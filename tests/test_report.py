@@ -37,8 +37,9 @@ def test_a_report_has_predictions_and_dashes_for_a_class_without_images(tmp_path
     with np.load(tmp_path / "a/b/predictions.npz") as predictions:
         np.testing.assert_array_equal(predictions["logits"], predict_logits(*NETWORK, IMAGES))
         np.testing.assert_array_equal(predictions["labels"], dataset.labels)
+        assert np.isnan(predictions["outlier"]).all() and values["outliers"] is None  # it has no population
     text = report.table(values, Path("there"))
-    assert [line.count("sphere -") for line in text.splitlines()] == [0, 0, 0, 1, 1, 0]
+    assert [line.count("sphere -") for line in text.splitlines()] == [0, 0, 0, 0, 1, 1, 0]
     assert text.endswith("report: there")
 
 

@@ -28,7 +28,7 @@ def test_run_directory_holds_report_history_events_and_checkpoints(folder):
     assert names == figures | {"metrics.json", "predictions.npz"}
     values = json.loads((run_dir / "report/metrics.json").read_text())
     keys = {"n", "accuracy", "loss", "auc", "macro_auc", "ece", "confusion", "classes", "checkpoint", "tta"}
-    keys |= {"interval_95", "temperature", "ece_uncalibrated"}
+    keys |= {"interval_95", "temperature", "ece_uncalibrated", "outliers"}
     assert values.keys() == keys and values["n"] == 24 and values["checkpoint"] == "best"
     lines = history(run_dir)
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]

@@ -2,10 +2,12 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import product
 from unittest.mock import Mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -16,8 +18,10 @@ from gravlens_jax.config import CLASSES, Config, InputConfig, ModelConfig
 from gravlens_jax.errors import InputError
 from gravlens_jax.folders import load_labelled
 from gravlens_jax.inference import predict, predict_logits
-from gravlens_jax.model import ResNet, make_model, variable_shapes
-from gravlens_jax.run_dir import RunInfo, create_run, write_temperatures
+from gravlens_jax.metrics import fit_population
+from gravlens_jax.model import ResNet, forward, make_model, variable_shapes
+from gravlens_jax.preprocess import prepare
+from gravlens_jax.run_dir import RunInfo, create_run, write_calibration
 from import_torch import load_state_dict, to_variables
 from learning_curve import load_history
 
@@ -36,12 +40,15 @@ def make_run(run_dir, variables=VARIABLES):
 
 def test_a_calibrated_run_and_its_exported_file_give_the_same_network(tmp_path):
     run_dir = make_run(tmp_path / "run")
-    write_temperatures(run_dir, {0: 2.0})
+    means = np.random.default_rng(0).random((30, 32))
+    population = fit_population(means, np.arange(30) % 3, 3)
+    write_calibration(run_dir, {0: 2.0}, {0: population})
     weights.export_run(run_dir, tmp_path / "net.npz")
     expected = predict_logits(*NETWORK, IMAGES) / 2
     for network in map(weights.load_network, (run_dir, tmp_path / "net.npz")):
         np.testing.assert_allclose(predict_logits(*network, IMAGES), expected, atol=1e-6)
         assert network.image_shape == (20, 20) and network.temperature == 2 and network.model == MODEL
+        jax.tree.map(np.testing.assert_array_equal, network.variables["population"], population)
     model, variables = weights.load_run(run_dir)
     np.testing.assert_allclose(predict_logits(model, variables, IMAGES), expected, atol=1e-6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["net.npz", "run"]
@@ -184,8 +191,9 @@ def test_published_networks_give_their_pytorch_logits_on_real_images(shared, rea
         rows = {file: row for row, file in enumerate(reference["files"].tolist())}
         expected = reference[name][[rows[f"dataset/val/{file}"] for file in real.info["files"]]][:, order]
     assert np.sum(expected.argmax(1) == real.labels) == correct  # 78.5 % and 89.6 % of 135
+    images = jnp.asarray(real.images[::3])[..., None]  # not scaled, which `predict` would do
     with jax.default_matmul_precision("highest"):
-        logits = predict_logits(model, variables, real.images[::3])
+        logits = jax.jit(partial(forward, model))(variables, prepare(images, model.input))
     np.testing.assert_allclose(logits, expected[::3], atol=1e-3)
 
 
