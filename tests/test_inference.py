@@ -118,9 +118,8 @@ def change(images, name):
         light = np.asarray(sersic_light(*pixel_grid(150, priors.pixel_scale), 4, 0.6, 1, 0))
         images = rng.poisson(images + images.max((1, 2), keepdims=True) * light / light.max())
     else:
-        priors = replace(
-            priors, **{"wide PSF": {"psf_sigma": 0.174, "psf_pixels": 21}}.get(name, {"pixel_scale": name})
-        )
+        camera = {"psf_sigma": 0.174, "psf_pixels": 21} if name == "wide PSF" else {"pixel_scale": name}
+        priors = replace(priors, **camera)
         images = np.concatenate(list(simulate_images(len(images), 9, FILES.index("test"), priors)))
     return images
 
