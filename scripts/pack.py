@@ -25,8 +25,8 @@ from gravlens_jax.pixels import read_rows, scale
 from gravlens_jax.run_dir import temporary_name
 
 # All that NumPy writes for [image, mass], and Python for bytes in protocol 2; NumPy 1 names numpy._core numpy.core.
-FUNCTIONS = ("_reconstruct", "scalar", "ndarray", "dtype", "encode")
-MODULES = ("numpy._core.multiarray", "numpy._core.multiarray", "numpy", "numpy", "_codecs")
+FUNCTIONS = {"dtype": "numpy", "ndarray": "numpy", "encode": "_codecs"}
+FUNCTIONS |= {"_reconstruct": "numpy._core.multiarray", "scalar": "numpy._core.multiarray"}
 OPCODES = re.compile(
     "PROTO|FRAME|STOP|(STACK_)?GLOBAL|REDUCE|BUILD|MARK|NONE|NEWTRUE|NEWFALSE|BININT[12]?|BINFLOAT|BINGET|BINPUT|"
     "MEMOIZE|(SHORT_)?BIN(STRING|BYTES|UNICODE)|EMPTY_LIST|APPENDS?|(EMPTY_)?TUPLE|TUPLE[123]"
@@ -63,7 +63,7 @@ class CallReader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Callable[..., Call]:
         """Returns a function that makes a Call."""
-        known = (module.replace("numpy.core", "numpy._core"), name) in zip(MODULES, FUNCTIONS, strict=True)
+        known = FUNCTIONS.get(name) == module.replace("numpy.core", "numpy._core")
         check(known, f"it names {module}.{name}")
         return lambda *arguments: Call(name, arguments, [])
 
@@ -79,7 +79,7 @@ def read_pair(data: bytes) -> tuple[np.ndarray, float]:
     for opcode in opcodes:
         check(OPCODES.fullmatch(opcode) is not None, f"opcode {opcode}")
     pair = CallReader(io.BytesIO(data), encoding="latin1").load()  # Python 2 wrote bytes as text
-    (_, shape, dtype, _, (image, mass)) = _state(pair, "_reconstruct")
+    _, shape, dtype, _, (image, mass) = _state(pair, "_reconstruct")
     check(shape == (2,) and dtype.arguments[0] in ("O", "O4", "O8"), "not two objects")
     _, shape, dtype, fortran_order, pixels = _state(image, "_reconstruct")
     array = np.frombuffer(_bytes(pixels), _dtype(dtype)).reshape(shape, order="F" if fortran_order else "C")
@@ -172,6 +172,7 @@ def split_indices(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.nd
 
 def find_folders(source: Path, classes: Classes, val_fraction: float | None) -> dict[str, Path]:
     """Returns the folders of train and val, as far as they exist, or `source` itself as train; see `pack`."""
+    check(source.is_dir(), f"{source}: no such folder")
     folders = {name: source / name for name in ("train", "val") if (source / name).is_dir()}
     if val_fraction is not None:
         check("val" not in folders, f"{source / 'val'} exists and is the validation split; leave --val-fraction out")
@@ -290,7 +291,7 @@ def main(
         seed: of the splits.
     """
     names = cli.parse_classes(classes) if classes else None
-    if source.suffix == ".npz":
+    if source.suffix.lower() == ".npz":
         check(val_fraction is None, f"{source} is copied to one file; leave --val-fraction out")
         print(unpack_npz(source, out, names))
     else:

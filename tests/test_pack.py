@@ -148,6 +148,11 @@ def test_interrupted_packing_leaves_no_file(tmp_path, monkeypatch):
     assert len(ready) == 14 and not list(tmp_path.glob("out/*"))
 
 
+def test_missing_source_is_named(tmp_path):
+    with pytest.raises(InputError, match="dataset: no such folder"):
+        pack(tmp_path / "dataset", tmp_path / "out", val_fraction=0.5)
+
+
 def test_existing_files_are_refused_before_anything_is_read(tmp_path, monkeypatch):
     source = make(tmp_path / "dataset")
     pack(source, tmp_path / "out", test_fraction=0)
@@ -186,7 +191,7 @@ def test_a_bad_image_of_a_stack_is_named(tmp_path):
 def test_classes_rename_folders(tmp_path, run_here):
     make(tmp_path / "theirs", train=0, classes=("no_sub", "axion"))
     out = run_here(tmp_path, "pack.py", "theirs", "out", "--classes", "vort=axion,no=no_sub", "--test-fraction", "0")
-    assert out == "out: val.npz 8 images\n"
+    assert out.endswith("out: val.npz 8 images\n")
     dataset = open_npz(tmp_path / "out/val.npz")
     assert dataset.classes == ("vort", "no") and dataset.info["files"][0] == "val/axion/1.npy"
 
@@ -335,7 +340,7 @@ HOSTILE = {
     "function changed": (b"\x80\x02cnumpy\ndtype\nNK\x01\x86b.", "pickle|state"),
     "function": (b"\x80\x02cnumpy\ndtype\n.", "not an array"),
     "nested": (pickle.dumps(pair(pair(IMAGE, 1.0), 1.0), 4), "numbers of dtype"),
-    "dtype with fields": (pickle.dumps(pair(np.zeros((1, 1), "f8,O"), 1.0), 4), "numbers of dtype"),
+    "dtype with fields": (pickle.dumps(pair(np.zeros((1, 1), "f8,O"), 1.0), 4), "opcode EMPTY_DICT"),
     "complex": (pickle.dumps(pair(IMAGE * 1j, 1.0), 4), "numbers of dtype <c16"),
     "text": (pickle.dumps(pair(IMAGE, "1"), 4), "the mass is not a number"),
     "array": (pickle.dumps(pair(IMAGE, IMAGE), 4), "the mass is not a number"),
