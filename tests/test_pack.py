@@ -105,7 +105,7 @@ def test_val_fraction_makes_val_and_test_from_train_or_from_folders_of_classes(t
 def test_fractions_that_do_not_fit_are_refused_before_images_are_read(
     tmp_path, monkeypatch, train, val, options, message
 ):
-    make(tmp_path / "dataset", train, val)
+    make(tmp_path / "dataset", train, val).mkdir(exist_ok=True)
     monkeypatch.setattr(script, "read_rows", None)
     with pytest.raises(InputError, match=message):
         pack(tmp_path / "dataset", tmp_path / "out", **options)
@@ -232,24 +232,13 @@ def save_pickle(path, data):
 
 def python2(image, mass):
     """Returns the pickle of [image, mass] that NumPy wrote in Python 2."""
-
-    def array(shape, code, order, data):
-        return (
-            b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01"
-            + shape
-            + b"cnumpy\ndtype\nU\x02"
-            + code
-            + b"K\x00K\x01\x87R(K\x03U\x01"
-            + order
-            + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
-            + data
-            + b"tb"
-        )
-
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01(%btcnumpy\ndtype\nU\x02%b"
+    )
+    array += b"K\x00K\x01\x87R(K\x03U\x01%bNNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89%btb"
     pixels = b"T" + struct.pack("<i", image.nbytes) + image.tobytes()
-    shape = b"K" + bytes([image.shape[0]]) + b"K" + bytes([image.shape[1]]) + b"\x86"
-    inner = array(shape, b"f8", b"<", pixels) + b"G" + struct.pack(">d", mass)
-    return b"\x80\x02" + array(b"K\x02\x85", b"O8", b"|", b"](" + inner + b"e") + b"."
+    inner = array % (b"K%cK%c" % image.shape, b"f8", b"<", pixels)
+    return b"\x80\x02" + array % (b"K\x02", b"O8", b"|", b"](" + inner + b"G" + struct.pack(">d", mass) + b"e") + b"."
 
 
 MASS = 3.5e-23
