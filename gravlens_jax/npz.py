@@ -14,7 +14,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -139,14 +139,18 @@ def is_copy(path: Path) -> bool:
 
 
 def unpack_npz(
-    path: Path, out: Path | None = None, classes: tuple[str, ...] | None = None, need_labels: bool = True
+    path: Path,
+    out: Path | None = None,
+    classes: tuple[str, ...] | Mapping[str, str] | None = None,
+    need_labels: bool = True,
 ) -> Path:
     """Copies a compressed .npz to an uncompressed one in this project's format, once; returns the copy's path.
 
     Args:
       path: an .npz with images (n, height, width) or (n, 1, height, width) and labels (n,).
       out: the copy, a new file; if not given `<name>.unpacked.npz` beside `path`, reused if newer than `path`.
-      classes: names of the labels; if not given those that the file itself names, or no, sphere, vort.
+      classes: names of the labels, or name -> name in the file, which renames; if not given those that the file itself
+        names, or no, sphere, vort.
       need_labels: whether a file without labels is an error; otherwise its copy has none either.
 
     Raises:
@@ -160,10 +164,14 @@ def unpack_npz(
     else:
         check(not out.exists(), f"{out} exists; give the name of a new file")
     with _open_archive(path, EXPECTED) as (archive, members):
-        header, labels, names, _ = _read_small(archive, members, need_labels, classes or CLASSES)
+        header, labels, names, _ = _read_small(archive, members, need_labels, tuple(classes or CLASSES))
         text, images = ", ".join(names), members["images"]
-        other = f"{path} names its classes itself, {text}; leave --classes {','.join(classes or ())} out"
-        check(classes in (None, names), other)
+        if classes and "classes" in members:
+            pairs = classes if isinstance(classes, Mapping) else {name: name for name in classes}
+            new = {theirs: own for own, theirs in pairs.items()}
+            same = tuple(new) == names or (sorted(new) == sorted(names) and any(a != b for a, b in new.items()))
+            check(same, f"{path} names its classes itself, {text}; leave --classes {','.join(new)} out, or rename each")
+            names = tuple(new[name] for name in names)
         if images.compress_type != zipfile.ZIP_STORED:
             print(f"{path} is compressed and cannot be memory-mapped: unpacking it once to {out}", file=sys.stderr)
         if "classes" not in members:
@@ -191,7 +199,8 @@ def read_header(file: IO[bytes], size: int, kinds: str, where: str) -> Header:
         shape, fortran_order, dtype = readers[np.lib.format.read_magic(head)](head)
     except Exception as error:  # NumPy evaluates the header as a Python literal, which may fail in many ways
         raise InputError(f"{where} is not an array of numbers or text ({error!r:.200})") from error
-    check(not dtype.hasobject, f"{where} holds Python objects, which are never unpickled")
+    allowed = "(but scripts/pack.py reads [image, mass] of .npy files)"
+    check(not dtype.hasobject, f"{where} holds Python objects, which are never unpickled {allowed}")
     right = dtype.kind in kinds and dtype.itemsize > 0
     check(right, f"{where} has dtype {dtype}, expected {KINDS.get(kinds, 'numbers or text')}")
     check(

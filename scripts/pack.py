@@ -149,9 +149,10 @@ def list_images(folder: Path, classes: Classes, shape: tuple[int, ...] | None = 
     labels, masses = [], []
     for file, label in zip(*list_folder(folder, classes), strict=True):
         images, mass = open_file(file)
-        n, *size = images.shape
-        shape = shape or tuple(size)
-        check(shape == tuple(size), f"{file}: image has shape {tuple(size)}, expected {shape} as the images before it")
+        n, height, width = images.shape
+        shape = shape or (height, width)
+        expected = f"expected {shape[0]} x {shape[1]} as before"
+        check(shape == (height, width), f"{file}: image has {height} x {width} pixels, {expected}")
         places += [(file, row) for row in range(n)] if n > 1 else [(file, None)]
         labels += [label] * n
         masses += [mass] * n

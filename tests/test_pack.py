@@ -115,7 +115,7 @@ def test_fractions_that_do_not_fit_are_refused_before_images_are_read(
 @pytest.mark.parametrize(
     "image, message",
     [
-        (np.zeros((1, 8, 9)), r"image has shape \(8, 9\), expected \(8, 8\)"),
+        (np.zeros((1, 8, 9)), "image has 8 x 9 pixels, expected 8 x 8"),
         (IMAGE * np.nan, r".*has NaN or infinite pixels"),
         (IMAGE.astype(np.longdouble), "images are [a-z0-9]*, expected at most 64 bits a pixel"),
         (np.array([{}, 1, 2]), "holds Python objects"),
@@ -179,6 +179,14 @@ def test_images_of_a_stack_are_named_and_may_go_to_different_splits(tmp_path):
     assert sorted(train.info["files"][2:] + val.info["files"]) == sorted(rows)
     for image, name in zip(val.images, val.info["files"], strict=True):
         np.testing.assert_array_equal(image, scale(stack[rows[name], 0]))
+
+
+def test_hidden_and_foreign_files_are_no_images_and_no_classes(tmp_path):
+    source = make(tmp_path / "dataset", val=0) / "train"
+    for name in ("no/._1.npy", ".DS_Store", "__MACOSX/no/1.npy", "no/.ipynb_checkpoints/1.npy"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("no image")
+    assert pack(source, tmp_path / "out", val_fraction=0.5, test_fraction=0) == {"train": 3, "val": 3}
 
 
 def test_a_bad_image_of_a_stack_is_named(tmp_path):
