@@ -87,7 +87,7 @@ def read_pair(data: bytes) -> tuple[np.ndarray, float]:
         check(mass.function == "scalar", "the mass is not a number")
         (mass,) = np.frombuffer(_bytes(mass.arguments[1]), _dtype(mass.arguments[0])).tolist()
     check(type(mass) in (int, float), "the mass is not a number")
-    check(abs(mass) <= np.finfo(np.float32).max, f"the mass is {mass}, not a finite float32")
+    check(abs(mass) <= float(np.finfo(np.float32).max), f"the mass is {mass}, not a finite float32")
     return array, float(mass)
 
 
@@ -226,7 +226,8 @@ def pack(
     for name, part, fraction in steps:
         rest, taken = split_indices(splits[name].labels, fraction, seed)
         empty = part if len(rest) else name
-        check(min(len(rest), len(taken)) > 0, f"no images are left for {empty} with {fractions}; change the fractions")
+        left = f"--{part}-fraction {fraction} leaves no images for {empty}; choose another fraction or give more images"
+        check(len(rest) > 0 and len(taken) > 0, left)
         splits |= {name: splits[name].take(rest), part: splits[name].take(taken)}
     write_splits(source, out, np.dtype(dtype), tuple(classes), splits, {"seed": seed} | fractions)
     return {name: len(images.places) for name, images in splits.items()}
