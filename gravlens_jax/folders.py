@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +181,7 @@ def _open_fits(path: Path) -> np.ndarray:
     limit = max(MEMORY_BYTES, MAX_RATIO * path.stat().st_size)
     try:
         with warnings.catch_warnings(action="ignore"), open(path, "rb") as file:
-            for hdu in fits.open(file, memmap=False):
+            for hdu in islice(fits.open(file, memmap=False), 100):  # damaged files can seem endless
                 if isinstance(hdu, fits.PrimaryHDU | fits.ImageHDU | fits.CompImageHDU) and 2 <= len(hdu.shape) <= 4:
                     shape, size = as_stack(hdu.shape, str(path)), math.prod(hdu.shape) * abs(hdu.header["BITPIX"]) // 8
                     check(size <= limit, f"{path} would unpack to {size:,} bytes, expected at most {limit:,}")
