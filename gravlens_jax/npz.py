@@ -14,7 +14,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -139,14 +139,18 @@ def is_copy(path: Path) -> bool:
 
 
 def unpack_npz(
-    path: Path, out: Path | None = None, classes: tuple[str, ...] | None = None, need_labels: bool = True
+    path: Path,
+    out: Path | None = None,
+    classes: tuple[str, ...] | Mapping[str, str] | None = None,
+    need_labels: bool = True,
 ) -> Path:
     """Copies a compressed .npz to an uncompressed one in this project's format, once; returns the copy's path.
 
     Args:
       path: an .npz with images (n, height, width) or (n, 1, height, width) and labels (n,).
       out: the copy, a new file; if not given `<name>.unpacked.npz` beside `path`, reused if newer than `path`.
-      classes: names of the labels; if not given those that the file itself names, or no, sphere, vort.
+      classes: names of the labels, or name -> name in the file, which renames; if not given those that the file itself
+        names, or no, sphere, vort.
       need_labels: whether a file without labels is an error; otherwise its copy has none either.
 
     Raises:
@@ -160,10 +164,14 @@ def unpack_npz(
     else:
         check(not out.exists(), f"{out} exists; give the name of a new file")
     with _open_archive(path, EXPECTED) as (archive, members):
-        header, labels, names, _ = _read_small(archive, members, need_labels, classes or CLASSES)
+        header, labels, names, _ = _read_small(archive, members, need_labels, tuple(classes or CLASSES))
         text, images = ", ".join(names), members["images"]
-        other = f"{path} names its classes itself, {text}; leave --classes {','.join(classes or ())} out"
-        check(classes in (None, names), other)
+        if classes and "classes" in members:
+            pairs = classes if isinstance(classes, Mapping) else {name: name for name in classes}
+            new = {theirs: own for own, theirs in pairs.items()}
+            same = tuple(new) == names or (sorted(new) == sorted(names) and any(a != b for a, b in new.items()))
+            check(same, f"{path} names its classes itself, {text}; leave --classes {','.join(new)} out, or rename each")
+            names = tuple(new[name] for name in names)
         if images.compress_type != zipfile.ZIP_STORED:
             print(f"{path} is compressed and cannot be memory-mapped: unpacking it once to {out}", file=sys.stderr)
         if "classes" not in members:
@@ -191,11 +199,12 @@ def read_header(file: IO[bytes], size: int, kinds: str, where: str) -> Header:
         shape, fortran_order, dtype = readers[np.lib.format.read_magic(head)](head)
     except Exception as error:  # NumPy evaluates the header as a Python literal, which may fail in many ways
         raise InputError(f"{where} is not an array of numbers or text ({error!r:.200})") from error
-    check(not dtype.hasobject, f"{where} holds Python objects, which are never unpickled")
+    allowed = "(but scripts/pack.py reads [image, mass] of .npy files)"
+    check(not dtype.hasobject, f"{where} holds Python objects, which are never unpickled {allowed}")
     right = dtype.kind in kinds and dtype.itemsize > 0
     check(right, f"{where} has dtype {dtype}, expected {KINDS.get(kinds, 'numbers or text')}")
     check(
-        len(shape) <= 4
+        len(shape) <= 32
         and all(0 < length < 2**31 for length in shape)
         and head.tell() + math.prod(shape) * dtype.itemsize == size,
         f"{where} announces shape {shape!s:.80} of {dtype}, but header and data have {size} bytes; make it again",
@@ -214,14 +223,37 @@ def _map_images(archive: zipfile.ZipFile, info: zipfile.ZipInfo, header: Header)
     return map_images(file, header.dtype, start + header.offset, header.shape)
 
 
+def read_image_header(file: IO[bytes], size: int, where: str) -> Header:
+    """Reads the header of an .npy of images, see `read_header`; its shape becomes (n, height, width)."""
+    header = read_header(file, size, "uif", where)
+    check(header.dtype.itemsize <= 8, f"{where}: images are {header.dtype}, expected at most 64 bits a pixel")
+    return header._replace(shape=as_stack(header.shape, where))
+
+
+def as_stack(shape: tuple[int, ...], where: str) -> tuple[int, ...]:
+    """Returns (n, height, width) for the shape of one or more images, which may have an axis for one channel."""
+    expected = "(height, width) or (n, height, width), perhaps with an axis of length 1 for the channel"
+    check(2 <= len(shape) <= 4 and 0 not in shape, f"{where}: images have shape {shape}, expected {expected}")
+    if len(shape) == 4:
+        check(1 in (shape[1], shape[3]), f"{where}: images have shape {shape}, expected {expected}")
+        return (shape[0], *shape[2:]) if shape[1] == 1 else shape[:3]
+    return shape if len(shape) == 3 and shape[2] > 1 else (1, *shape[:2])
+
+
+def is_visible(name: str) -> bool:
+    """Returns whether no part of a path is hidden (.DS_Store, ._1.npy) or made by a system (__MACOSX): not images."""
+    return not any(part.startswith((".", "__")) for part in name.split("/"))
+
+
 @contextmanager
 def _open_archive(path: Path, expected: str) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]]:
     """Yields an .npz and its members by name, without .npy; errors of damaged files become InputError."""
     check(path.is_file(), f"{path}: no such file; expected {expected}")
     try:
         with zipfile.ZipFile(path) as archive:
-            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            check(len(members) == len(archive.infolist()), f"{path}: two members have the same name")
+            visible = [info for info in archive.infolist() if is_visible(info.filename)]
+            members = {info.filename.removesuffix(".npy"): info for info in visible}
+            check(len(members) == len(visible), f"{path}: two members have the same name")
             known = all(info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in members.values())
             check(known, f"{path}: a member is neither stored nor deflated")
             yield archive, members
@@ -261,11 +293,9 @@ def _read_small(
     path = archive.filename
     for name in ("images", "labels") if need_labels else ("images",):
         check(name in members, f"{path}: has no {name!r}, only {', '.join(sorted(members)) or 'nothing':.200}")
-    header = _member_header(archive, members["images"], "uif")
+    with archive.open(members["images"]) as file:
+        header = read_image_header(file, members["images"].file_size, f"{path}: images.npy")
     shape = header.shape
-    fits = len(shape) == 3 or (len(shape) == 4 and shape[1] == 1)
-    check(fits, f"{path}: images have shape {shape}, expected (n, height, width)")
-    check(header.dtype.itemsize <= 8, f"{path}: images are {header.dtype}, expected at most 64 bits a pixel")
     check(not header.fortran_order, f"{path}: images are in Fortran order, expected C order")
     arrays = _read_members(archive, members, {"labels": "ui", "classes": "U", "info": "U"})
     labels = arrays.get("labels", np.zeros(shape[0], np.int32))
@@ -279,7 +309,7 @@ def _read_small(
         low >= 0 and high < len(classes),
         f"{path}: labels run from {low} to {high}, expected 0 to {len(classes) - 1} for {', '.join(classes)}",
     )
-    return header._replace(shape=(shape[0], *shape[-2:])), labels.astype(np.int32), classes, info
+    return header, labels.astype(np.int32), classes, info
 
 
 def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, header: Header) -> Iterator[np.ndarray]:

@@ -1,7 +1,16 @@
-"""Packs folders of .npy images into memory-mappable .npz files."""
+"""Packs folders of images into memory-mappable .npz files."""
 
+import io
+import math
+import os
+import pickle
+import pickletools
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -9,9 +18,146 @@ import tyro
 from gravlens_jax import cli
 from gravlens_jax.config import CLASSES
 from gravlens_jax.console import track
-from gravlens_jax.errors import check
-from gravlens_jax.folders import list_folder, load_image
-from gravlens_jax.npz import unpack_npz, write_npz
+from gravlens_jax.errors import InputError, check
+from gravlens_jax.folders import Classes, list_folder, named, names_in_data, open_images
+from gravlens_jax.npz import as_stack, unpack_npz, write_npz
+from gravlens_jax.pixels import read_rows, scale
+from gravlens_jax.run_dir import temporary_name
+
+# All that NumPy writes for [image, mass], and Python for bytes in protocol 2; NumPy 1 names numpy._core numpy.core.
+FUNCTIONS = {"dtype": "numpy", "ndarray": "numpy", "encode": "_codecs"}
+FUNCTIONS |= {"_reconstruct": "numpy._core.multiarray", "scalar": "numpy._core.multiarray"}
+OPCODES = re.compile(
+    "PROTO|FRAME|STOP|(STACK_)?GLOBAL|REDUCE|BUILD|MARK|NONE|NEWTRUE|NEWFALSE|BININT[12]?|BINFLOAT|BINGET|BINPUT|"
+    "MEMOIZE|(SHORT_)?BIN(STRING|BYTES|UNICODE)|EMPTY_LIST|APPENDS?|(EMPTY_)?TUPLE|TUPLE[123]"
+)
+MAX_OPCODES = 200  # NumPy writes about 100
+
+
+class Images(NamedTuple):
+    """Labelled images of a split, not read yet."""
+
+    places: list[tuple[Path, int | None]]  # file, and row in a file of several images
+    labels: np.ndarray  # int32 (n,)
+    masses: np.ndarray  # float32 (n,), NaN where the file gives none
+    shape: tuple[int, ...]  # height and width
+
+    def take(self, rows: np.ndarray) -> "Images":
+        """Returns some of the images."""
+        return Images([self.places[row] for row in rows], self.labels[rows], self.masses[rows], self.shape)
+
+
+class Call(NamedTuple):
+    """A call of one of FUNCTIONS in a pickle, which is not made."""
+
+    function: str
+    arguments: tuple
+    state: list  # what the result's __setstate__ would get
+
+    def __setstate__(self, state: Any) -> None:
+        self.state.append(state)
+
+
+class CallReader(pickle.Unpickler):
+    """Reads a pickle without calling anything: restoring the state of a NumPy dtype could already crash Python."""
+
+    def find_class(self, module: str, name: str) -> Callable[..., Call]:
+        """Returns a function that makes a Call."""
+        known = FUNCTIONS.get(name) == module.replace("numpy.core", "numpy._core")
+        check(known, f"it names {module}.{name}")
+        return lambda *arguments: Call(name, arguments, [])
+
+
+def read_pair(data: bytes) -> tuple[np.ndarray, float]:
+    """Returns the image (any shape) and the mass of the pickle of an object array [image, mass].
+
+    Raises:
+      Exception: of any kind, if the pickle holds anything else; nothing in it is executed.
+    """
+    opcodes = [opcode.name for opcode, _, _ in islice(pickletools.genops(data), MAX_OPCODES)]
+    check("STOP" in opcodes, f"more than {MAX_OPCODES} opcodes")
+    for opcode in opcodes:
+        check(OPCODES.fullmatch(opcode) is not None, f"opcode {opcode}")
+    pair = CallReader(io.BytesIO(data), encoding="latin1").load()  # Python 2 wrote bytes as text
+    _, shape, dtype, _, (image, mass) = _state(pair, "_reconstruct")
+    check(shape == (2,) and dtype.arguments[0] in ("O", "O4", "O8"), "not two objects")
+    _, shape, dtype, fortran_order, pixels = _state(image, "_reconstruct")
+    array = np.frombuffer(_bytes(pixels), _dtype(dtype)).reshape(shape, order="F" if fortran_order else "C")
+    if isinstance(mass, Call):
+        check(mass.function == "scalar", "the mass is not a number")
+        (mass,) = np.frombuffer(_bytes(mass.arguments[1]), _dtype(mass.arguments[0])).tolist()
+    check(type(mass) in (int, float), "the mass is not a number")
+    check(abs(mass) <= float(np.finfo(np.float32).max), f"the mass is {mass}, not a finite float32")
+    return array, float(mass)
+
+
+def _state(call: Any, function: str) -> tuple:
+    check(isinstance(call, Call) and call.function == function, "not an array")
+    (state,) = call.state
+    return state
+
+
+def _dtype(call: Call) -> np.dtype:
+    """Returns a dtype of real numbers, of at most 64 bits."""
+    order, code = _state(call, "dtype")[1], call.arguments[0]
+    check(re.fullmatch("[<>|][fiu][1248]", order + code) is not None, f"numbers of dtype {order}{code}")
+    return np.dtype(order + code)
+
+
+def _bytes(value: Any) -> bytes:
+    """Returns bytes that are pickled as such, by Python 2, or by Python 3 for Python 2, as a call of encode."""
+    if isinstance(value, Call) and value.function == "encode":
+        value, _ = value.arguments
+    return value.encode("latin1") if isinstance(value, str) else value
+
+
+def open_file(path: Path) -> tuple[np.ndarray, float]:
+    """Returns the images (n, height, width) of a file, and the mass of [image, mass], otherwise NaN.
+
+    Raises:
+      InputError: as `open_images`, except for Python objects that are one image and its mass.
+    """
+    try:
+        return open_images(path), math.nan
+    except InputError:
+        if (data := _pickled_pair(path)) is None:
+            raise
+    try:
+        image, mass = read_pair(data)
+        images = image.reshape(as_stack(image.shape, str(path)))
+        check(len(images) == 1, f"{len(images)} images")
+        return images, mass
+    except Exception as error:  # damaged pickles fail in many ways
+        message = f"{path}: holds Python objects other than one image and its mass, which are never unpickled"
+        raise InputError(f"{message} ({error!s:.200}); save it again with numpy.save(path, image)") from error
+
+
+def _pickled_pair(path: Path) -> bytes | None:
+    """Returns the pickle in an .npy of two Python objects; None for any other file."""
+    try:
+        with open(path, "rb") as file:
+            check(np.lib.format.read_magic(file) == (1, 0), "longer than the header of such a file")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            return file.read() if (shape, dtype) == ((2,), np.dtype(object)) else None
+    except Exception:  # see read_header
+        return None
+
+
+def list_images(folder: Path, classes: Classes, shape: tuple[int, ...] | None = None) -> Images:
+    """Finds the images of `folder/<class>/` and checks their headers and, if given, their shape (height, width)."""
+    places: list[tuple[Path, int | None]] = []
+    labels, masses = [], []
+    for file, label in zip(*list_folder(folder, classes), strict=True):
+        images, mass = open_file(file)
+        n, height, width = images.shape
+        shape = shape or (height, width)
+        expected = f"expected {shape[0]} x {shape[1]} as before"
+        check(shape == (height, width), f"{file}: image has {height} x {width} pixels, {expected}")
+        places += [(file, row) for row in range(n)] if n > 1 else [(file, None)]
+        labels += [label] * n
+        masses += [mass] * n
+    assert shape is not None  # `list_folder` finds at least one file
+    return Images(places, np.array(labels, np.int32), np.array(masses, np.float32), shape)
 
 
 def split_indices(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -25,59 +171,94 @@ def split_indices(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.nd
     return np.setdiff1d(np.arange(len(labels)), second), second
 
 
+def find_folders(source: Path, classes: Classes, val_fraction: float | None) -> dict[str, Path]:
+    """Returns the folders of train and val, as far as they exist, or `source` itself as train; see `pack`."""
+    check(source.is_dir(), f"{source}: no such folder")
+    folders = {name: source / name for name in ("train", "val") if (source / name).is_dir()}
+    if val_fraction is not None:
+        check("val" not in folders, f"{source / 'val'} exists and is the validation split; leave --val-fraction out")
+        return folders or {"train": source}
+    first = next(iter(names_in_data(classes)))
+    expected = f"expected {source}/train/{first}/1.npy and so on, or {source}/{first}/1.npy and --val-fraction 0.2"
+    check(bool(folders), f"{source}: has neither train/ nor val/; {expected}")
+    return folders
+
+
 def pack(
     source: Path,
     out: Path,
     dtype: str = "float32",
-    classes: tuple[str, ...] = CLASSES,
+    classes: Classes = CLASSES,
     test_fraction: float = 0.5,
     seed: int = 0,
+    val_fraction: float | None = None,
 ) -> dict[str, int]:
-    """Packs `source/{train,val}/<class>/*.npy` into `out/{train,val,test}.npz`; returns the number of images of each.
+    """Packs `source/{train,val}/<class>/*` into `out/{train,val,test}.npz`; returns the number of images of each.
 
-    val is split into val and test, stratified, by `seed`; the files of each split are recorded in its `info`.
+    Each image is scaled to [0, 1] by its own minimum and maximum, as for the network. Splits are stratified by class;
+    the files of each are recorded in its `info`. All .npz are published together, or none.
 
     Args:
-      source: the public layout; either of train and val may be missing.
+      source: holds train/, val/, or both; or, with `val_fraction`, a folder for each class.
       out: folder of the .npz files; existing ones are refused.
       dtype: "float32" or "float16", of the stored images.
-      classes: folder names, in the order of the labels.
+      classes: names in the order of the labels, or name -> name of its folder.
       test_fraction: of val that becomes test, in [0, 1).
-      seed: of the split.
+      seed: of the splits.
+      val_fraction: of train, or of `source` without train, that becomes val, in (0, 1); an error if there is val.
     """
     source, out = Path(source), Path(out)
     check(dtype in ("float16", "float32"), f"dtype={dtype!r}: expected float16 or float32")
     check(0 <= test_fraction < 1, f"test_fraction={test_fraction}: expected a number in [0, 1)")
-    folders = [name for name in ("train", "val") if (source / name).is_dir()]
-    check(bool(folders), f"{source}: has neither train/ nor val/; expected {source}/train/{classes[0]}/1.npy and so on")
-    todo = {}
-    for name in folders:
-        files, labels = list_folder(source / name, classes)
-        if name == "train" or test_fraction == 0:
-            todo[name] = files, labels
-        else:
-            val, test = split_indices(labels, test_fraction, seed)
-            todo |= {s: ([files[i] for i in part], labels[part]) for s, part in (("val", val), ("test", test))}
-    for name in todo:
+    check(val_fraction is None or 0 < val_fraction < 1, f"val_fraction={val_fraction}: expected a number in (0, 1)")
+    folders = find_folders(source, classes, val_fraction)
+    names, steps = list(folders), []
+    for name, part, fraction in (("train", "val", val_fraction), ("val", "test", test_fraction)):
+        if name in names and fraction:
+            steps.append((name, part, fraction))
+            names.append(part)
+    for name in names:
         check(not (out / f"{name}.npz").exists(), f"{out / name}.npz exists; remove it or choose another folder")
-    shape = load_image(next(iter(todo.values()))[0][0]).shape
-    for name, (files, labels) in todo.items():
-        check(len(files) > 0, f"{name}: no images are left for it with test_fraction={test_fraction}")
+    splits: dict[str, Images] = {}
+    for name, folder in folders.items():
+        splits[name] = list_images(folder, classes, splits["train"].shape if splits else None)
+    fractions = {"val_fraction": val_fraction, "test_fraction": test_fraction}
+    for name, part, fraction in steps:
+        rest, taken = split_indices(splits[name].labels, fraction, seed)
+        empty = part if len(rest) else name
+        left = f"--{part}-fraction {fraction} leaves no images for {empty}; choose another fraction or give more images"
+        check(len(rest) > 0 and len(taken) > 0, left)
+        splits |= {name: splits[name].take(rest), part: splits[name].take(taken)}
+    write_splits(source, out, np.dtype(dtype), tuple(classes), splits, {"seed": seed} | fractions)
+    return {name: len(images.places) for name, images in splits.items()}
 
-        def chunks(files=files, name=name):
-            for file in track(files, name, len(files)):
-                with np.errstate(over="ignore"):
-                    image = load_image(file, shape).astype(dtype)
-                check(bool(np.isfinite(image).all()), f"{file}: pixels overflow {dtype}; use --dtype float32")
-                yield image[None]
 
-        info = {
-            "source": source.name,
-            "files": [f"{file.parent.parent.name}/{file.parent.name}/{file.name}" for file in files],
-            "split": None if name == "train" else {"seed": seed, "test_fraction": test_fraction},
-        }
-        write_npz(out / f"{name}.npz", chunks(), (len(files), *shape), np.dtype(dtype), labels, classes, info)
-    return {name: len(files) for name, (files, _) in todo.items()}
+def write_splits(
+    source: Path, out: Path, dtype: np.dtype, classes: tuple[str, ...], splits: dict[str, Images], split: dict
+) -> None:
+    """Writes `out/<name>.npz` of all splits in a temporary folder, then moves them to `out`."""
+    temporary = temporary_name(out / "pack")
+    try:
+        for name, images in splits.items():
+            files = [f.relative_to(source).as_posix() + ("" if i is None else f"[{i}]") for f, i in images.places]
+            info = {"source": source.name, "files": files, "split": split}
+            masses = {} if np.isnan(images.masses).all() else {"mass": images.masses}
+            chunks, shape = track(read_scaled(images.places), name, len(files)), (len(files), *images.shape)
+            write_npz(temporary / f"{name}.npz", chunks, shape, dtype, images.labels, classes, info, masses)
+        for name in splits:
+            os.replace(temporary / f"{name}.npz", out / f"{name}.npz")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_scaled(places: list[tuple[Path, int | None]]) -> Iterator[np.ndarray]:
+    """Yields images float32 (1, height, width), scaled to [0, 1]; opens each file once."""
+    for file, rows in groupby(places, lambda place: place[0]):
+        images, _ = open_file(file)
+        for _, row in rows:
+            with named(file):
+                (image,) = read_rows(images, np.array([row or 0]))
+            yield scale(image)[None]
 
 
 def main(
@@ -85,32 +266,38 @@ def main(
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     dtype: Literal["float32", "float16"] = "float32",
     classes: str | None = None,
+    val_fraction: float | None = None,
     test_fraction: float = 0.5,
     seed: int = 0,
 ) -> None:
-    """Packs SOURCE/{train,val}/<class>/*.npy into OUT/train.npz, OUT/val.npz and OUT/test.npz.
+    """Packs SOURCE/{train,val}/<class>/* into OUT/train.npz, OUT/val.npz and OUT/test.npz, each image scaled to [0, 1].
 
-    SOURCE may also be an .npz from elsewhere with `images` and `labels`: it is copied to the file OUT, uncompressed and
-    with class names.
+    Files are .npy or FITS, of one image or of several; an .npy may also hold [image, mass], as in DeepLenseSim's Models
+    I to III, whose masses become an array `mass`. SOURCE may also be an .npz from elsewhere with images and labels: it
+    is copied to the file OUT, uncompressed and with class names.
 
     examples:
       python scripts/pack.py dataset packed
+      python scripts/pack.py Model_I packed --val-fraction 0.1 --classes no=no_sub,sphere=cdm,vort=axion
       python scripts/pack.py theirs.npz packed/train.npz --classes no,vort,sphere
 
     Args:
-        source: folder that holds train/ and val/ (the public data set's is called dataset), or an .npz.
+        source: folder that holds train/ and val/ (the public data set's is called dataset) or, with --val-fraction, a
+            folder for each class; or an .npz.
         out: folder to write to, or a file if SOURCE is an .npz.
         dtype: of the stored images.
-        classes: folder names (or, for an .npz without class names, those of labels 0, 1, ...), separated by commas;
-            by default no,sphere,vort.
+        classes: names of labels 0, 1, ..., separated by commas, and of their folders or classes in an .npz where these
+            differ: name=folder. By default no,sphere,vort.
+        val_fraction: part of each class of train, or of SOURCE, that becomes the validation split, if there is no val.
         test_fraction: part of each class of val that becomes the test split.
-        seed: of that split.
+        seed: of the splits.
     """
-    names = cli.split_names(classes) if classes else None
-    if source.suffix == ".npz":
+    names = cli.parse_classes(classes) if classes else None
+    if source.suffix.lower() == ".npz":
+        check(val_fraction is None, f"{source} is copied to one file; leave --val-fraction out")
         print(unpack_npz(source, out, names))
     else:
-        counts = pack(source, out, dtype, names or CLASSES, test_fraction, seed)
+        counts = pack(source, out, dtype, names or CLASSES, test_fraction, seed, val_fraction)
         print(f"{out}: " + ", ".join(f"{split}.npz {n:,} images" for split, n in counts.items()))
 
 

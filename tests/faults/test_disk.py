@@ -122,7 +122,7 @@ def write_inputs(folder):
 @pytest.mark.parametrize(
     "name, write",
     [
-        ("packed/train.npz", lambda folder: pack(folder / "source", folder / "packed")),
+        ("packed/.*/train.npz", lambda folder: pack(folder / "source", folder / "packed")),
         ("net.npz", lambda folder: export_run(folder / "run", folder / "net.npz")),
         (
             "report",
