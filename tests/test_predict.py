@@ -25,7 +25,7 @@ MODEL = make_model(ModelConfig(depth=8, width=4), InputConfig(crop=16, pool=1), 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty folder images/ in the working directory, beside a network net.npz."""
-    variables = jax.tree.map(lambda x: RNG.random(x.shape, np.float32), variable_shapes(MODEL))
+    variables = jax.tree.map(lambda x: 0.13 * RNG.random(x.shape, np.float32), variable_shapes(MODEL))
     network = Network(MODEL, variables, (20, 20))
     write_network(tmp_path / "net.npz", network, describe(network))
     (tmp_path / "images").mkdir()
@@ -52,7 +52,7 @@ def test_stacks_fits_and_any_labels_are_predicted_as_single_images_are(folder, c
     assert list(rows(out)) == [f"images/{name}" for name in [*names, "x.npz[1]"]]
     found = list(rows(out).values())
     np.testing.assert_allclose(found, [found[i] for i in (0, 1, 2, 0, 1, 2, 0, 0, 1)], atol=2e-6)
-    assert len(set(found)) > 1 and "x.npz: images are 'X'; left out: z" in err
+    assert len(set(found[:3])) == 3 and "x.npz: images are 'X'; left out: z" in err
 
 
 def test_linked_folders_are_searched_once_and_unread_files_are_named(folder, capsys):
@@ -122,9 +122,7 @@ def test_evaluate_renames_classes(folder, as_npz):
         np.save(folder / name / "1.npy", image)
     data = Path("a.npz") if as_npz else folder
     np.savez("a.npz", images=IMAGES, labels=np.arange(3), classes=np.array(theirs))
-    message = (
-        r"give --classes a name for each of the file's classes \(own=theirs" if as_npz else "other ones with --cla"
-    )
+    message = "give --classes a name for each of the file's classes" if as_npz else "other ones with --cla"
     with pytest.raises(InputError, match=message):
         evaluate.main(Path("net.npz"), data)
     with pytest.raises(InputError, match="expected a name in the data for each of the network's no, sphere, vort"):
