@@ -158,14 +158,17 @@ def load_folder(folder: Path, classes: Classes) -> Dataset:
     return Dataset(np.stack(images), np.array(labels, np.int32), tuple(classes), {"files": names})
 
 
-def load_labelled(path: Path, classes: tuple[str, ...]) -> Dataset:
+def load_labelled(path: Path, classes: Classes) -> Dataset:
     """Opens an .npz, or a folder with one for each class; labels index `classes`, InputError if it has others."""
-    path = Path(path)
-    dataset = load_folder(path, classes) if path.is_dir() else open_npz(path)
-    message = f"{path} has the classes {', '.join(dataset.classes)}; the network knows {', '.join(classes)}"
-    check(sorted(dataset.classes) == sorted(classes), message)
-    order = np.array([classes.index(name) for name in dataset.classes], np.int32)
-    return dataset._replace(labels=order[dataset.labels], classes=classes)
+    path, names = Path(path), names_in_data(classes)
+    if path.is_dir():
+        return load_folder(path, classes)
+    dataset = open_npz(path)
+    found, expected = ", ".join(dataset.classes), ", ".join(names)
+    hint = "give --classes a name for each of the file's classes (own=theirs where they differ)"
+    check(sorted(dataset.classes) == sorted(names), f"{path} has the classes {found}; expected {expected}: {hint}")
+    order = np.array([names.index(name) for name in dataset.classes], np.int32)
+    return dataset._replace(labels=order[dataset.labels], classes=tuple(classes))
 
 
 def _number(path: Path) -> tuple:

@@ -5,6 +5,7 @@ text: the source of the images). Files may come from anywhere: sizes are checked
 is unpickled.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -24,12 +25,15 @@ import numpy as np
 from gravlens_jax.config import CLASSES
 from gravlens_jax.errors import InputError, check, parse_json
 from gravlens_jax.pixels import CHUNK_BYTES, map_images
-from gravlens_jax.run_dir import temporary_name, writing
+from gravlens_jax.run_dir import cache_folder, temporary_name, writing
 
 COPY = ".unpacked.npz"  # ends the name of an unpacked copy
 EXPECTED = "an .npz made by scripts/pack.py or scripts/simulate.py"
 HEADER_BYTES = 2**14  # NumPy accepts headers of up to 10,000
 KINDS = {"f": "floating-point numbers", "ui": "integers", "uif": "real numbers", "U": "text"}
+LABELS = ("labels", "label", "y", "targets", "target")
+PAIRS = [(images, labels) for images in ("images", "image", "x", "data") for labels in LABELS]
+PAIRS += [("x_train", "y_train"), ("arr_0", "arr_1")]  # names of the two arrays, in lower case
 MAX_RATIO = 200  # of unpacked to compressed images; photon counts have about 3, a decompression bomb 1000
 MEMORY_BYTES = 2**26  # limit for arrays that are larger than their file
 DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, OSError, RuntimeError, ValueError, OverflowError, EOFError)
@@ -114,12 +118,13 @@ def write_npz(
 def open_npz(path: str | Path, need_labels: bool = True) -> Dataset:
     """Opens an .npz of images without reading them: `images` is a read-only memory map.
 
-    A compressed file is unpacked once to `<name>.unpacked.npz` beside it, which is used from then on. A file without
-    `classes` is assumed to label no, sphere, vort as 0, 1, 2.
+    A compressed file is unpacked once, to `<name>.unpacked.npz` beside it or, on a read-only disk, in the user's cache
+    folder. The arrays may have other usual names, see PAIRS. A file without `classes` is assumed to label no, sphere,
+    vort as 0, 1, 2.
 
     Args:
       path: the file.
-      need_labels: whether a file without labels is an error; otherwise they are all 0.
+      need_labels: whether labels, classes and info are read; otherwise they are 0, no, sphere, vort and {}.
 
     Raises:
       InputError: the file is missing, damaged, has no images or labels, labels outside its classes, or more
@@ -127,15 +132,17 @@ def open_npz(path: str | Path, need_labels: bool = True) -> Dataset:
     """
     path = Path(path).resolve()
     with _open_archive(path, EXPECTED) as (archive, members):
-        if "images" not in members or members["images"].compress_type == zipfile.ZIP_STORED:
-            header, labels, classes, info = _read_small(archive, members, need_labels)
-            return Dataset(_map_images(archive, members["images"], header), labels, classes, info)
+        name, _ = _find_names(members)
+        if name not in members or members[name].compress_type == zipfile.ZIP_STORED:
+            images, header, labels, classes, info = _read_small(archive, members, need_labels)
+            return Dataset(_map_images(archive, images, header), labels, classes, info)
     return open_npz(unpack_npz(path, need_labels=need_labels), need_labels)
 
 
 def is_copy(path: Path) -> bool:
     """Returns whether `open_npz` made this file from a compressed one beside it."""
-    return path.name.endswith(COPY) and path.with_name(path.name.removesuffix(COPY) + ".npz").exists()
+    originals = (path.with_name(path.name.removesuffix(COPY) + suffix) for suffix in (".npz", ".NPZ"))
+    return path.name.endswith(COPY) and any(original.exists() for original in originals)
 
 
 def unpack_npz(
@@ -147,25 +154,29 @@ def unpack_npz(
     """Copies a compressed .npz to an uncompressed one in this project's format, once; returns the copy's path.
 
     Args:
-      path: an .npz with images (n, height, width) or (n, 1, height, width) and labels (n,).
-      out: the copy, a new file; if not given `<name>.unpacked.npz` beside `path`, reused if newer than `path`.
+      path: an .npz that `open_npz` reads.
+      out: the copy, a new file; if not given see `open_npz`, and a copy that is newer than `path` is used again.
       classes: names of the labels, or name -> name in the file, which renames; if not given those that the file itself
         names, or no, sphere, vort.
-      need_labels: whether a file without labels is an error; otherwise its copy has none either.
+      need_labels: as in `open_npz`; otherwise the copy has no labels either.
 
     Raises:
       InputError: as `open_npz`; the file names other classes than `classes`; `out` exists.
     """
     path = Path(path).resolve()
     if out is None:
-        out = path.with_suffix(COPY)
-        if out.exists() and out.stat().st_mtime >= path.stat().st_mtime:
-            return out
+        beside, cached = copies = _copies(path)
+        for copy in copies:
+            if copy.exists() and copy.stat().st_mtime >= path.stat().st_mtime:
+                with _open_archive(copy, EXPECTED) as (_, members):
+                    if "labels" in members or not need_labels:
+                        return copy
+        out = beside if os.access(path.parent, os.W_OK) else cached
     else:
         check(not out.exists(), f"{out} exists; give the name of a new file")
     with _open_archive(path, EXPECTED) as (archive, members):
-        header, labels, names, _ = _read_small(archive, members, need_labels, tuple(classes or CLASSES))
-        text, images = ", ".join(names), members["images"]
+        images, header, labels, names, _ = _read_small(archive, members, need_labels, tuple(classes or CLASSES))
+        text = ", ".join(names)
         if classes and "classes" in members:
             pairs = classes if isinstance(classes, Mapping) else {name: name for name in classes}
             new = {theirs: own for own, theirs in pairs.items()}
@@ -174,10 +185,9 @@ def unpack_npz(
             names = tuple(new[name] for name in names)
         if images.compress_type != zipfile.ZIP_STORED:
             print(f"{path} is compressed and cannot be memory-mapped: unpacking it once to {out}", file=sys.stderr)
-        if "classes" not in members:
+        if need_labels and "classes" not in members:
             print(f"{path.name} does not name its classes: labels 0, 1, ... are taken as {text}", file=sys.stderr)
-        known = labels if "labels" in members else None
-        chunks = _unpack(archive, images, header)
+        chunks, known = _unpack(archive, images, header), labels if need_labels else None
         write_npz(out, chunks, header.shape, header.dtype, known, names, {"source": path.name})
     return out
 
@@ -219,7 +229,9 @@ def _map_images(archive: zipfile.ZipFile, info: zipfile.ZipInfo, header: Header)
     file.seek(info.header_offset)
     name_bytes, extra_bytes = struct.unpack("<26xHH", file.read(30))
     start = info.header_offset + 30 + name_bytes + extra_bytes
-    check(start + info.file_size <= archive.start_dir, f"{archive.filename}: images.npy is incomplete; make it again")
+    check(
+        start + info.file_size <= archive.start_dir, f"{archive.filename}: {info.filename} is incomplete; make it again"
+    )
     return map_images(file, header.dtype, start + header.offset, header.shape)
 
 
@@ -286,20 +298,42 @@ def _read_members(
     return arrays
 
 
+def _copies(path: Path) -> tuple[Path, Path]:
+    """Returns the possible uncompressed copies of a file: beside it and in the cache folder."""
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    return path.with_suffix(COPY), cache_folder() / "unpacked" / f"{digest}-{path.stem}{COPY}"
+
+
+def _find_names(members: dict[str, zipfile.ZipInfo]) -> tuple[str, str]:
+    """Returns the names of the arrays of images and of labels, which may be missing: the first complete of PAIRS."""
+    names = {name.lower(): name for name in members}
+    known = [pair for pair in PAIRS if pair[0] in names]
+    images, labels = min(known, key=lambda pair: pair[1] not in names, default=PAIRS[0])
+    return names.get(images, images), names.get(labels, labels)
+
+
 def _read_small(
     archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], need_labels: bool, classes: tuple[str, ...] = CLASSES
-) -> tuple[Header, np.ndarray, tuple[str, ...], dict]:
-    """Reads all but the images: their header, with shape (n, height, width); labels, classes and info."""
-    path = archive.filename
-    for name in ("images", "labels") if need_labels else ("images",):
+) -> tuple[zipfile.ZipInfo, Header, np.ndarray, tuple[str, ...], dict]:
+    """Reads all but the images: their member, and header with shape (n, height, width); labels, classes and info."""
+    path, names = archive.filename, _find_names(members)
+    for name in names if need_labels else names[:1]:
         check(name in members, f"{path}: has no {name!r}, only {', '.join(sorted(members)) or 'nothing':.200}")
-    with archive.open(members["images"]) as file:
-        header = read_image_header(file, members["images"].file_size, f"{path}: images.npy")
-    shape = header.shape
+    if names != PAIRS[0]:
+        used = f"{path}: images are {names[0]!r}" + f", labels are {names[1]!r}" * need_labels
+        own = {*names, "classes", "info"}
+        others = sorted(name for name in members if name not in own and not name.startswith("parameters/"))
+        print(used + f"; left out: {', '.join(others):.400}" * bool(others), file=sys.stderr)
+    images = members[names[0]]
+    with archive.open(images) as file:
+        header = read_image_header(file, images.file_size, f"{path}: {images.filename}")
+    n = header.shape[0]
     check(not header.fortran_order, f"{path}: images are in Fortran order, expected C order")
-    arrays = _read_members(archive, members, {"labels": "ui", "classes": "U", "info": "U"})
-    labels = arrays.get("labels", np.zeros(shape[0], np.int32))
-    check(labels.shape == shape[:1], f"{path}: {shape[0]} images but labels of shape {labels.shape}")
+    if not need_labels:
+        return images, header, np.zeros(n, np.int32), classes, {}
+    arrays = _read_members(archive, members, {names[1]: "ui", "classes": "U", "info": "U"})
+    labels = arrays[names[1]]
+    check(labels.shape == (n,), f"{path}: {n} images but labels of shape {labels.shape}")
     if "classes" in arrays:
         classes = tuple(arrays["classes"].ravel().tolist())
     info = parse_json(arrays["info"].item(), f"{path}: info") if "info" in arrays else {}
@@ -309,7 +343,7 @@ def _read_small(
         low >= 0 and high < len(classes),
         f"{path}: labels run from {low} to {high}, expected 0 to {len(classes) - 1} for {', '.join(classes)}",
     )
-    return header, labels.astype(np.int32), classes, info
+    return images, header, labels.astype(np.int32), classes, info
 
 
 def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, header: Header) -> Iterator[np.ndarray]:

@@ -80,6 +80,11 @@ def check_folder(path: Path) -> None:
     check(path.parent.is_dir(), f"{path}: there is no folder {path.parent}; create it or choose another one")
 
 
+def cache_folder() -> Path:
+    """Returns the folder for files of this project that can be made again, in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gravlens_jax"
+
+
 def write_digests(folder: Path) -> None:
     """Writes digests.json into a folder: the SHA-256 of every file in it."""
     write_atomically(folder / DIGESTS, json.dumps(_digests(folder)))

@@ -1,6 +1,7 @@
 """Classifies images."""
 
 import csv
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,79 +12,138 @@ import tyro
 
 from gravlens_jax import cli
 from gravlens_jax.errors import InputError, check
-from gravlens_jax.folders import load_image
+from gravlens_jax.folders import SUFFIXES, named, open_images, show_unread
 from gravlens_jax.inference import predict
-from gravlens_jax.npz import is_copy, open_npz
+from gravlens_jax.npz import is_copy, is_visible, open_npz
+from gravlens_jax.pixels import read_rows
 from gravlens_jax.report import check_image_shape
 from gravlens_jax.weights import Network, load_network
 
+FILES = (*SUFFIXES, ".npz")
 
-def predict_files(network: Network, paths: Iterable[Path], tta: bool = False) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yields (file, class, probabilities (classes,)) for every image of the paths.
+
+def predict_files(
+    network: Network, files: Iterable[Path], tta: bool = False, skip_bad: bool = False
+) -> Iterator[tuple[str, np.ndarray | InputError]]:
+    """Yields (name, probabilities (classes,)) for each image, and (file, error) for what cannot be used.
 
     Args:
       network: from `load_network`.
-      paths: .npy files of one image, .npz files of images (named file.npz[i]), or folders, searched for both.
+      files: from `find_images`; the images of an .npz and of a stack are named file[i].
       tta: average over mirror images: see `predict_logits`.
-
-    Raises:
-      InputError: after all others are done, if files cannot be used; it names each of them.
+      skip_bad: whether an image with bad pixels is left out alone, instead of its file.
     """
     model, variables = network
-    unusable = []
-    for path in find_images(paths):
+    for path in files:
         try:
-            if path.suffix == ".npz":
-                images = open_npz(path, need_labels=False).images
-                names = [f"{path}[{i}]" for i in range(len(images))]
-            else:
-                images, names = load_image(path)[None], [str(path)]
-            check_image_shape(images.shape[1:], network.image_shape, str(path))
-            probabilities = predict(model, variables, images, tta=tta)
+            with named(path):
+                images = open_npz(path, need_labels=False).images if _is_npz(path) else open_images(path)
+                check_image_shape(images.shape[1:], network.image_shape, str(path))
+                bad = find_bad(path, images) if skip_bad else {}
+                good = [row for row in range(len(images)) if row not in bad]
+                probabilities = predict(model, variables, images[good] if bad else images, tta=tta)
         except InputError as error:
-            unusable.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+            yield str(path), error
             continue
-        for name, own in zip(names, probabilities, strict=True):
-            yield name, model.classes[int(own.argmax())], own
-    check(not unusable, "; ".join(unusable))
+        yield from ((str(path), error) for error in bad.values())
+        for row, own in zip(good, probabilities, strict=True):
+            yield f"{path}[{row}]" if _is_npz(path) or len(images) > 1 else str(path), own
+
+
+def find_bad(path: Path, images: np.ndarray) -> dict[int, InputError]:
+    """Returns the images of a file that `read_rows` refuses: row -> error."""
+    bad = {}
+    for row in range(len(images)):
+        try:
+            with named(path):
+                read_rows(images, slice(row, row + 1))
+        except InputError as error:
+            bad[row] = error
+    return bad
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
-    """Returns the .npy and .npz files among the paths and in folders among them."""
-    files = []
+    """Returns the files of images among the paths and in folders among them, also linked ones; names others on stderr.
+
+    Hidden files, and copies that `open_npz` made, are ignored in folders.
+    """
+    files, unread = [], []
     for path in paths:
         check(path.exists(), f"{path}: no such file or folder")
         if not path.is_dir():
-            check(path.suffix in (".npy", ".npz"), f"{path}: expected a .npy or .npz file or a folder")
+            check(_is_image(path), f"{path}: expected a file that ends in {', '.join(FILES)} or a folder")
             files.append(path)
             continue
-        found = sorted(f for f in path.rglob("*") if f.suffix in (".npy", ".npz") and not is_copy(f))
-        check(bool(found), f"{path}: contains no .npy or .npz files")
+        visible = sorted(file for file in _walk(path) if not is_copy(file))
+        found = [file for file in visible if _is_image(file)]
+        check(bool(found), f"{path}: contains no files that end in {', '.join(FILES)}")
         files += found
+        unread += [file for file in visible if not _is_image(file)]
+    show_unread(unread)
     return files
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yields all visible files in a folder and its subfolders, also linked ones, but each real folder only once."""
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"{error.filename}: {error.strerror}; fix the permissions or move it away")
+
+    seen = set()
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(filter(is_visible, folders))
+        yield from (Path(root, name) for name in files if is_visible(name))
+
+
+def _is_image(path: Path) -> bool:
+    return path.name.lower().endswith(FILES)
+
+
+def _is_npz(path: Path) -> bool:
+    return path.suffix.lower() == ".npz"
 
 
 def main(
     run: cli.Source,
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH...")],
     tta: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    skip_bad: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
     """Prints one CSV line for each image: file, class, probability of each class.
+
+    Files that cannot be used are an error, after all others are done.
 
     examples:
       python scripts/predict.py pretrained dataset/val/no/1.npy
       python scripts/predict.py runs/default images packed/test.npz > predictions.csv
 
     Args:
-        paths: .npy files of one image, .npz files of images, or folders of them.
+        paths: files of images (.npy or FITS, of one or several; .npz), or folders of them.
         tta: average the logits over each image and its three mirror images.
+        skip_bad: leave out files, and single images, that cannot be used, name them, and exit with status 3.
     """
-    check(bool(paths), "no PATH given; name at least one .npy, .npz or folder of them")
+    check(bool(paths), "no PATH given; name at least one file of images or folder of them")
     network = load_network(run)
+    classes, errors = network.model.classes, []
+    files = find_images(paths)
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["file", "class", *(f"p_{name}" for name in network.model.classes)])
-    for file, name, probabilities in predict_files(network, paths, tta):
-        writer.writerow([file, name, *(f"{p:.6f}" for p in probabilities)])
+    writer.writerow(["file", "class", *(f"p_{name}" for name in classes)])
+    for name, result in predict_files(network, files, tta, skip_bad):
+        if isinstance(result, InputError):
+            errors.append(str(result))
+            if skip_bad:
+                print(f"skipped: {result}", file=sys.stderr)
+        else:
+            writer.writerow([name, classes[int(result.argmax())], *(f"{p:.6f}" for p in result)])
+    check(skip_bad or not errors, "; ".join(errors))
+    if errors:
+        sys.stdout.flush()
+        raise SystemExit(3)
 
 
 if __name__ == "__main__":

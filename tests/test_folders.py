@@ -45,13 +45,17 @@ def test_a_folder_is_loaded_as_float32_in_numerical_order(tmp_path):
     np.testing.assert_array_equal(dataset.images[10], scale(np.load(tmp_path / "train/no/11.npy")[0]))
 
 
-def test_labels_follow_the_classes_of_the_network(tmp_path):
+def test_labels_follow_the_wanted_classes_which_may_have_other_names_in_the_data(tmp_path):
     write_npz(tmp_path / "a.npz", [IMAGE], (1, 8, 8), IMAGE.dtype, np.array([2]), ("a", "b", "c"), {})
     dataset = load_labelled(tmp_path / "a.npz", ("c", "a", "b"))
     assert dataset.labels.tolist() == [0] and dataset.classes == ("c", "a", "b")
     assert load_labelled(make(tmp_path) / "val", CLASSES[::-1]).labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    with pytest.raises(InputError, match=r"a\.npz has the classes a, b, c; the network knows no, sphere, vort"):
-        load_labelled(tmp_path / "a.npz", CLASSES)
+    renamed = load_labelled(tmp_path / "a.npz", {"x": "a", "y": "c", "z": "b"})
+    assert renamed.labels.tolist() == [1] and renamed.classes == ("x", "y", "z")
+    renamed = load_labelled(tmp_path / "val", {"x": "vort", "y": "no"})
+    assert renamed.labels.tolist() == [0] * 4 + [1] * 4 and renamed.classes == ("x", "y")
+    with pytest.raises(InputError, match=r"a\.npz has the classes a, b, c; expected a, b: give --classes a name for"):
+        load_labelled(tmp_path / "a.npz", ("a", "b"))
 
 
 def write(path, images, **options):

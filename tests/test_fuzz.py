@@ -31,7 +31,19 @@ NUMBERS = [0, 1, 2, 3, 4, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2*
 LENGTHS = [*NUMBERS, 1, 2, 3, 4, 6, 24, -1, -5, 10**12, 10**30, 2**62, True, 1.0, None, "3"]
 TYPES = ["<f4", ">f8", "|u1", "<i8", "<f2", "|b1", "<c16", "|O", "<U0", "<U5", ">U2", "|S4", "<M8[s]", "|V9", "x", 3]
 TYPES += [None, [("a", "<f4")], [("a", "|O", (3,))], ("<f4", (7, 7))]
-NAMES = ["images.npy", "labels.npy", "classes.npy", "info.npy", "about.npy", "images", "../labels.npy", "a/", "a\0.npy"]
+NAMES = [
+    "images.npy",
+    "labels.npy",
+    "classes.npy",
+    "info.npy",
+    "about.npy",
+    "Y.npy",
+    "images",
+    "../labels.npy",
+    "a/",
+    "a\0.npy",
+]
+NAMES += ["Y.npy"]
 VALUES = [*NUMBERS, -1, 10**30, 0.5, math.nan, -math.inf, None, True, "", "x", [], {}, [1, "a"], [[]], {"a": 1}]
 
 pytestmark = pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")

@@ -7,6 +7,7 @@ import tracemalloc
 import types
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +97,7 @@ def test_files_of_numpy_are_read_and_compressed_ones_unpacked_once_with_a_messag
         np.testing.assert_array_equal(dataset.images, images[:, 0])
         assert dataset.classes == CLASSES and isinstance(dataset.images, np.memmap)
     assert capsys.readouterr().err.count("unpacking it once to") == compressed
+    (tmp_path / "a.npz").rename(tmp_path / "a.NPZ")
     assert [file.name for file in tmp_path.iterdir() if is_copy(file)] == ["a.unpacked.npz"] * compressed
 
 
@@ -114,8 +116,58 @@ def test_a_file_without_labels_serves_prediction_only(tmp_path, save):
     save(tmp_path / "a.npz", images=RNG.random((2, 6, 4)))
     for _ in range(2):
         assert len(open_npz(tmp_path / "a.npz", need_labels=False).images) == 2
-        with pytest.raises(InputError, match=r"has no 'labels', only (classes, )?images"):
+        with pytest.raises(InputError, match=r"a\.npz: has no 'labels', only images"):
             open_npz(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("bad", [np.eye(3), LABELS * 1.0, LABELS.astype(str), LABELS[:2], LABELS + 7])
+def test_labels_that_are_not_needed_are_ignored(tmp_path, save, bad):
+    save(tmp_path / "a.npz", images=IMAGES, labels=bad, classes=LABELS, info=LABELS)
+    for _ in range(2):
+        assert open_npz(tmp_path / "a.npz", need_labels=False).labels.tolist() == [0, 0, 0]
+        with pytest.raises(InputError, match=r"a\.npz: (labels|classes)"):
+            open_npz(tmp_path / "a.npz")
+    save(tmp_path / "a.npz", **ARRAYS)
+    assert open_npz(tmp_path / "a.npz", need_labels=False).size == 3
+    assert open_npz(tmp_path / "a.npz").labels.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("names", ["X y", "x_train y_train", "data labels", "data target", "arr_0 arr_1", "images Y"])
+def test_arrays_may_have_other_usual_names_and_those_left_out_are_named(tmp_path, capsys, save, names):
+    images, labels = names.split()
+    others = {"x_test": IMAGES, "parameters/shear": LABELS, "info": np.array("{}")}
+    save(tmp_path / "a.npz", **{images: IMAGES[..., None], labels: LABELS}, **others)
+    dataset = open_npz(tmp_path / "a.npz")
+    assert dataset.images.shape == (3, 4, 4) and dataset.labels.tolist() == [0, 1, 2]
+    expected = f"a.npz: images are {images!r}, labels are {labels!r}; left out: x_test\n"
+    assert capsys.readouterr().err.count(expected) == 1
+    save(tmp_path / "b.npz", **{images: IMAGES})
+    assert open_npz(tmp_path / "b.npz", need_labels=False).size == 3
+    with pytest.raises(InputError, match=r"b\.npz: has no '(labels|y_train|arr_1)', only"):
+        open_npz(tmp_path / "b.npz")
+
+
+def test_members_of_the_system_are_ignored(tmp_path):
+    path = members(tmp_path / "a.npz")
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in ("__MACOSX/._images.npy", "._labels.npy", ".DS_Store"):
+            archive.writestr(name, b"\0\5\26\7")
+    assert open_npz(path).size == 3 and load_all(path).keys() == ARRAYS.keys()
+
+
+@pytest.mark.parametrize("variable", ["cache", ""])
+def test_a_file_on_a_read_only_disk_is_unpacked_in_the_cache_folder(tmp_path, monkeypatch, variable):
+    monkeypatch.setattr(os, "access", lambda path, mode: tmp_path / "data" not in (path, *path.parents))
+    monkeypatch.setenv("XDG_CACHE_HOME", variable and str(tmp_path / variable))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "data").mkdir()
+    path = members(tmp_path / "data/a.npz", DEFLATED)
+    folder = tmp_path / (variable or "home/.cache") / "gravlens_jax/unpacked"
+    for _ in range(2):
+        (copy,) = {Path(open_npz(path).images.filename), *folder.glob("*")}
+        assert re.fullmatch(r"[0-9a-f]{16}-a\.unpacked\.npz", copy.name) and list(path.parent.iterdir()) == [path]
 
 
 def test_unpack_npz_overwrites_neither_files_nor_class_names(tmp_path):

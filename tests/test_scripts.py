@@ -78,7 +78,7 @@ def test_simulate_writes_splits_parameters_and_a_figure(folder, run_here):
         ("evaluate.py", ["runs/a", "runs"], "expected one folder for each of the classes"),
         ("predict.py", ["runs/a"], "no PATH given"),
         ("predict.py", ["runs/a", "nowhere.npy"], "nowhere.npy: no such file or folder"),
-        ("predict.py", ["runs/a", "runs/a/config.json"], "expected a .npy or .npz file or a folder"),
+        ("predict.py", ["runs/a", "runs/a/config.json"], "expected a file that ends in .npy, .fits, .fit,"),
         ("predict.py", ["runs/a", "small.npy"], "16 x 16 pixels, but the network was trained on 150 x 150"),
         ("simulate.py", ["sim2", "--train", "-3"], "train=-3: a number of images cannot be negative"),
         ("simulate.py", ["sim2", "--train", "0", "--val", "0", "--test", "0"], "0 images asked for: nothing to do"),
