@@ -19,6 +19,7 @@ from gravlens_jax.loader import DeviceSource, FileSource, Source
 from gravlens_jax.npz import Dataset, open_npz, write_npz
 from gravlens_jax.pixels import check_pixels
 from gravlens_jax.preprocess import check_images
+from gravlens_jax.run_dir import locked
 from gravlens_jax.sharding import is_main, local_rows, shard_batch, wait_for_all
 from gravlens_jax.train_step import Batch
 
@@ -157,6 +158,8 @@ def simulate_dataset(
 ) -> Path:
     """Simulates `out/{train,val,test,easy}.npz`, except those that exist already; returns `out`.
 
+    If another process simulates into the same folder, waits until it is done and uses its files.
+
     Args:
       out: folder; a file in it that came from the same arguments is kept, any other is an error.
       config: preset, numbers of images and seed.
@@ -165,22 +168,32 @@ def simulate_dataset(
       parameters: whether to store the parameters of each lens too, as arrays "parameters/<name>".
     """
     priors = PRESETS[config.preset] if priors is None else priors
+    if _missing_files(out, config, priors, parameters):  # a complete folder may be read-only
+        with locked(Path(out), wait=True):
+            for split, (n, population, info) in _missing_files(out, config, priors, parameters).items():
+                index, size = FILES.index(split), priors.num_pixels
+                arrays = simulate_parameters(n, config.seed, index, population) if parameters else {}
+                arrays = {f"parameters/{name}": array for name, array in arrays.items()}
+                chunks = progress(simulate_images(n, config.seed, index, population), split, n)
+                path, shape = Path(out) / f"{split}.npz", (n, size, size)
+                write_npz(path, chunks, shape, np.dtype(np.uint16), labels_of(n), CLASSES, info, arrays)
+    return Path(out)
+
+
+def _missing_files(
+    out: Path, config: SimulationConfig, priors: Priors, parameters: bool
+) -> dict[str, tuple[int, Priors, dict]]:
+    """Returns split -> (number of images, population, info) of the files that `simulate_dataset` has to make."""
     source = {"preset": config.preset, "seed": config.seed, "parameters": parameters}
-    todo: dict[str, tuple[Path, int, Priors, dict]] = {}
+    missing = {}
     for split in FILES:
         path, n = Path(out) / f"{split}.npz", getattr(config, split)
         population = make_easy(priors) if split == "easy" and n else priors
         info = {"simulated": source | {"priors": asdict(population)}}
         if not path.exists():
-            todo |= {split: (path, n, population, info)} if n else {}
+            missing |= {split: (n, population, info)} if n else {}
             continue
         found = open_npz(path)
         same = found.size == n and found.info == info
         check(same, f"{path} holds {found.size} other images; remove it or choose another folder")
-    for split, (path, n, population, info) in todo.items():
-        index, size = FILES.index(split), priors.num_pixels
-        arrays = simulate_parameters(n, config.seed, index, population) if parameters else {}
-        arrays = {f"parameters/{name}": array for name, array in arrays.items()}
-        chunks = progress(simulate_images(n, config.seed, index, population), split, n)
-        write_npz(path, chunks, (n, size, size), np.dtype(np.uint16), labels_of(n), CLASSES, info, arrays)
-    return Path(out)
+    return missing

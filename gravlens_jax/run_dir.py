@@ -90,36 +90,43 @@ def _digests(folder: Path) -> dict[str, str]:
     return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
+def saved_step(run_dir: Path) -> int | None:
+    """Returns the step of the latest checkpoint; None if there is none."""
+    return max((int(f.name) for f in (run_dir / "checkpoints").glob("[0-9]*") if f.name.isdecimal()), default=None)
+
+
 def check_unused(run_dir: Path) -> None:
-    """Raises InputError if the directory already holds a run."""
-    used = (run_dir / "config.json").exists()
-    check(not used, f"{run_dir} already holds a run; continue it with --resume, or give the new run another --run-dir")
+    """Raises InputError if the directory already holds a run with a checkpoint; one without has nothing to lose."""
+    check(saved_step(run_dir) is None, f"{run_dir} already holds a run; continue it with --resume, or give the new run another --run-dir")
 
 
 @contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Locks the run directory, which is created if needed, if its file system can; InputError if it is in use."""
-    with writing(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = open(run_dir / ".lock", "a+")  # noqa: SIM115 - closed below
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Locks a folder, which is created if needed, if its file system can.
+
+    If another process has locked it, waits for that one to end, with `wait`, or raises InputError.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")  # noqa: SIM115 - closed below
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise InputError(
-                f"{run_dir} is in use by another process ({file.read().strip()}); wait for it or stop it, or give "
-                f"this run another --run-dir"
-            ) from None
+            used = f"{folder} is in use by another process ({file.read().strip()})"
+            check(wait, f"{used}; wait for it or stop it, or give this run another --run-dir")
+            print(f"{used}; waiting until it is done", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            print(f"{run_dir} cannot be locked ({error.strerror}): start only one process on it", file=sys.stderr)
+            print(f"{folder} cannot be locked ({error.strerror}): start only one process on it", file=sys.stderr)
         file.truncate(0)
         print(f"process {os.getpid()} on {os.uname().nodename}", file=file, flush=True)
         yield
 
 
 def create_run(run_dir: Path, info: RunInfo) -> None:
-    """Creates the run directory and its config.json; a directory that already holds a run is an InputError."""
+    """Creates the run directory and its config.json; InputError if `check_unused` finds a run there."""
     check_unused(run_dir)
     values = info._asdict() | {"config": asdict(info.config)}
     with writing(run_dir):

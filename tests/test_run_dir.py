@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,9 @@ from test_checkpoint import CONFIG, INFO
 
 def test_run_directory_is_created_once_and_keeps_its_config(tmp_path):
     info = INFO._replace(config=replace(CONFIG, data="somewhere"), classes=("a", "b"))
-    run_dir.create_run(tmp_path, info)
+    run_dir.create_run(tmp_path, INFO)
+    run_dir.create_run(tmp_path, info)  # the one before was never saved
+    (tmp_path / "checkpoints/3").mkdir(parents=True)
     with pytest.raises(InputError, match="already holds a run; continue it with --resume"):
         run_dir.create_run(tmp_path, INFO)
     assert run_dir.read_run(tmp_path) == info
@@ -41,6 +44,18 @@ def test_run_directory_in_use_is_refused(tmp_path):
         other = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert other.returncode and f"is in use by another process (process {os.getpid()} on" in other.stderr
     run_dir.locked(tmp_path).__enter__()  # it is free again
+
+
+def test_folder_in_use_is_waited_for_if_asked(tmp_path, capsys):
+    with ThreadPoolExecutor(1) as pool:
+        with run_dir.locked(tmp_path):
+            waiting = pool.submit(run_dir.locked(tmp_path, wait=True).__enter__)
+            while not (err := capsys.readouterr().err):
+                assert not waiting.done()
+        waiting.result(timeout=60)
+    assert err == f"{tmp_path} is in use by another process (process {os.getpid()} on {os.uname().nodename}); " + (
+        "waiting until it is done\n"
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
