@@ -87,6 +87,8 @@ def prepare(images: jax.Array, config: InputConfig) -> jax.Array:
     Returns:
       float32 (n, crop / pool, crop / pool, 1).
     """
+    config = config.resolve()
+    assert config.mean is not None and config.std is not None  # resolved
     n, height, width, _ = images.shape
     top, left = (height - config.crop) // 2, (width - config.crop) // 2
     images = images[:, top : top + config.crop, left : left + config.crop]
