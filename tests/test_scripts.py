@@ -143,6 +143,17 @@ def test_run_of_a_newer_version_predicts_and_is_exported_but_not_resumed(folder,
     assert "field 'more' is unknown" in run_here(folder, "train.py", "--run-dir", "runs/newer", "--resume", status=2)
 
 
+def test_64_bit_mode_changes_no_image_and_no_prediction(folder, run_here, monkeypatch):
+    images = [path.read_bytes() for path in sorted((folder / "data").glob("*/*.npz"))]
+    expected = run_here(folder, "predict.py", "runs/a", *sorted((folder / "data").glob("*/val.npz")))
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
+    run(folder, "train.py", *SMALL, "--epochs", "1", "--run-dir", "runs/x64", "--simulation.folder", "data64")
+    files = sorted((folder / "data64").glob("*/*.npz"))
+    assert len(files) == 4 and [path.read_bytes() for path in files] == images
+    found = run(folder, "predict.py", "runs/a", *(path for path in files if path.name == "val.npz"))
+    assert found.replace("data64", "data") == expected
+
+
 def test_finetuned_network_has_the_classes_of_its_folder(folder, run_here):
     for name in ("flat", "tall"):
         (folder / "bars" / name).mkdir(parents=True)

@@ -28,7 +28,7 @@ Number = jax.Array | float  # a scalar or, where arrays are meant, an array
 
 
 def pixel_grid(num_pixels: int, pixel_scale: float, supersampling: int = 1) -> Pair:
-    """Returns x, y of all (sub-)pixels, float (n, n) with n = num_pixels * supersampling, arcsec.
+    """Returns x, y of all (sub-)pixels, float32 (n, n) with n = num_pixels * supersampling, arcsec.
 
     The field's centre is at the origin, row 0 at +y.
 
@@ -38,7 +38,7 @@ def pixel_grid(num_pixels: int, pixel_scale: float, supersampling: int = 1) -> P
       supersampling: sub-pixels per pixel and axis.
     """
     n = num_pixels * supersampling
-    centres = (jnp.arange(n) - (n - 1) / 2) * (pixel_scale / supersampling)
+    centres = (jnp.arange(n, dtype=jnp.float32) - (n - 1) / 2) * (pixel_scale / supersampling)
     x, y = jnp.meshgrid(centres, -centres)
     return x, y
 
@@ -50,7 +50,9 @@ def luminosity_distance(z: Number, hubble: float = 70.0, omega_m: float = 0.3) -
     """
     nodes, weights = np.polynomial.legendre.leggauss(16)
     z = jnp.asarray(z)
-    redshifts = z[..., None] * (nodes + 1) / 2
+    dtype = jnp.promote_types(z.dtype, jnp.float32)  # also where JAX's default is float64
+    nodes, weights = (nodes + 1).astype(dtype), weights.astype(dtype)
+    redshifts = z[..., None] * nodes / 2
     inverse_e = 1 / jnp.sqrt(omega_m * (1 + redshifts) ** 3 + 1 - omega_m)
     comoving = SPEED_OF_LIGHT_KM_S / hubble * z / 2 * jnp.sum(weights * inverse_e, axis=-1)
     return (1 + z) * comoving

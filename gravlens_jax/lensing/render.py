@@ -68,13 +68,13 @@ def _position(radius: jax.Array, angle: jax.Array) -> jax.Array:
 
 
 def _sample_subhalos(keys: Iterator[jax.Array], priors: Priors) -> LensParams:
-    number: jax.Array | int = jax.random.poisson(next(keys), priors.subhalo_number)
+    number: jax.Array | int = jax.random.poisson(next(keys), priors.subhalo_number, dtype=jnp.int32)
     if not priors.subhalo_poisson:
         number = round(priors.subhalo_number)
     shape = (priors.subhalo_padding,)
     power = 1 + priors.subhalo_slope  # the cumulative distribution is linear in mass^power
     low, high = priors.subhalo_mass_min**power, priors.subhalo_mass_max**power
-    masses = (low + jax.random.uniform(next(keys), shape) * (high - low)) ** (1 / power)
+    masses = (low + jax.random.uniform(next(keys), shape, jnp.float32) * (high - low)) ** (1 / power)
     radius, angle = _uniform(next(keys), priors, "subhalo_offset", shape), _angle(next(keys), shape)
     return {
         "subhalo_masses": jnp.where(jnp.arange(priors.subhalo_padding) < number, masses, 0),
@@ -85,7 +85,7 @@ def _sample_subhalos(keys: Iterator[jax.Array], priors: Priors) -> LensParams:
 def _sample_vortex(keys: Iterator[jax.Array], priors: Priors) -> LensParams:
     p = {
         "vortex_mass": priors.mass * _uniform(next(keys), priors, "vortex_mass_fraction"),
-        "vortex_centre": priors.vortex_centre_sigma * jax.random.normal(next(keys), (2,)),
+        "vortex_centre": priors.vortex_centre_sigma * jax.random.normal(next(keys), (2,), jnp.float32),
         "vortex_angle": _angle(next(keys)),
         "vortex_length": _uniform(next(keys), priors, "vortex_length"),
     }
