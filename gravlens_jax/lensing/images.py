@@ -94,7 +94,8 @@ def _simulate_chunk(
     for label, name in enumerate(classes):
         # Always a whole block, so that the bits of an image never depend on the number of images.
         indices = start + label + len(classes) * np.arange(block, dtype=np.int32)
-        rendered = np.asarray(render_block(seed, split, indices, priors=priors, substructure=name, noise=on_device))
+        with jax.enable_x64(False):  # its 64-bit loop counters would change the last bit of some pixels
+            rendered = np.asarray(render_block(seed, split, indices, priors=priors, substructure=name, noise=on_device))
         most = rendered.max()
         check(most < MAX_COUNTS, f"a pixel has {most:.0f} counts, more than {MAX_COUNTS}; lower the prior `photons`")
         for index, image in zip(indices.tolist(), rendered, strict=True):
