@@ -118,7 +118,7 @@ class Config:
     """Everything that decides the outcome of a run."""
 
     run_dir: str = "runs/default"  # where checkpoints, metrics and the report go
-    # folder with {train,val,test}.npz and perhaps easy.npz, simulated into data/ if not given; or simulate:PRESET, for
+    # folder with {train,val,test}.npz and perhaps easy.npz, simulated if not given; or simulate:PRESET, for
     # training images that are simulated as they are needed, each seen once
     data: str | None = None
     seed: int = 0  # of initial parameters, order and augmentation
