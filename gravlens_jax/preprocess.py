@@ -51,8 +51,10 @@ def rotate_and_shift(images: jax.Array, key: jax.Array, max_rotation: float, max
     """
     n, height, width, _ = images.shape
     angle_key, shift_key = jax.random.split(key)
-    angles = jax.random.uniform(angle_key, (n,), jnp.float32, -1, 1) * jnp.deg2rad(jnp.float32(max_rotation))
-    shifts = jax.random.uniform(shift_key, (n, 2), jnp.float32, -1, 1) * max_shift
+    angles = jax.random.uniform(angle_key, (n,), dtype=jnp.float32, minval=-1, maxval=1) * jnp.deg2rad(
+        jnp.float32(max_rotation)
+    )
+    shifts = jax.random.uniform(shift_key, (n, 2), dtype=jnp.float32, minval=-1, maxval=1) * max_shift
     rows = jnp.arange(height, dtype=jnp.float32)[:, None] - (height - 1) / 2
     columns = jnp.arange(width, dtype=jnp.float32)[None, :] - (width - 1) / 2
 

@@ -16,6 +16,7 @@ from functools import reduce
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 SPEED_OF_LIGHT_KM_S = 299792.458
 # 4 G M_sun / (c^2 Mpc) in arcsec^2: theta_E^2 of one solar mass at a distance ratio of 1 / Mpc.
@@ -27,8 +28,8 @@ Pair = tuple[jax.Array, jax.Array]
 Number = jax.Array | float  # a scalar or, where arrays are meant, an array
 
 
-def pixel_grid(num_pixels: int, pixel_scale: float, supersampling: int = 1) -> Pair:
-    """Returns x, y of all (sub-)pixels, float32 (n, n) with n = num_pixels * supersampling, arcsec.
+def pixel_grid(num_pixels: int, pixel_scale: float, supersampling: int = 1, dtype: DTypeLike = float) -> Pair:
+    """Returns x, y of all (sub-)pixels, float (n, n) with n = num_pixels * supersampling, arcsec.
 
     The field's centre is at the origin, row 0 at +y.
 
@@ -36,9 +37,10 @@ def pixel_grid(num_pixels: int, pixel_scale: float, supersampling: int = 1) -> P
       num_pixels: image height and width.
       pixel_scale: arcsec per pixel.
       supersampling: sub-pixels per pixel and axis.
+      dtype: of x and y; float is JAX's default.
     """
     n = num_pixels * supersampling
-    centres = (jnp.arange(n, dtype=jnp.float32) - (n - 1) / 2) * (pixel_scale / supersampling)
+    centres = (jnp.arange(n, dtype=dtype) - (n - 1) / 2) * (pixel_scale / supersampling)
     x, y = jnp.meshgrid(centres, -centres)
     return x, y
 
