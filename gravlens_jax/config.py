@@ -7,7 +7,8 @@ import dataclasses
 import math
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from gravlens_jax.errors import check
@@ -16,6 +17,8 @@ CLASSES = ("no", "sphere", "vort")  # default class names; a label is an index i
 SPLITS = ("train", "val", "test")
 FILES = (*SPLITS, "easy")  # of a data set; easy.npz is optional
 STREAM = "simulate:"
+# mean and standard deviation, after each stretch, of the central pixels of simulated images
+STRETCHED = {"linear": (0.12, 0.16), "sqrt": (0.29, 0.19), "log": (-2.6, 1.0)}
 PriorPreset = Literal["ct1", "model_a", "paper", "deeplensesim_i"]
 PRIOR_PRESETS: tuple[PriorPreset, ...] = typing.get_args(PriorPreset)
 
@@ -30,6 +33,7 @@ class SimulationConfig:
     val: int = 1_800  # validation images
     test: int = 3_000  # test images
     seed: int = 0  # of the images, not of the training
+    folder: str = "data"  # where the files of each set of images have a folder
 
     def __post_init__(self):
         for split in FILES:
@@ -44,14 +48,19 @@ class InputConfig:
     crop: int = 100  # central pixels kept, height and width
     pool: int = 2  # side of the pixel blocks that are averaged
     stretch: Literal["linear", "sqrt", "log"] = "log"  # sqrt makes the photon noise uniform; log is of the pixel + 0.01
-    mean: float = -2.6  # subtracted after the stretch; 0.29 for sqrt
-    std: float = 1.0  # divided by after that; 0.19 for sqrt
+    mean: float | None = None  # subtracted after the stretch; if not given, the mean of simulated images
+    std: float | None = None  # divided by after that; if not given, the standard deviation of simulated images
 
     def __post_init__(self):
         check(self.crop >= 1 and self.pool >= 1, f"crop={self.crop}, pool={self.pool}: both must be at least 1")
         check(self.crop <= 2**14, f"crop={self.crop}: expected at most {2**14} pixels")
         check(self.crop % self.pool == 0, f"crop={self.crop} is not a multiple of pool={self.pool}")
-        check(self.std > 0, f"std={self.std}: expected a positive number")
+        check(self.std is None or self.std > 0, f"std={self.std}: expected a positive number")
+
+    def resolve(self) -> "InputConfig":
+        """Returns the config with a number for `mean` and `std`."""
+        mean, std = STRETCHED[self.stretch]
+        return replace(self, mean=mean if self.mean is None else self.mean, std=std if self.std is None else self.std)
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ class Config:
     """Everything that decides the outcome of a run."""
 
     run_dir: str = "runs/default"  # where checkpoints, metrics and the report go
-    # folder with {train,val,test}.npz and perhaps easy.npz, simulated into data/ if not given; or simulate:PRESET, for
+    # folder with {train,val,test}.npz and perhaps easy.npz, simulated if not given; or simulate:PRESET, for
     # training images that are simulated as they are needed, each seen once
     data: str | None = None
     seed: int = 0  # of initial parameters, order and augmentation
@@ -135,6 +144,12 @@ class Config:
     def stream(self) -> PriorPreset | None:
         """The population of which training images are simulated as they are needed; None for images in files."""
         return next((preset for preset in PRIOR_PRESETS if self.data == STREAM + preset), None)
+
+    def resolve(self) -> "Config":
+        """Returns the config that a run keeps: with absolute paths of its images, and numbers for its input."""
+        data = self.data if self.data is None or self.stream else str(Path(self.data).absolute())
+        simulation = replace(self.simulation, folder=str(Path(self.simulation.folder).absolute()))
+        return replace(self, data=data, simulation=simulation, input=self.input.resolve())
 
 
 PRESETS = {

@@ -1,5 +1,6 @@
 """The images of a run: files that exist, files that are simulated first, or images that are simulated when needed."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -19,6 +20,7 @@ from gravlens_jax.loader import DeviceSource, FileSource, Source
 from gravlens_jax.npz import Dataset, open_npz, write_npz
 from gravlens_jax.pixels import check_pixels
 from gravlens_jax.preprocess import check_images
+from gravlens_jax.run_dir import locked
 from gravlens_jax.sharding import is_main, local_rows, shard_batch, wait_for_all
 from gravlens_jax.train_step import Batch
 
@@ -81,6 +83,7 @@ class Splits(NamedTuple):
     easy: Source | None
     val: Dataset
     test: Dataset
+    record: dict[str, str]  # split -> `fingerprint` of its file
 
 
 def open_splits(config: Config, mesh: Mesh) -> Splits:
@@ -96,7 +99,8 @@ def open_splits(config: Config, mesh: Mesh) -> Splits:
         files = load_splits(_simulate(config) if config.data is None else Path(config.data))
         make = DeviceSource if config.device_data else FileSource
         easy = FileSource(files["easy"], config.batch_size, config.seed, mesh) if "easy" in files else None
-        splits = Splits(make(files["train"], config.batch_size, config.seed, mesh), easy, files["val"], files["test"])
+        train = make(files["train"], config.batch_size, config.seed, mesh)
+        splits = Splits(train, easy, files["val"], files["test"], _record(files))
     check_images(splits.val.images.shape, config.input)
     for name, source in (("train", splits.train), ("easy", splits.easy)):
         check(
@@ -117,7 +121,7 @@ def _open_stream(config: Config, mesh: Mesh) -> Splits:
         return StreamSource(getattr(s, split), population, FILES.index(split), config.batch_size, s.seed, mesh)
 
     easy = stream("easy", make_easy(priors)) if s.easy else None
-    return Splits(stream("train", priors), easy, files["val"], files["test"])
+    return Splits(stream("train", priors), easy, files["val"], files["test"], _record(files))
 
 
 def load_splits(folder: Path, splits: tuple[str, ...] = FILES) -> dict[str, Dataset]:
@@ -136,12 +140,28 @@ def load_splits(folder: Path, splits: tuple[str, ...] = FILES) -> dict[str, Data
     return datasets
 
 
+def fingerprint(dataset: Dataset) -> str:
+    """Returns a text that tells images apart: their number, size, dtype, classes, and a digest of labels and pixels.
+
+    The digest is of all labels and of up to 64 images, evenly spaced, so that it takes no time.
+    """
+    n, (height, width), digest = dataset.size, dataset.image_shape, hashlib.sha256(dataset.labels.tobytes())
+    for row in np.linspace(0, n - 1, min(n, 64)).astype(int):
+        digest.update(dataset.images[row].tobytes())
+    classes = ", ".join(dataset.classes)
+    return f"{n} x {height} x {width} {dataset.images.dtype.str}, classes {classes}, sha256 {digest.hexdigest()}"
+
+
+def _record(files: dict[str, Dataset]) -> dict[str, str]:
+    return {split: fingerprint(dataset) for split, dataset in files.items()}
+
+
 def _simulate(config: Config) -> Path:
     """Simulates the files of the config that do not exist yet; returns their folder."""
     s = config.simulation
     for split in SPLITS[1:] if config.stream else SPLITS:
         check(getattr(s, split) > 0, f"--simulation.{split} is 0; training needs images of every split")
-    folder = Path("data") / f"{s.preset}-{s.easy}-{s.train}-{s.val}-{s.test}-seed{s.seed}"
+    folder = Path(s.folder) / f"{s.preset}-{s.easy}-{s.train}-{s.val}-{s.test}-seed{s.seed}"
     if is_main():
         simulate_dataset(folder, s, track)
     wait_for_all("the images are simulated")
@@ -157,6 +177,8 @@ def simulate_dataset(
 ) -> Path:
     """Simulates `out/{train,val,test,easy}.npz`, except those that exist already; returns `out`.
 
+    If another process simulates into the same folder, waits until it is done and uses its files.
+
     Args:
       out: folder; a file in it that came from the same arguments is kept, any other is an error.
       config: preset, numbers of images and seed.
@@ -165,22 +187,32 @@ def simulate_dataset(
       parameters: whether to store the parameters of each lens too, as arrays "parameters/<name>".
     """
     priors = PRESETS[config.preset] if priors is None else priors
+    if _missing_files(out, config, priors, parameters):  # a complete folder may be read-only
+        with locked(Path(out), wait=True):
+            for split, (n, population, info) in _missing_files(out, config, priors, parameters).items():
+                index, size = FILES.index(split), priors.num_pixels
+                arrays = simulate_parameters(n, config.seed, index, population) if parameters else {}
+                arrays = {f"parameters/{name}": array for name, array in arrays.items()}
+                chunks = progress(simulate_images(n, config.seed, index, population), split, n)
+                path, shape = Path(out) / f"{split}.npz", (n, size, size)
+                write_npz(path, chunks, shape, np.dtype(np.uint16), labels_of(n), CLASSES, info, arrays)
+    return Path(out)
+
+
+def _missing_files(
+    out: Path, config: SimulationConfig, priors: Priors, parameters: bool
+) -> dict[str, tuple[int, Priors, dict]]:
+    """Returns split -> (number of images, population, info) of the files that `simulate_dataset` has to make."""
     source = {"preset": config.preset, "seed": config.seed, "parameters": parameters}
-    todo: dict[str, tuple[Path, int, Priors, dict]] = {}
+    missing: dict[str, tuple[int, Priors, dict]] = {}
     for split in FILES:
         path, n = Path(out) / f"{split}.npz", getattr(config, split)
         population = make_easy(priors) if split == "easy" and n else priors
         info = {"simulated": source | {"priors": asdict(population)}}
         if not path.exists():
-            todo |= {split: (path, n, population, info)} if n else {}
+            missing |= {split: (n, population, info)} if n else {}
             continue
         found = open_npz(path)
         same = found.size == n and found.info == info
         check(same, f"{path} holds {found.size} other images; remove it or choose another folder")
-    for split, (path, n, population, info) in todo.items():
-        index, size = FILES.index(split), priors.num_pixels
-        arrays = simulate_parameters(n, config.seed, index, population) if parameters else {}
-        arrays = {f"parameters/{name}": array for name, array in arrays.items()}
-        chunks = progress(simulate_images(n, config.seed, index, population), split, n)
-        write_npz(path, chunks, (n, size, size), np.dtype(np.uint16), labels_of(n), CLASSES, info, arrays)
-    return Path(out)
+    return missing

@@ -46,7 +46,7 @@ def _maps(variables, images: jax.Array, labels: jax.Array | None, *, model: ResN
     activations = forward(model, variables, prepare(to_unit(images), model.input), TO_STAGE_2)
     logits, pull_back = jax.vjp(lambda a: forward(model, variables, a, AFTER_STAGE_2), activations)
     labels = logits.argmax(-1) if labels is None else labels
-    (gradient,) = pull_back(jax.nn.one_hot(labels, logits.shape[-1]))
+    (gradient,) = pull_back(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype))
     coarse = jnp.sum(activations * jax.nn.relu(gradient), axis=-1, dtype=jnp.float32)
     # The centre of pixel j of stage 2 is pooled pixel 2 j, because of its stride of 2 and padding of 1.
     scale = jnp.float32([2 * pool, 2 * pool])

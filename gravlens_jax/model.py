@@ -89,7 +89,7 @@ ResNet20 = partial(ResNet, depth=20)
 def make_model(config: ModelConfig, input_config: InputConfig, classes: tuple[str, ...]) -> ResNet:
     """Returns the network that a run's config describes."""
     fields = asdict(config) | {"dtype": jnp.dtype(config.dtype)}
-    return ResNet(**fields, classes=classes, input=input_config)
+    return ResNet(**fields, classes=classes, input=input_config.resolve())
 
 
 def forward(model: ResNet, variables: Any, x: jax.Array, parts: slice = ALL) -> jax.Array:

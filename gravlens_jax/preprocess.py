@@ -35,7 +35,7 @@ def to_unit(images: jax.Array) -> jax.Array:
 def flip(images: jax.Array, key: jax.Array) -> jax.Array:
     """Mirrors each image along each axis with probability 1/2; (n, height, width, 1) in and out."""
     for axis, axis_key in zip((1, 2), jax.random.split(key), strict=True):
-        mirrored = jax.random.bernoulli(axis_key, shape=(images.shape[0], 1, 1, 1))
+        mirrored = jax.random.bernoulli(axis_key, jnp.float32(0.5), (images.shape[0], 1, 1, 1))
         images = jnp.where(mirrored, jnp.flip(images, axis), images)
     return images
 
@@ -51,10 +51,12 @@ def rotate_and_shift(images: jax.Array, key: jax.Array, max_rotation: float, max
     """
     n, height, width, _ = images.shape
     angle_key, shift_key = jax.random.split(key)
-    angles = jax.random.uniform(angle_key, (n,), minval=-1, maxval=1) * jnp.deg2rad(max_rotation)
-    shifts = jax.random.uniform(shift_key, (n, 2), minval=-1, maxval=1) * max_shift
-    rows = jnp.arange(height)[:, None] - (height - 1) / 2
-    columns = jnp.arange(width)[None, :] - (width - 1) / 2
+    angles = jax.random.uniform(angle_key, (n,), dtype=jnp.float32, minval=-1, maxval=1) * jnp.deg2rad(
+        jnp.float32(max_rotation)
+    )
+    shifts = jax.random.uniform(shift_key, (n, 2), dtype=jnp.float32, minval=-1, maxval=1) * max_shift
+    rows = jnp.arange(height, dtype=jnp.float32)[:, None] - (height - 1) / 2
+    columns = jnp.arange(width, dtype=jnp.float32)[None, :] - (width - 1) / 2
 
     def one(image, angle, shift):
         cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -87,6 +89,8 @@ def prepare(images: jax.Array, config: InputConfig) -> jax.Array:
     Returns:
       float32 (n, crop / pool, crop / pool, 1).
     """
+    config = config.resolve()
+    assert config.mean is not None and config.std is not None  # resolved
     n, height, width, _ = images.shape
     top, left = (height - config.crop) // 2, (width - config.crop) // 2
     images = images[:, top : top + config.crop, left : left + config.crop]

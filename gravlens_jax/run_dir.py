@@ -19,17 +19,18 @@ import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from gravlens_jax.config import Config, from_dict
+from gravlens_jax.config import Config, SimulationConfig, from_dict
 from gravlens_jax.errors import InputError, check, parse_json
 
 DIGESTS = "digests.json"
+MAY_DIFFER = ("run_dir", "device_data", "data", "simulation.folder", "epochs")  # between a run and its continuation
 
 
 class RunInfo(NamedTuple):
@@ -38,6 +39,7 @@ class RunInfo(NamedTuple):
     config: Config
     classes: tuple[str, ...]
     image_shape: tuple[int, int]  # height and width of the training images
+    data: dict = {}  # noqa: RUF012 - never changed; see `datasets.Splits.record`; empty in runs of version 0.5
 
 
 @contextmanager
@@ -105,59 +107,112 @@ def _digests(folder: Path) -> dict[str, str]:
     return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
+def saved_step(run_dir: Path) -> int | None:
+    """Returns the step of the latest checkpoint; None if there is none."""
+    return max((int(f.name) for f in (run_dir / "checkpoints").glob("[0-9]*") if f.name.isdecimal()), default=None)
+
+
 def check_unused(run_dir: Path) -> None:
-    """Raises InputError if the directory already holds a run."""
-    used = (run_dir / "config.json").exists()
-    check(not used, f"{run_dir} already holds a run; continue it with --resume, or give the new run another --run-dir")
+    """Raises InputError if the directory already holds a run with a checkpoint; one without has nothing to lose."""
+    check(
+        saved_step(run_dir) is None,
+        f"{run_dir} already holds a run; continue it with --resume, or give the new run another --run-dir",
+    )
 
 
 @contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Locks the run directory, which is created if needed, if its file system can; InputError if it is in use."""
-    with writing(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = open(run_dir / ".lock", "a+")  # noqa: SIM115 - closed below
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Locks a folder, which is created if needed, if its file system can.
+
+    If another process has locked it, waits for that one to end, with `wait`, or raises InputError.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")  # noqa: SIM115 - closed below
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise InputError(
-                f"{run_dir} is in use by another process ({file.read().strip()}); wait for it or stop it, or give "
-                f"this run another --run-dir"
-            ) from None
+            used = f"{folder} is in use by another process ({file.read().strip()})"
+            check(wait, f"{used}; wait for it or stop it, or give this run another --run-dir")
+            print(f"{used}; waiting until it is done", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            print(f"{run_dir} cannot be locked ({error.strerror}): start only one process on it", file=sys.stderr)
+            print(f"{folder} cannot be locked ({error.strerror}): start only one process on it", file=sys.stderr)
         file.truncate(0)
         print(f"process {os.getpid()} on {os.uname().nodename}", file=file, flush=True)
         yield
 
 
 def create_run(run_dir: Path, info: RunInfo) -> None:
-    """Creates the run directory and its config.json; a directory that already holds a run is an InputError."""
+    """Creates the run directory and its config.json; InputError if `check_unused` finds a run there."""
     check_unused(run_dir)
+    _write_config(run_dir, info)
+
+
+def update_run(run_dir: Path, info: RunInfo) -> None:
+    """Writes config.json of a run that is resumed, if the place of its data or the number of epochs has changed."""
+    saved = read_run(run_dir)
+    info = info._replace(config=replace(info.config, run_dir=saved.config.run_dir))
+    if info != saved:
+        _write_config(run_dir, info)
+
+
+def _write_config(run_dir: Path, info: RunInfo) -> None:
     values = info._asdict() | {"config": asdict(info.config)}
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "config.json", json.dumps(values, indent=2) + "\n")
 
 
-def read_run(run_dir: Path) -> RunInfo:
-    """Reads config.json of a run directory."""
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """Returns the JSON object in config.json of a run directory, perhaps of another version."""
     path = Path(run_dir) / "config.json"
     check(path.is_file(), f"{run_dir} is not a run (no config.json); expected a directory made by scripts/train.py")
-    return from_dict(RunInfo, parse_json(path.read_bytes(), str(path)), str(path))
+    values = parse_json(path.read_bytes(), str(path))
+    right = isinstance(values, dict) and isinstance(values.get("config"), dict)
+    check(right, f"{path}: has no object 'config'; the file is damaged")
+    return values
+
+
+def read_run(run_dir: Path) -> RunInfo:
+    """Reads config.json of a run directory, of which every field must be known."""
+    values = {"data": {}} | read_config(run_dir)
+    if isinstance(values["config"].get("simulation"), dict):
+        values["config"]["simulation"].setdefault("folder", SimulationConfig.folder)  # new since version 0.5
+    return from_dict(RunInfo, values, f"{run_dir}/config.json")
 
 
 def check_resumable(run_dir: Path, config: Config) -> None:
-    """Raises InputError unless the directory holds a run of the same config."""
-    saved, given = (flatten_dict(asdict(c), sep=".") for c in (read_run(run_dir).config, config))
+    """Raises InputError unless the directory holds a run of the same config, but for MAY_DIFFER."""
+    before = read_run(run_dir).config.resolve()
+    saved, given = (flatten_dict(asdict(c), sep=".") for c in (before, config.resolve()))
     for name, value in saved.items():
-        check(
-            value == given[name] or name in ("run_dir", "device_data"),  # which do not change the result
-            f"--{name.replace('_', '-')} is {given[name]} but the run to resume has {value}; leave the option out, or "
-            f"start a new run with another --run-dir",
-        )
+        same = before.stream == config.stream if name == "data" else value == given[name] or name in MAY_DIFFER
+        message = f"--{name.replace('_', '-')} is {given[name]} but the run to resume has {value}"
+        check(same, f"{message}; leave the option out, or start a new run with another --run-dir")
+    check(
+        config.epochs == before.epochs or before.optim.decay == "constant",
+        f"--epochs is {config.epochs} but the run to resume has {before.epochs}, and its cosine schedule ends with the "
+        f"last step: another number of epochs changes every step. Start a new run with --epochs {config.epochs}; a run "
+        f"that began with --optim.decay constant can be continued",
+    )
+    if config.data is not None and not config.stream:
+        file = Path(config.data) / "train.npz"
+        check(file.is_file(), f"{file}: no such file; if the images of the run were moved, give their folder as --data")
+
+
+def check_same_images(run_dir: Path, info: RunInfo) -> None:
+    """Raises InputError if the images are not those that the run in the directory began with."""
+    before, folder = read_run(run_dir), info.config.data or info.config.simulation.folder
+    message = f"{folder} has {info.classes} in images of {info.image_shape} pixels, not"
+    check(before[1:3] == info[1:3], f"{message} {before.classes} in {before.image_shape} as the run to resume")
+    saved, found = before.data or info.data, info.data
+    for split in saved.keys() | found.keys():
+        message = f"{folder}: {split}.npz does not hold the images that the run began with"
+        differing = f"({found.get(split, 'no file')}; expected {saved.get(split, 'no file')})"
+        check(saved.get(split) == found.get(split), f"{message} {differing}; give the folder of those as --data")
 
 
 def read_history(run_dir: Path, epochs: int | None = None) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ def mean_metrics(sums: dict[str, Any]) -> tuple[float, float]:
 def init_state(seed: int, model: ResNet, tx: optax.GradientTransformation, config: OptimConfig) -> TrainState:
     """Returns the state before the first step; a function of `seed` alone."""
     size = model.input.crop // model.input.pool
-    variables = model.init(jax.random.key(seed), jnp.zeros((1, size, size, 1)))
+    variables = model.init(jax.random.key(seed), jnp.zeros((1, size, size, 1), jnp.float32))
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -65,7 +65,11 @@ def init_state(seed: int, model: ResNet, tx: optax.GradientTransformation, confi
 def _batch_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Sums:
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = (logits.argmax(-1) == labels) & mask
-    return {"loss": jnp.sum(losses * mask), "correct": jnp.sum(correct), "count": jnp.sum(mask)}
+    return {
+        "loss": jnp.sum(losses * mask),
+        "correct": jnp.sum(correct, dtype=jnp.int32),
+        "count": jnp.sum(mask, dtype=jnp.int32),
+    }
 
 
 def train_step(

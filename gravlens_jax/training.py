@@ -28,10 +28,13 @@ from gravlens_jax.report import evaluate_network
 from gravlens_jax.run_dir import (
     RunInfo,
     check_resumable,
+    check_same_images,
     check_unused,
     create_run,
     locked,
     read_history,
+    saved_step,
+    update_run,
     write_calibration,
     write_history,
 )
@@ -58,7 +61,8 @@ def fit(
     """Trains, saves and evaluates a run; returns the metrics of its best checkpoint on the test split.
 
     Args:
-      config: the run. Its directory must be new, or with `resume` hold a run of the same config.
+      config: the run. Its directory must be new, or with `resume` hold a run of the same config: only the place of
+        the data and, if the learning rate is constant, the number of epochs may have changed.
       resume: continue from the last save.
       save_minutes: time between saves within an epoch; 0 for none. The end of an epoch is always saved.
       on_epoch: called with each line of metrics.jsonl when its epoch is saved, or at the start if it was saved before.
@@ -68,6 +72,7 @@ def fit(
       FloatingPointError: the loss or a parameter is not finite; earlier checkpoints are intact.
       Stopped: SIGINT or SIGTERM was received; the state after the current step is saved.
     """
+    config = config.resolve()
     run_dir, main = Path(config.run_dir), is_main()
     if resume:
         check_resumable(run_dir, config)
@@ -77,12 +82,15 @@ def fit(
     mesh = data_mesh()
     check_batch_size(config.batch_size, mesh)
     splits = open_splits(config, mesh)
-    info = RunInfo(config, splits.val.classes, splits.val.image_shape)
+    plan = _make_plan(config, splits)
+    info = RunInfo(config, splits.val.classes, splits.val.image_shape, splits.record)
+    if resume:
+        check_same_images(run_dir, info)
     model = make_model(config.model, config.input, info.classes)
     with locked(run_dir) if main else nullcontext():
-        if main and not resume:
-            create_run(run_dir, info)
-        state, best_step = _train(config, model, splits, mesh, save_minutes, on_epoch)
+        if main:
+            (update_run if resume else create_run)(run_dir, info)
+        state, best_step = _train(config, model, splits, plan, mesh, save_minutes, on_epoch)
         final = {"params": state.params, "batch_stats": state.batch_stats}
         variables = {int(state.step): jax.tree.map(np.asarray, final)}
         if best_step not in variables:
@@ -101,12 +109,21 @@ def fit(
         return evaluate_network(network, splits.test, out=out, history=read_history(run_dir))
 
 
+def _make_plan(config: Config, splits: Splits) -> Plan:
+    """Returns the steps of the run; InputError if more of them are done already."""
+    easy = splits.easy.size if splits.easy else 0
+    plan = Plan(easy // config.batch_size, splits.train.size // config.batch_size, config.epochs)
+    step = saved_step(Path(config.run_dir)) or 0
+    least = -(-(step - plan.easy_steps) // plan.steps_per_epoch)
+    check(least <= config.epochs, f"--epochs is {config.epochs} but step {step} is done; give at least {least}")
+    return plan
+
+
 def _train(
-    config: Config, model: ResNet, splits: Splits, mesh: Mesh, save_minutes: float, on_epoch: OnEpoch
+    config: Config, model: ResNet, splits: Splits, plan: Plan, mesh: Mesh, save_minutes: float, on_epoch: OnEpoch
 ) -> tuple[TrainState, int]:
     """Trains from the last save to the end of the run; returns the final state and the step of the best checkpoint."""
-    run_dir, train, easy, batch_size = Path(config.run_dir), splits.train, splits.easy, config.batch_size
-    plan = Plan(easy.size // batch_size if easy else 0, train.size // batch_size, config.epochs)
+    run_dir, batch_size = Path(config.run_dir), config.batch_size
     tx = make_optimizer(config.optim, plan.total_steps)
     step_fn = partial(train_steps, model=model, tx=tx, augment_config=config.augment, seed=config.seed)
     jit = partial(jax.jit, out_shardings=replicated(mesh))
@@ -125,7 +142,7 @@ def _train(
         history = _resume_history(run_dir, plan, int(state.step), on_epoch)
         meter.start(f"{run_dir}: {len(history)} of {config.epochs} epochs done", state)
         last_save = time.monotonic()
-        for calls, (step, batch) in enumerate(train_batches(train, easy, plan, int(state.step))):
+        for calls, (step, batch) in enumerate(train_batches(splits.train, splits.easy, plan, int(state.step))):
             state, sums = train_fn(state, batch)
             meter.update(step, sums)
             ends_epoch, request = plan.ends_epoch(step), 0

@@ -20,8 +20,8 @@ from gravlens_jax.model import ResNet, make_model, variable_shapes
 from gravlens_jax.npz import load_arrays
 from gravlens_jax.run_dir import (
     check_folder,
+    read_config,
     read_history,
-    read_run,
     read_temperature,
     write_arrays,
     write_atomically,
@@ -68,12 +68,13 @@ def load_network(source: str | Path, checkpoint: Which = "best") -> Network:
     if path.suffix == ".npz":
         network = _load_file(path)
     else:
-        info = read_run(path)
-        model = make_model(info.config.model, info.config.input, info.classes)
+        values = read_config(path)
+        about = _read_about(values["config"] | values | {"temperature": 1.0}, f"{path}/config.json")
+        model = make_model(about.model, about.input, about.classes)
         variables, step = load_variables(path, model, checkpoint)
         temperature = read_temperature(path, step)
         variables = calibrated(variables, temperature, _read_population(path, step, model))
-        network = Network(model, variables, info.image_shape, temperature)
+        network = Network(model, variables, about.image_shape, temperature)
     _check_finite(network, path, "used")
     return network
 
@@ -100,7 +101,7 @@ def export_run(run: str | Path, out: Path, checkpoint: Which = "best") -> dict[s
     network = load_network(run, checkpoint)
     about = describe(network)
     if (Path(run) / "config.json").exists():
-        about |= {"config": dataclasses.asdict(read_run(Path(run)).config), "history": read_history(Path(run))}
+        about |= {"config": read_config(Path(run))["config"], "history": read_history(Path(run))}
     write_network(out, network, about)
     return about
 
@@ -110,7 +111,7 @@ def describe(network: Network) -> dict[str, Any]:
     model, dtype = network.model, jnp.dtype(network.model.dtype).name
     return {
         "model": {"depth": model.depth, "width": model.width, "projection": model.projection, "dtype": dtype},
-        "input": dataclasses.asdict(model.input),
+        "input": dataclasses.asdict(model.input.resolve()),
         "classes": model.classes,
         "image_shape": network.image_shape,
         "temperature": network.temperature,
@@ -188,9 +189,13 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return {"temperature": 1.0} | about, arrays
 
 
+def _read_about(values: dict[str, Any], where: str) -> _About:
+    return from_dict(_About, {name: values[name] for name in _About._fields if name in values}, where)
+
+
 def _load_file(path: Path) -> Network:
     values, arrays = read_file(path)
-    about = from_dict(_About, {name: values[name] for name in _About._fields if name in values}, f"{path}: about")
+    about = _read_about(values, f"{path}: about")
     model = make_model(about.model, about.input, about.classes)
     shapes = {name: array.shape for name, array in arrays.items() if array.dtype.kind == "f"}
     expected = {name: x.shape for name, x in flatten_dict(variable_shapes(model), sep="/").items()}

@@ -1,6 +1,5 @@
 """Draws the learning curves of runs beside GravLensNet's published run."""
 
-from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,7 @@ import tyro
 from gravlens_jax import cli
 from gravlens_jax.errors import InputError, check
 from gravlens_jax.report import COLOURS, new_figure, save_figure
-from gravlens_jax.run_dir import check_folder, read_history, read_run
+from gravlens_jax.run_dir import check_folder, read_config, read_history
 from gravlens_jax.weights import read_file, resolve
 
 # Validation accuracy of GravLensNet's published run after each of its epochs of 30,000 real images, from the record in
@@ -28,7 +27,7 @@ def load_history(source: str | Path) -> list[dict[str, Any]]:
     if path.suffix == ".npz":
         about, _ = read_file(path)
     else:
-        about = {"config": asdict(read_run(path).config), "history": read_history(path)}
+        about = {"config": read_config(path)["config"], "history": read_history(path)}
     try:
         size = about["config"]["batch_size"]
         check(bool(about["history"]), f"{path}: has no epoch of training yet")

@@ -36,6 +36,8 @@ class Arguments:
       python scripts/train.py
       python scripts/train.py --data packed --run-dir runs/real --epochs 20
       python scripts/train.py --run-dir runs/real --resume
+      python scripts/train.py --run-dir runs/real --resume --data moved
+      python scripts/train.py --run-dir runs/flat --resume --epochs 40  # more, if it began with --optim.decay constant
     """
 
     config: Annotated[Config, tyro.conf.arg(name="")]

@@ -3,10 +3,15 @@ import math
 from dataclasses import asdict
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 from gravlens_jax.config import PRESETS, AugmentConfig, Config, InputConfig, ModelConfig, from_dict
 from gravlens_jax.errors import InputError, parse_json
+from gravlens_jax.lensing import PRESETS as PRIORS
+from gravlens_jax.lensing import simulate_images
+from gravlens_jax.model import make_model
+from gravlens_jax.preprocess import prepare, to_unit
 
 
 def values(config, **change):
@@ -62,6 +67,28 @@ def test_tuples_are_lists_of_the_right_length_and_type(field, value):
     assert from_dict(Tuples, lists) == Tuples()
     with pytest.raises(InputError, match=rf"config\.{field}: expected"):
         from_dict(Tuples, lists | {field: value})
+
+
+@pytest.mark.parametrize("stretch, mean, std", [("linear", 0.12, 0.16), ("sqrt", 0.29, 0.19), ("log", -2.6, 1.0)])
+def test_mean_and_deviation_follow_the_stretch_unless_given(stretch, mean, std):
+    assert InputConfig(stretch=stretch).resolve() == InputConfig(stretch=stretch, mean=mean, std=std)
+    given = InputConfig(stretch=stretch, mean=0.0, std=3.0)
+    assert given.resolve() == given
+    assert make_model(ModelConfig(), InputConfig(stretch=stretch), ("a", "b")).input.mean == mean
+
+
+def test_prepared_images_have_mean_0_and_deviation_1():
+    images = np.concatenate(list(simulate_images(90, 3, 0, PRIORS["ct1"])))
+    for stretch in ("linear", "sqrt", "log"):
+        x = prepare(to_unit(images), InputConfig(stretch=stretch))
+        assert abs(float(x.mean())) < 0.1 and abs(float(x.std()) - 1) < 0.1
+
+
+def test_paths_of_a_run_do_not_depend_on_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = Config(data="packed").resolve()
+    assert (config.data, config.simulation.folder) == (f"{tmp_path}/packed", f"{tmp_path}/data")
+    assert config.resolve() == config and Config(data="simulate:ct1").resolve().stream == "ct1"
 
 
 def test_stream_is_named_by_its_preset():

@@ -30,7 +30,12 @@ def test_parameter_counts_of_the_published_networks(depth, parameters):
 def test_config_describes_every_attribute_of_the_network():
     config, input_config = ModelConfig(depth=14, width=8, projection=True, dtype="bfloat16"), InputConfig(crop=50)
     assert make_model(config, input_config, ("a", "b")) == ResNet(
-        depth=14, width=8, classes=("a", "b"), projection=True, dtype=jnp.dtype("bfloat16"), input=input_config
+        depth=14,
+        width=8,
+        classes=("a", "b"),
+        projection=True,
+        dtype=jnp.dtype("bfloat16"),
+        input=input_config.resolve(),
     )
 
 

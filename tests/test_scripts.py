@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_predict_prints_csv_for_npy_npz_and_folders(folder, run_here):
 def test_simulate_writes_splits_parameters_and_a_figure(folder, run_here):
     arguments = ["--train", "0", "--val", "6", "--test", "0", "--prior.shear-max", "0.1"]
     run_here(folder, "simulate.py", "sim", *arguments, "--parameters", "--figure", "sim.png")
-    assert [f.name for f in (folder / "sim").iterdir()] == ["val.npz"]
+    assert {f.name for f in (folder / "sim").iterdir()} == {".lock", "val.npz"}
     assert (folder / "sim.png").read_bytes()[:8] == PNG
     with np.load(folder / "sim/val.npz", allow_pickle=False) as archive:
         assert archive["parameters/shear"].max() < 0.1
@@ -68,7 +69,21 @@ def test_simulate_writes_splits_parameters_and_a_figure(folder, run_here):
     "script, arguments, message",
     [
         ("train.py", ["--run-dir", "runs/none", "--resume"], "runs/none is not a run"),
-        ("train.py", ["--run-dir", "runs/a", "--resume", "--epochs", "9"], "--epochs is 9 but the run to resume has 4"),
+        (
+            "train.py",
+            ["--run-dir", "runs/a", "--resume", "--epochs", "1"],
+            "--epochs is 1 but step 30 is done; give at ",
+        ),
+        (
+            "train.py",
+            ["--run-dir", "runs/a", "--resume", "--data", "none"],
+            "none/train.npz: no such file; if the imag",
+        ),
+        (
+            "train.py",
+            ["--run-dir", "runs/a", "--resume", "--simulation.seed", "9"],
+            "--simulation.seed is 9 but the ru",
+        ),
         ("train.py", ["--model.depth", "21"], "depth=21: expected 6n + 2 layers"),
         ("train.py", ["--colour", "red"], "--colour"),
         ("train.py", ["--data", "nowhere", "--run-dir", "runs/c"], "no such file"),
@@ -115,6 +130,28 @@ def test_exported_network_predicts_and_evaluates_as_its_run(folder, run_here):
     with np.load(folder / "a-report/predictions.npz") as predictions:
         assert predictions["logits"].shape == (24, 3) and predictions["logits"].dtype == np.float32
         assert predictions["labels"].dtype == np.int32
+
+
+def test_run_of_a_newer_version_predicts_and_is_exported_but_not_resumed(folder, run_here):
+    shutil.copytree(folder / "runs/a", folder / "runs/newer")
+    path, data = folder / "runs/newer/config.json", next((folder / "data").iterdir()) / "test.npz"
+    path.write_text(path.read_text().replace('"config": {', '"more": 1, "config": {"colour": "red",'))
+    assert run_here(folder, "predict.py", "runs/newer", data) == run_here(folder, "predict.py", "runs/a", data)
+    run_here(folder, "evaluate.py", "runs/newer", data)
+    run_here(folder, "export.py", "runs/newer", "newer.npz")
+    run_here(folder, "learning_curve.py", "runs/newer", "newer.npz")
+    assert "field 'more' is unknown" in run_here(folder, "train.py", "--run-dir", "runs/newer", "--resume", status=2)
+
+
+def test_64_bit_mode_changes_no_image_and_no_prediction(folder, run_here, monkeypatch):
+    images = [path.read_bytes() for path in sorted((folder / "data").glob("*/*.npz"))]
+    expected = run_here(folder, "predict.py", "runs/a", *sorted((folder / "data").glob("*/val.npz")))
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
+    run(folder, "train.py", *SMALL, "--epochs", "1", "--run-dir", "runs/x64", "--simulation.folder", "data64")
+    files = sorted((folder / "data64").glob("*/*.npz"))
+    assert len(files) == 4 and [path.read_bytes() for path in files] == images
+    found = run(folder, "predict.py", "runs/a", *(path for path in files if path.name == "val.npz"))
+    assert found.replace("data64", "data") == expected
 
 
 def test_finetuned_network_has_the_classes_of_its_folder(folder, run_here):

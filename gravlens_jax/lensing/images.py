@@ -52,7 +52,7 @@ def render_block(seed, split, indices, *, priors: Priors, substructure: str, noi
         expected = render_lens(sample_lens(key, priors, substructure), priors)
         if not noise:
             return expected
-        counts = jax.random.poisson(jax.random.fold_in(key, 1), expected)
+        counts = jax.random.poisson(jax.random.fold_in(key, 1), expected, dtype=jnp.int32)
         # uint16 would wrap around; `simulate_images` refuses images that reach the limit.
         return jnp.minimum(counts, MAX_COUNTS).astype(jnp.uint16)
 
@@ -73,13 +73,13 @@ def render_batch(first, seed, split, *, priors: Priors, batch_size: int) -> dict
       images: uint16 (batch_size, num_pixels, num_pixels).
       labels: int32 (batch_size,).
     """
-    indices = first + jnp.arange(batch_size)
+    indices = first + jnp.arange(batch_size, dtype=jnp.int32)
     num_classes = len(SUBSTRUCTURES)
     labels = indices % num_classes
     per_class = -(-batch_size // num_classes)
     rendered = []
     for label, substructure in enumerate(SUBSTRUCTURES):
-        own = first + (label - first) % num_classes + num_classes * jnp.arange(per_class)
+        own = first + (label - first) % num_classes + num_classes * jnp.arange(per_class, dtype=jnp.int32)
         rendered.append(render_block(seed, split, own, priors=priors, substructure=substructure, noise=True))
     return {"images": jnp.stack(rendered)[labels, (indices - first) // num_classes], "labels": labels}
 
@@ -94,7 +94,8 @@ def _simulate_chunk(
     for label, name in enumerate(classes):
         # Always a whole block, so that the bits of an image never depend on the number of images.
         indices = start + label + len(classes) * np.arange(block, dtype=np.int32)
-        rendered = np.asarray(render_block(seed, split, indices, priors=priors, substructure=name, noise=on_device))
+        with jax.enable_x64(False):  # its 64-bit loop counters would change the last bit of some pixels
+            rendered = np.asarray(render_block(seed, split, indices, priors=priors, substructure=name, noise=on_device))
         most = rendered.max()
         check(most < MAX_COUNTS, f"a pixel has {most:.0f} counts, more than {MAX_COUNTS}; lower the prior `photons`")
         for index, image in zip(indices.tolist(), rendered, strict=True):

@@ -16,6 +16,7 @@ from functools import reduce
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 SPEED_OF_LIGHT_KM_S = 299792.458
 # 4 G M_sun / (c^2 Mpc) in arcsec^2: theta_E^2 of one solar mass at a distance ratio of 1 / Mpc.
@@ -27,7 +28,7 @@ Pair = tuple[jax.Array, jax.Array]
 Number = jax.Array | float  # a scalar or, where arrays are meant, an array
 
 
-def pixel_grid(num_pixels: int, pixel_scale: float, supersampling: int = 1) -> Pair:
+def pixel_grid(num_pixels: int, pixel_scale: float, supersampling: int = 1, dtype: DTypeLike = float) -> Pair:
     """Returns x, y of all (sub-)pixels, float (n, n) with n = num_pixels * supersampling, arcsec.
 
     The field's centre is at the origin, row 0 at +y.
@@ -36,9 +37,10 @@ def pixel_grid(num_pixels: int, pixel_scale: float, supersampling: int = 1) -> P
       num_pixels: image height and width.
       pixel_scale: arcsec per pixel.
       supersampling: sub-pixels per pixel and axis.
+      dtype: of x and y; float is JAX's default.
     """
     n = num_pixels * supersampling
-    centres = (jnp.arange(n) - (n - 1) / 2) * (pixel_scale / supersampling)
+    centres = (jnp.arange(n, dtype=dtype) - (n - 1) / 2) * (pixel_scale / supersampling)
     x, y = jnp.meshgrid(centres, -centres)
     return x, y
 
@@ -50,7 +52,9 @@ def luminosity_distance(z: Number, hubble: float = 70.0, omega_m: float = 0.3) -
     """
     nodes, weights = np.polynomial.legendre.leggauss(16)
     z = jnp.asarray(z)
-    redshifts = z[..., None] * (nodes + 1) / 2
+    dtype = jnp.promote_types(z.dtype, jnp.float32)  # also where JAX's default is float64
+    nodes, weights = (nodes + 1).astype(dtype), weights.astype(dtype)
+    redshifts = z[..., None] * nodes / 2
     inverse_e = 1 / jnp.sqrt(omega_m * (1 + redshifts) ** 3 + 1 - omega_m)
     comoving = SPEED_OF_LIGHT_KM_S / hubble * z / 2 * jnp.sum(weights * inverse_e, axis=-1)
     return (1 + z) * comoving

@@ -68,13 +68,13 @@ def _position(radius: jax.Array, angle: jax.Array) -> jax.Array:
 
 
 def _sample_subhalos(keys: Iterator[jax.Array], priors: Priors) -> LensParams:
-    number: jax.Array | int = jax.random.poisson(next(keys), priors.subhalo_number)
+    number: jax.Array | int = jax.random.poisson(next(keys), priors.subhalo_number, dtype=jnp.int32)
     if not priors.subhalo_poisson:
         number = round(priors.subhalo_number)
     shape = (priors.subhalo_padding,)
     power = 1 + priors.subhalo_slope  # the cumulative distribution is linear in mass^power
     low, high = priors.subhalo_mass_min**power, priors.subhalo_mass_max**power
-    masses = (low + jax.random.uniform(next(keys), shape) * (high - low)) ** (1 / power)
+    masses = (low + jax.random.uniform(next(keys), shape, jnp.float32) * (high - low)) ** (1 / power)
     radius, angle = _uniform(next(keys), priors, "subhalo_offset", shape), _angle(next(keys), shape)
     return {
         "subhalo_masses": jnp.where(jnp.arange(priors.subhalo_padding) < number, masses, 0),
@@ -85,7 +85,7 @@ def _sample_subhalos(keys: Iterator[jax.Array], priors: Priors) -> LensParams:
 def _sample_vortex(keys: Iterator[jax.Array], priors: Priors) -> LensParams:
     p = {
         "vortex_mass": priors.mass * _uniform(next(keys), priors, "vortex_mass_fraction"),
-        "vortex_centre": priors.vortex_centre_sigma * jax.random.normal(next(keys), (2,)),
+        "vortex_centre": priors.vortex_centre_sigma * jax.random.normal(next(keys), (2,), jnp.float32),
         "vortex_angle": _angle(next(keys)),
         "vortex_length": _uniform(next(keys), priors, "vortex_length"),
     }
@@ -112,7 +112,7 @@ def render_lens(lens_params: LensParams, priors: Priors) -> jax.Array:
 
     `lens_params` are a result of `sample_lens`; of `priors` only the camera and the source's fixed profile are used.
     """
-    return _render(lens_params, deflect_substructure(*_rays(priors), lens_params), priors)
+    return _render(lens_params, deflect_substructure(*_rays(lens_params, priors), lens_params), priors)
 
 
 def render_lenses(lens_params: LensParams, priors: Priors) -> jax.Array:
@@ -121,20 +121,21 @@ def render_lenses(lens_params: LensParams, priors: Priors) -> jax.Array:
     The same as `jax.vmap` of `render_lens`, but on a CPU twice as fast for many lenses with subhalos. It takes about
     1 MB of memory per lens. Each array of `lens_params` has a leading axis of length n.
     """
-    deflect = partial(deflect_substructure, *_rays(priors))
+    deflect = partial(deflect_substructure, *_rays(lens_params, priors))
     # Each point mass needs a pass over all rays; the rays of one lens fit in a CPU's cache.
     one_by_one = "subhalo_masses" in lens_params and jax.default_backend() == "cpu"
     deflections = jax.lax.map(deflect, lens_params) if one_by_one else jax.vmap(deflect)(lens_params)
     return jax.vmap(lambda p, deflection: _render(p, deflection, priors))(lens_params, deflections)
 
 
-def _rays(priors: Priors) -> profiles.Pair:
-    return profiles.pixel_grid(priors.num_pixels, priors.pixel_scale, priors.supersampling)
+def _rays(p: LensParams, priors: Priors) -> profiles.Pair:
+    dtype = jnp.result_type(jnp.float32, *p.values())  # float32, unless a parameter has more bits
+    return profiles.pixel_grid(priors.num_pixels, priors.pixel_scale, priors.supersampling, dtype)
 
 
 def _render(p: LensParams, substructure: profiles.Pair, priors: Priors) -> jax.Array:
     """Returns the expected photon counts, given the deflection of the substructure at all rays."""
-    x, y = _rays(priors)
+    x, y = _rays(p, priors)
     if priors.lens_axis_ratio == 1:
         halo = profiles.deflect_sis(x, y, p["theta_E"])
     else:

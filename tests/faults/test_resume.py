@@ -79,7 +79,9 @@ def test_killed_and_stopped_run_ends_with_exactly_the_same_parameters(folder, st
         file.write(json.dumps(last) + "\n" + json.dumps(last)[:50])
     (resumed / "checkpoints/15.orbax-checkpoint-tmp/variables").mkdir(parents=True)
     (resumed / "checkpoints/removed/3").mkdir(parents=True)
-    out = train(folder, "--run-dir", "runs/resumed", "--resume", "--tensorboard")
+    elsewhere = shutil.copytree(folder / "data", folder / "elsewhere/data").parent
+    out = train(elsewhere, "--run-dir", "../runs/resumed", "--resume", "--data", "data", "--tensorboard")
+    assert read_run(resumed).config.data == str(elsewhere / "data")
     assert f"runs/resumed: 1 of 2 epochs done (step {saved_step(stopped)} of 15)" in out and "epoch 1/2" not in out
     assert_same_parameters(resumed, folder / "runs/whole")
     for ours, theirs in zip(history(resumed), history(folder / "runs/whole"), strict=True):
@@ -107,6 +109,21 @@ def test_run_stopped_within_an_epoch_ends_with_exactly_the_same_parameters(folde
     assert 0 < step < total and history(run_dir) == []
     assert f"(step {step} of {total})" in train(folder, "--run-dir", run_dir, "--resume")
     assert_same_parameters(run_dir, whole)
+
+
+def test_more_epochs_of_a_finished_run_are_those_of_a_longer_run(folder):
+    run_dir = folder / "runs/longer"
+    train(folder, *FILES, "--epochs", "1", "--run-dir", run_dir)
+    assert "1 of 2 epochs done (step 9 of 15)" in train(folder, "--run-dir", run_dir, "--resume", "--epochs", "2")
+    assert_same_parameters(run_dir, folder / "runs/whole")
+    assert len(history(run_dir)) == 2 and read_run(run_dir).config.epochs == 2
+
+
+def test_other_images_than_the_run_began_with_are_refused(folder, stopped):
+    write_images(folder / "other", easy=48, train=96, val=24, test=23)
+    err = train(folder, "--run-dir", stopped, "--resume", "--data", "other", status=2)
+    assert f"{folder}/other: test.npz does not hold the images that the run began with (23 x 150" in err
+    assert err.count("\n") == 1 and read_run(stopped).config.data == str(folder / "data")
 
 
 def test_run_in_use_is_refused(folder, stopped, monkeypatch):
