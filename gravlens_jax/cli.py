@@ -60,8 +60,9 @@ def _print_commands(word: str, scripts: dict[str, Path]) -> None:
 def run(main: Callable[[], Any]) -> None:
     """Calls `main`; turns expected errors and signals into one paragraph and an exit status.
 
-    InputError, a file or an output that cannot be read or written, or no device: 2; FloatingPointError (a loss or a parameter is
-    not finite), or a lost connection to another process of the run: 1; SIGINT (Ctrl-C): 130; SIGTERM: 143.
+    InputError, a file or an output that cannot be read or written, or a missing device: 2; FloatingPointError (a loss
+    or a parameter is not finite), or a lost connection to another process of the run: 1; SIGINT (Ctrl-C): 130;
+    SIGTERM: 143.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
