@@ -52,8 +52,8 @@ def finetune(
       InputError: images smaller than the crop, NaN or infinite pixels, fewer than two classes, or a bad option.
       FloatingPointError: a parameter is not finite, or the network no longer learns (no gradient).
     """
-    sizes = {name: value for name, value in (("crop", crop), ("pool", pool)) if value is not None}
-    model = network.model.clone(classes=dataset.classes, input=replace(network.model.input, **sizes))
+    given: dict[str, Any] = {name: x for name, x in (("crop", crop), ("pool", pool)) if x is not None}
+    model = network.model.clone(classes=dataset.classes, input=replace(network.model.input, **given))
     check(epochs >= 1 and batch_size >= 1, f"epochs={epochs}, batch_size={batch_size}: both must be at least 1")
     check(len(dataset.classes) > 1, f"only one class, {', '.join(dataset.classes)}; at least two are needed")
     check_images((dataset.size, *dataset.image_shape), model.input)
