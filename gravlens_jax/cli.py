@@ -1,6 +1,7 @@
 """The command `gravlens`, and what the scripts share: user errors print one paragraph and exit with status 2."""
 
 import ast
+import codecs
 import importlib.metadata
 import io
 import logging
@@ -64,9 +65,10 @@ def run(main: Callable[[], Any]) -> None:
     or a parameter is not finite), or a lost connection to another process of the run: 1; SIGINT (Ctrl-C): 130;
     SIGTERM: 143.
     """
+    codecs.register_error("gravlens_jax", _encode_anyway)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # of a terminal or a pipe that is not UTF-8
+            stream.reconfigure(errors="gravlens_jax")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # by default, temporary files would stay
     silence_orbax()
     try:
@@ -158,6 +160,14 @@ def silence_orbax() -> None:
 
     sys.unraisablehook = show_others
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+
+def _encode_anyway(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Encodes what a stream that is not UTF-8 cannot: bytes of file names as they are, other text with backslashes."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
 
 
 def _explain_missing_device(error: Exception) -> str:

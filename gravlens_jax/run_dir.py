@@ -50,12 +50,6 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def cache_folder() -> Path:
-    """Returns the folder for this package's files in the user's cache; it may not exist yet."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # the XDG specification ignores relative paths
-    return (base if base.is_absolute() else Path.home() / ".cache") / "gravlens_jax"
-
-
 def temporary_name(path: Path) -> Path:
     """Returns a name beside `path` that no other process uses, on any host."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -74,6 +68,12 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 def check_folder(path: Path) -> None:
     """Raises InputError unless the parent folder of `path`, a file to be written, exists."""
     check(path.parent.is_dir(), f"{path}: there is no folder {path.parent}; create it or choose another one")
+
+
+def cache_folder() -> Path:
+    """Returns the folder for this package's files in the user's cache; it may not exist yet."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # the XDG specification ignores relative paths
+    return (base if base.is_absolute() else Path.home() / ".cache") / "gravlens_jax"
 
 
 def write_digests(folder: Path) -> None:

@@ -117,7 +117,7 @@ def test_text_is_printed_in_any_encoding(script, arguments, text, tmp_path, run_
     monkeypatch.setattr(sys, "stdout", stream := io.TextIOWrapper(io.BytesIO(), "ascii"))
     run_here(tmp_path, script, *arguments)
     stream.flush()
-    assert text in stream.buffer.getvalue()
+    assert text in stream.buffer.getvalue() and "\udcff".encode("ascii", str(stream.errors)) == b"\xff"
 
 
 @pytest.mark.parametrize("value, expected", [(None, "~/.cache"), ("", "~/.cache"), ("here", "~/.cache"), ("/c", "/c")])
