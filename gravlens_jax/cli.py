@@ -1,5 +1,9 @@
-"""Shared by the scripts: user errors print one paragraph, without a traceback, and exit with status 2."""
+"""The command `gravlens`, and what the scripts share: user errors print one paragraph and exit with status 2."""
 
+import ast
+import codecs
+import importlib.metadata
+import io
 import logging
 import os
 import signal
@@ -7,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import jax
@@ -14,18 +19,56 @@ import tyro
 
 from gravlens_jax.console import Stopped
 from gravlens_jax.errors import InputError, check
+from gravlens_jax.run_dir import cache_folder
 
 HELP = "directory made by train.py or import_torch.py, .npz made by export.py, or the word pretrained"
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=HELP)]
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
+def main() -> None:
+    """Runs `gravlens COMMAND ...`, which is `python scripts/COMMAND.py ...`."""
+    package = Path(__file__).parent
+    folders = package / "commands", package.parent / "scripts"  # of a wheel, and of a clone: see pyproject.toml
+    scripts = {path.stem: path for path in sorted(next(f for f in folders if f.is_dir()).glob("*.py"))}
+    word = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if word.replace("-", "_") in scripts:
+        _run_script(scripts[word.replace("-", "_")], f"gravlens {word}")
+    else:
+        run(lambda: _print_commands(word, scripts))
+
+
+def _run_script(path: Path, name: str) -> None:
+    """Runs a script in this process as Python does, with `name` in its usage (runpy would replace it by the path)."""
+    sys.argv[:2] = [name]
+    sys.path.insert(0, str(path.parent))  # for `import bench`
+    script = ModuleType("__main__")
+    script.__file__ = str(path)  # where the processes of benchmarks, and tyro's help, find it
+    sys.modules["__main__"] = script
+    exec(compile(path.read_bytes(), path, "exec"), vars(script))
+
+
+def _print_commands(word: str, scripts: dict[str, Path]) -> None:
+    if word == "--version":
+        print(f"gravlens_jax {importlib.metadata.version('gravlens_jax')}")
+        return
+    check(word in ("-h", "--help"), f"gravlens {word}: no such command; expected one of {', '.join(scripts)}")
+    print("usage: gravlens COMMAND ... (gravlens COMMAND --help shows its options; gravlens --version)\n")
+    for name, path in scripts.items():
+        print(f"  {name:15} {(ast.get_docstring(ast.parse(path.read_bytes())) or '').partition(chr(10))[0]}")
+
+
 def run(main: Callable[[], Any]) -> None:
     """Calls `main`; turns expected errors and signals into one paragraph and an exit status.
 
-    InputError, or a file or an output that cannot be read or written: 2; FloatingPointError (a loss or a parameter is
-    not finite), or a lost connection to another process of the run: 1; SIGINT (Ctrl-C): 130; SIGTERM: 143.
+    InputError, a file or an output that cannot be read or written, or a missing device: 2; FloatingPointError (a loss
+    or a parameter is not finite), or a lost connection to another process of the run: 1; SIGINT (Ctrl-C): 130;
+    SIGTERM: 143.
     """
+    codecs.register_error("gravlens_jax", _encode_anyway)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="gravlens_jax")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # by default, temporary files would stay
     silence_orbax()
     try:
@@ -41,6 +84,11 @@ def run(main: Callable[[], Any]) -> None:
         message = "another process of this run has ended or cannot be reached; saved checkpoints are intact"
         reason = " ".join(str(error).split())[:200]
         _stop(f"error: {message}. Start all processes again with --resume ({reason})", 1)
+    except (AssertionError, RuntimeError) as error:
+        message = _explain_missing_device(error)
+        if not message:
+            raise
+        _stop(f"error: {message}", 2)
     except Stopped as stopped:
         _stop(str(stopped), 128 + stopped.number)
     except KeyboardInterrupt:
@@ -75,8 +123,7 @@ def set_environment() -> None:
 def use_compile_cache() -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR is set."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gravlens_jax"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
 
 
 def run_function(function: Callable[..., Any]) -> None:
@@ -113,6 +160,30 @@ def silence_orbax() -> None:
 
     sys.unraisablehook = show_others
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+
+def _encode_anyway(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Encodes what a stream that is not UTF-8 cannot: bytes of file names as they are, other text with backslashes."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
+
+
+def _explain_missing_device(error: Exception) -> str:
+    """Returns what to do if JAX cannot use the device that is asked for; "" for any other error."""
+    reason, asked = " ".join(str(error).split()), os.environ.get("JAX_PLATFORMS")
+    missing = reason.startswith(("Unable to initialize backend", "Unknown backend"))
+    if isinstance(error, AssertionError):  # of JAX, without a message, for cuda without a GPU; or of anybody else
+        try:
+            jax.devices()
+        except AssertionError:
+            missing = True
+    if not missing or not asked:
+        return reason if missing else ""
+    reason = reason.partition(" (set JAX_PLATFORMS")[0] or "no GPU found"
+    advice = 'unset it to use any device, or install its driver and "gravlens_jax[cuda12]", [cuda13] or [tpu]'
+    return f"JAX_PLATFORMS={asked}: this device cannot be used ({reason}); {advice}"
 
 
 def _discard_output() -> None:

@@ -83,8 +83,9 @@ def check_folder(path: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Returns the folder for files of this project that can be made again, in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gravlens_jax"
+    """Returns the folder for this package's files in the user's cache; it may not exist yet."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # the XDG specification ignores relative paths
+    return (base if base.is_absolute() else Path.home() / ".cache") / "gravlens_jax"
 
 
 def write_digests(folder: Path) -> None:

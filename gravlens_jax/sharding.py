@@ -11,9 +11,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gravlens_jax.errors import check
+from gravlens_jax.errors import InputError, check
 
 DEAD_SECONDS = 60  # a process without a heartbeat for so long is considered dead, and the others end
+EXPLICIT = "give --coordinator HOST:PORT --num-processes N --process-id I"
 
 
 def join_processes(
@@ -28,14 +29,13 @@ def join_processes(
       process_id: 0, 1, ... of this one; with HOST:PORT only.
 
     Raises:
-      InputError: arguments that do not belong together.
+      InputError: arguments that do not belong together, or an incomplete or unknown cluster.
     """
     given = coordinator not in (None, "auto")
     check(
         (num_processes is not None) == (process_id is not None) == given,
         f"coordinator={coordinator}, num_processes={num_processes}, process_id={process_id}: give all three, or none",
     )
-    tasks = max(int(os.environ.get(name, "1")) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     if coordinator is not None and num_processes is not None and process_id is not None:
         host, _, port = coordinator.rpartition(":")
         check(bool(host) and port.isdecimal(), f"coordinator={coordinator}: expected HOST:PORT, or auto")
@@ -51,8 +51,31 @@ def join_processes(
             heartbeat_timeout_seconds=DEAD_SECONDS,
             cluster_detection_method="deactivate",
         )
-    elif coordinator == "auto" or tasks > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+    elif cause := "--coordinator auto" if coordinator else _find_cluster():
+        _join_cluster(cause)
+
+
+def _find_cluster() -> str | None:
+    """Returns the environment variable, NAME=VALUE, that tells of several processes; None for a single one."""
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        tasks = os.environ.get(name) or "1"
+        check(tasks.isdecimal(), f"{name}={tasks}: expected a number of processes; unset {name}, or {EXPLICIT}")
+        if int(tasks) > 1:
+            return f"{name}={tasks}"
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return f"TPU_WORKER_HOSTNAMES={hosts}" if "," in hosts else None
+
+
+def _join_cluster(cause: str) -> None:
+    """Joins the processes that JAX detects; InputError that names `cause`, why it should, if it cannot."""
+    try:
         jax.distributed.initialize(heartbeat_timeout_seconds=DEAD_SECONDS)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # what JAX raises for missing or bad variables
+        if jax.distributed.is_initialized():  # complete, but a process cannot be reached
+            raise
+        name, alone = cause.partition("=")[0], "if this is the only process"
+        undo = f"leave it out {alone}" if cause.startswith("--") else f"unset {name} {alone}"
+        raise InputError(f"{cause}: JAX detects no complete cluster ({error}); {undo}, or {EXPLICIT}") from error
 
 
 def data_mesh(devices: int | None = None) -> Mesh:

@@ -1,6 +1,7 @@
 """Fine-tunes a trained network on images of other classes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +28,8 @@ def finetune(
     network: Network,
     dataset: Dataset,
     *,
+    crop: int | None = None,
+    pool: int | None = None,
     epochs: int = 10,
     learning_rate: float = 0.01,
     batch_size: int = 32,
@@ -38,6 +41,7 @@ def finetune(
     Args:
       network: from `load_network`; it is not changed.
       dataset: labelled images that suit the network's input: the same pixel scale, for example.
+      crop, pool: of the new network's input, see `InputConfig`; by default the old one's.
       epochs: passes over the images.
       learning_rate: peak; see `OptimConfig`.
       batch_size: images per step; all of them, if there are fewer.
@@ -45,11 +49,11 @@ def finetune(
       show: is called with a line of text after each epoch.
 
     Raises:
-      InputError: images smaller than the network's crop, NaN or infinite pixels, fewer than two classes, or an option
-        out of range.
+      InputError: images smaller than the crop, NaN or infinite pixels, fewer than two classes, or a bad option.
       FloatingPointError: a parameter is not finite, or the network no longer learns (no gradient).
     """
-    model = network.model.clone(classes=dataset.classes)
+    given: dict[str, Any] = {name: x for name, x in (("crop", crop), ("pool", pool)) if x is not None}
+    model = network.model.clone(classes=dataset.classes, input=replace(network.model.input, **given))
     check(epochs >= 1 and batch_size >= 1, f"epochs={epochs}, batch_size={batch_size}: both must be at least 1")
     check(len(dataset.classes) > 1, f"only one class, {', '.join(dataset.classes)}; at least two are needed")
     check_images((dataset.size, *dataset.image_shape), model.input)
@@ -82,6 +86,8 @@ def main(
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")],
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     classes: str | None = None,
+    crop: Annotated[int | None, tyro.conf.arg(name="input.crop")] = None,
+    pool: Annotated[int | None, tyro.conf.arg(name="input.pool")] = None,
     epochs: int = 10,
     learning_rate: float = 0.01,
     batch_size: int = 32,
@@ -89,22 +95,33 @@ def main(
 ) -> None:
     """Trains a network further, with a new head, on images of your own classes; RUN itself is not changed.
 
-    example:
+    examples:
       python scripts/finetune.py pretrained my_images mine.npz --classes cdm,axion
+      python scripts/finetune.py pretrained small_images mine.npz --input.crop 64 --input.pool 1
 
     Args:
         data: .npz made by pack.py, or a folder with one folder of .npy images for each class.
         out: .npz to write, which evaluate.py and predict.py accept in place of a run, or another format of export.py.
-        classes: names, separated by commas, in the order of the network's outputs; by default those of DATA.
+        classes: names, separated by commas, in the order of the network's outputs; by default those of DATA. Give
+            name=folder where the network is to call a class by another name than DATA.
+        crop: central pixels kept, height and width; by default as in RUN.
+        pool: side of the pixel blocks that are averaged; by default as in RUN.
         epochs: passes over the images.
         learning_rate: peak; half of train.py's.
         batch_size: images per step.
         seed: of the new head, the order and the flips.
     """
+    cli.set_environment()
     check_output(out)
-    names = list_classes(data) if data.is_dir() else open_npz(data).classes
-    dataset = load_labelled(data, cli.split_names(classes) if classes else names)
-    options: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
+    found = list_classes(data) if data.is_dir() else open_npz(data).classes
+    names = cli.parse_classes(classes) if classes else dict(zip(found, found, strict=True))
+    theirs = tuple(names.values())
+    right = set(theirs) <= set(found) if data.is_dir() else sorted(theirs) == sorted(found)
+    check(right, f"--classes {classes}: {data} has the classes {', '.join(found)}; expected these names")
+    dataset = load_labelled(data, theirs)._replace(classes=tuple(names))
+    options: dict[str, Any] = {"crop": crop, "pool": pool, "epochs": epochs, "learning_rate": learning_rate}
+    options |= {"batch_size": batch_size, "seed": seed}
+    cli.use_compile_cache()
     network = finetune(load_network(run), dataset, **options)
     write_network(out, network, describe(network) | {"finetuned": {"run": str(run), "data": str(data), **options}})
     print(f"{out}: classes {', '.join(network.model.classes)}")

@@ -1,17 +1,22 @@
-"""Functions that the scripts share, and TensorBoard's event files."""
+"""The command gravlens, functions that the scripts share, and TensorBoard's event files."""
 
+import io
 import os
 import runpy
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from unittest.mock import Mock
 
+import jax
+import numpy as np
 import pytest
 
-from commands import ROOT
+from commands import ROOT, run
 from gravlens_jax import cli
 from gravlens_jax.cli import HUGE_PAGES
 from gravlens_jax.console import Stopped
@@ -30,6 +35,100 @@ def test_a_program_restarts_once_with_huge_pages():
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True).stdout.strip() == HUGE_PAGES
+
+
+@pytest.mark.parametrize("layout", ["clone", "wheel"])
+def test_pip_installs_a_command_that_runs_the_scripts(layout, tmp_path):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    module, name = project["project"]["scripts"]["gravlens"].split(":")
+    command, setup = tmp_path / "gravlens", project["tool"]["setuptools"]
+    command.write_text(f"#!{sys.executable}\nimport sys\nfrom {module} import {name}\nsys.exit({name}())\n")
+    command.chmod(0o755)
+    for package in setup["packages"] if layout == "wheel" else ():
+        for file in (ROOT / setup["package-dir"].get(package, package.replace(".", "/"))).glob("*.py"):
+            (tmp_path / package.replace(".", "/")).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, tmp_path / package.replace(".", "/"))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path if layout == "wheel" else ROOT)}
+    environment.pop("GLIBC_TUNABLES", None)  # so that it restarts
+    options = {"env": environment, "cwd": tmp_path, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.run([command, "benchmark", "scale", "--figure", "none/a.png"], **options)
+    assert process.returncode == 2 and process.stderr.startswith("error: none/a.png: there is no folder none")
+
+
+@pytest.mark.parametrize(
+    "arguments, status, text",
+    [
+        (["--help"], 0, "\n  learning_curve  Draws the learning curves of runs beside"),
+        ([], 0, "\n  train           Trains a network"),
+        (["--version"], 0, "gravlens_jax "),
+        (["trian"], 2, "error: gravlens trian: no such command; expected one of benchmark, evaluate, export"),
+        (["learning-curve", "--help"], 0, "usage: gravlens learning-curve [-h]"),
+    ],
+)
+def test_gravlens_lists_its_commands_and_names_them_in_their_usage(arguments, status, text, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gravlens", *arguments])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "__main__", None)
+    monkeypatch.setattr(cli, "silence_orbax", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    try:
+        cli.main()
+    except SystemExit as stop:
+        assert (stop.code or 0) == status
+    assert text in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ""}, "JAX_PLATFORMS=cuda: this device cannot be used ("),
+        ({"JAX_PLATFORMS": "nothing"}, "JAX_PLATFORMS=nothing: this device cannot be used (Unable to initialize"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS=2: JAX detects no complete cluster (coordinator"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2: JAX detects no complete cluster ("),
+        ({"SLURM_STEP_NUM_TASKS": "abc"}, "SLURM_STEP_NUM_TASKS=abc: expected a number of processes; unset SLURM_ST"),
+        ({"JAX_COORDINATOR": "auto"}, "--coordinator auto: JAX detects no complete cluster ("),
+    ],
+)
+def test_a_missing_device_or_cluster_is_one_error(environment, message, tmp_path, monkeypatch):
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    auto = ["--coordinator", environment.pop("JAX_COORDINATOR")] if "JAX_COORDINATOR" in environment else []
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    error = run(tmp_path, "train.py", *auto, "--data", "nowhere", status=2)
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+    assert "unset" in error or "leave it out" in error
+
+
+def test_an_assertion_of_ours_is_no_missing_device():
+    with pytest.raises(AssertionError, match="ours"):
+        cli.run(Mock(side_effect=AssertionError("ours")))
+
+
+@pytest.mark.parametrize(
+    "script, arguments, text",
+    [
+        *((f.name, ["--help"], b"usage: ") for f in sorted((ROOT / "scripts").glob("*.py"))),
+        ("predict.py", ["pretrained", "é.npy"], b"\\xe9.npy,"),
+    ],
+)
+def test_text_is_printed_in_any_encoding(script, arguments, text, tmp_path, run_here, monkeypatch):
+    np.save(tmp_path / arguments[-1], np.zeros((150, 150)))
+    monkeypatch.setattr(sys, "stdout", stream := io.TextIOWrapper(io.BytesIO(), "ascii"))
+    run_here(tmp_path, script, *arguments)
+    stream.flush()
+    assert text in stream.buffer.getvalue() and "\udcff".encode("ascii", str(stream.errors)) == b"\xff"
+
+
+@pytest.mark.parametrize("value, expected", [(None, "~/.cache"), ("", "~/.cache"), ("here", "~/.cache"), ("/c", "/c")])
+def test_compiled_programs_are_kept_in_the_cache_folder_of_the_xdg_specification(value, expected, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if value is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+    monkeypatch.setattr(jax.config, "update", update := Mock())
+    cli.use_compile_cache()
+    update.assert_called_once_with("jax_compilation_cache_dir", str(Path(expected, "gravlens_jax").expanduser()))
 
 
 @pytest.fixture(scope="module")

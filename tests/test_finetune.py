@@ -8,8 +8,8 @@ from finetune import finetune
 from gravlens_jax.config import InputConfig
 from gravlens_jax.errors import InputError
 from gravlens_jax.model import ResNet
-from gravlens_jax.npz import Dataset
-from gravlens_jax.weights import Network
+from gravlens_jax.npz import Dataset, write_npz
+from gravlens_jax.weights import Network, describe, load_network, write_network
 
 MODEL = ResNet(depth=8, width=4, input=InputConfig(16, 1, "linear", 0.3, 0.2))
 NETWORK = Network(MODEL, MODEL.init(jax.random.key(0), np.zeros((1, 16, 16, 1), np.float32)), (20, 20))
@@ -56,3 +56,35 @@ def test_broken_and_dead_networks_are_errors(scale, bias, message):
     variables = {**NETWORK.variables, "params": {**NETWORK.variables["params"], "norm0": norm}}
     with pytest.raises(FloatingPointError, match=message):
         finetune(replace(NETWORK, variables=variables), bars(40), epochs=5, batch_size=8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a network, net.npz; three.npz and folders of images that are smaller than its crop."""
+    write_network(tmp_path / "net.npz", NETWORK, describe(NETWORK))
+    images = np.random.default_rng(0).random((6, 12, 12)).astype(np.float32)
+    write_npz(tmp_path / "three.npz", [images], images.shape, images.dtype, np.arange(6) % 3, ("a", "b", "c"), {})
+    for name in ("cdm", "axion"):
+        (tmp_path / "small" / name).mkdir(parents=True)
+        for number, image in enumerate(images):
+            np.save(tmp_path / "small" / name / f"{number}.npy", image)
+    return tmp_path
+
+
+def test_images_of_another_size_and_renamed_classes(folder, run_here):
+    finetune = "finetune.py", "net.npz", "small", "new.npz", "--epochs", "1", "--classes", "no=cdm,yes=axion"
+    assert "train with --input.crop 12\n" in run_here(folder, *finetune, status=2)
+    assert "crop=12 is not a multiple of pool=5" in run_here(
+        folder, *finetune, "--input.crop", "12", "--input.pool", "5", status=2
+    )
+    assert run_here(folder, *finetune, "--input.crop", "12", "--input.pool", "2").endswith("classes no, yes\n")
+    network = load_network(folder / "new.npz")
+    assert network.model.input == replace(MODEL.input, crop=12, pool=2) and network.image_shape == (12, 12)
+    run_here(folder, "export.py", "new.npz", "again.npz")
+    assert len(run_here(folder, "predict.py", "again.npz", "small").splitlines()) == 13
+
+
+@pytest.mark.parametrize("data, classes, found", [("three.npz", "a,b", "a, b, c"), ("small", "cdm,wdm", "axion, cdm")])
+def test_classes_that_the_data_do_not_have_are_refused(data, classes, found, folder, run_here):
+    error = run_here(folder, "finetune.py", "net.npz", data, "new.npz", "--classes", classes, status=2)
+    assert error == f"error: --classes {classes}: {data} has the classes {found}; expected these names\n"
