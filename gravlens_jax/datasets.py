@@ -18,7 +18,7 @@ from gravlens_jax.lensing.images import labels_of, render_batch, simulate_images
 from gravlens_jax.lensing.priors import PRESETS, Priors, make_easy
 from gravlens_jax.loader import DeviceSource, FileSource, Source
 from gravlens_jax.npz import Dataset, open_npz, write_npz
-from gravlens_jax.pixels import check_pixels
+from gravlens_jax.pixels import check_pixels, read_rows
 from gravlens_jax.preprocess import check_images
 from gravlens_jax.run_dir import locked
 from gravlens_jax.sharding import is_main, local_rows, shard_batch, wait_for_all
@@ -147,7 +147,7 @@ def fingerprint(dataset: Dataset) -> str:
     """
     n, (height, width), digest = dataset.size, dataset.image_shape, hashlib.sha256(dataset.labels.tobytes())
     for row in np.linspace(0, n - 1, min(n, 64)).astype(int):
-        digest.update(dataset.images[row].tobytes())
+        digest.update(read_rows(dataset.images, np.array([row])).tobytes())
     classes = ", ".join(dataset.classes)
     return f"{n} x {height} x {width} {dataset.images.dtype.str}, classes {classes}, sha256 {digest.hexdigest()}"
 

@@ -12,17 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from gravlens_jax.errors import InputError, check, check_installed
-from gravlens_jax.npz import (
-    MAX_RATIO,
-    MEMORY_BYTES,
-    Dataset,
-    as_stack,
-    is_visible,
-    open_npz,
-    read_header,
-    read_image_header,
-)
-from gravlens_jax.pixels import map_images, read_rows, scale
+from gravlens_jax.npz import MAX_RATIO, MEMORY_BYTES, Dataset, is_visible, open_npz
+from gravlens_jax.pixels import as_stack, map_images, read_image_header, read_rows, scale
 
 FITS = (".fits", ".fit", ".fts", ".fits.gz")
 SUFFIXES = (".npy", *FITS)  # in any case
@@ -119,30 +110,6 @@ def show_unread(files: Iterable[Path]) -> None:
     """Names files that are not read on stderr."""
     if text := ", ".join(map(str, files)):
         print(f"not read: {text}", file=sys.stderr)
-
-
-def load_image(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
-    """Reads one image of shape (height, width) or (1, height, width); returns (height, width), any real dtype.
-
-    Raises:
-      InputError: unreadable, Python objects, another shape than `shape`, more than 64 bits a pixel, NaN or infinite
-        pixels, pixels beyond float32.
-    """
-    try:
-        with open(path, "rb") as file:
-            read_header(file, os.stat(path).st_size, "uif", str(path))
-        image = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise InputError(f"{path}: not a readable .npy ({error})") from error
-    stored = image.shape
-    if image.ndim == 3 and stored[0] == 1:
-        image = image[0]
-    expected = f"(1, {shape[0]}, {shape[1]}) or {shape}" if shape else "(1, height, width) or (height, width)"
-    check(image.ndim == 2 and shape in (None, image.shape), f"{path}: image has shape {stored}, expected {expected}")
-    check(image.dtype.itemsize <= 8, f"{path}: image is {image.dtype}, expected at most 64 bits a pixel")
-    finite = bool((np.abs(image) <= np.finfo(np.float32).max).all())
-    check(finite, f"{path}: image has NaN or infinite pixels, or pixels beyond float32; fix or remove it")
-    return image
 
 
 def load_folder(folder: Path, classes: Classes) -> Dataset:

@@ -6,7 +6,6 @@ is unpickled.
 """
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -18,19 +17,17 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from gravlens_jax.config import CLASSES
 from gravlens_jax.errors import InputError, check, parse_json
-from gravlens_jax.pixels import CHUNK_BYTES, map_images
+from gravlens_jax.pixels import CHUNK_BYTES, Header, map_images, read_header, read_image_header
 from gravlens_jax.run_dir import cache_folder, temporary_name, writing
 
 COPY = ".unpacked.npz"  # ends the name of an unpacked copy
 EXPECTED = "an .npz made by scripts/pack.py or scripts/simulate.py"
-HEADER_BYTES = 2**14  # NumPy accepts headers of up to 10,000
-KINDS = {"f": "floating-point numbers", "ui": "integers", "uif": "real numbers", "U": "text"}
 LABELS = ("labels", "label", "y", "targets", "target")
 PAIRS = [(images, labels) for images in ("images", "image", "x", "data") for labels in LABELS]
 PAIRS += [("x_train", "y_train"), ("arr_0", "arr_1")]  # names of the two arrays, in lower case
@@ -56,13 +53,6 @@ class Dataset(NamedTuple):
     def image_shape(self) -> tuple[int, int]:
         """Height and width."""
         return self.images.shape[1:]
-
-
-class Header(NamedTuple):  # of an .npy; its shape agrees with the number of bytes
-    shape: tuple[int, ...]
-    fortran_order: bool
-    dtype: np.dtype
-    offset: int  # of the first element, from the start of the header
 
 
 def write_npz(
@@ -195,31 +185,10 @@ def unpack_npz(
 def load_arrays(path: Path, expected: str, kinds: str) -> dict[str, np.ndarray]:
     """Reads all arrays of a small .npz, name -> array; InputError if it is missing, damaged or too large.
 
-    `expected` describes the file in errors; `kinds` are kinds of dtype, one of KINDS, and others an InputError.
+    `expected` describes the file in errors; `kinds` are kinds of dtype, one of `pixels.KINDS`, and others an InputError.
     """
     with _open_archive(path, expected) as (archive, members):
         return _read_members(archive, members, dict.fromkeys(members, kinds))
-
-
-def read_header(file: IO[bytes], size: int, kinds: str, where: str) -> Header:
-    """Reads the header of an .npy of `size` bytes, whose dtype must be one of KINDS; `where` is its name in errors."""
-    head = io.BytesIO(file.read(HEADER_BYTES))
-    try:
-        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, fortran_order, dtype = readers[np.lib.format.read_magic(head)](head)
-    except Exception as error:  # NumPy evaluates the header as a Python literal, which may fail in many ways
-        raise InputError(f"{where} is not an array of numbers or text ({error!r:.200})") from error
-    allowed = "(but scripts/pack.py reads [image, mass] of .npy files)"
-    check(not dtype.hasobject, f"{where} holds Python objects, which are never unpickled {allowed}")
-    right = dtype.kind in kinds and dtype.itemsize > 0
-    check(right, f"{where} has dtype {dtype}, expected {KINDS.get(kinds, 'numbers or text')}")
-    check(
-        len(shape) <= 32
-        and all(0 < length < 2**31 for length in shape)
-        and head.tell() + math.prod(shape) * dtype.itemsize == size,
-        f"{where} announces shape {shape!s:.80} of {dtype}, but header and data have {size} bytes; make it again",
-    )
-    return Header(shape, fortran_order, dtype, head.tell())
 
 
 def _map_images(archive: zipfile.ZipFile, info: zipfile.ZipInfo, header: Header) -> np.ndarray:
@@ -233,23 +202,6 @@ def _map_images(archive: zipfile.ZipFile, info: zipfile.ZipInfo, header: Header)
         start + info.file_size <= archive.start_dir, f"{archive.filename}: {info.filename} is incomplete; make it again"
     )
     return map_images(file, header.dtype, start + header.offset, header.shape)
-
-
-def read_image_header(file: IO[bytes], size: int, where: str) -> Header:
-    """Reads the header of an .npy of images, see `read_header`; its shape becomes (n, height, width)."""
-    header = read_header(file, size, "uif", where)
-    check(header.dtype.itemsize <= 8, f"{where}: images are {header.dtype}, expected at most 64 bits a pixel")
-    return header._replace(shape=as_stack(header.shape, where))
-
-
-def as_stack(shape: tuple[int, ...], where: str) -> tuple[int, ...]:
-    """Returns (n, height, width) for the shape of one or more images, which may have an axis for one channel."""
-    expected = "(height, width) or (n, height, width), perhaps with an axis of length 1 for the channel"
-    check(2 <= len(shape) <= 4 and 0 not in shape, f"{where}: images have shape {shape}, expected {expected}")
-    if len(shape) == 4:
-        check(1 in (shape[1], shape[3]), f"{where}: images have shape {shape}, expected {expected}")
-        return (shape[0], *shape[2:]) if shape[1] == 1 else shape[:3]
-    return shape if len(shape) == 3 and shape[2] > 1 else (1, *shape[:2])
 
 
 def is_visible(name: str) -> bool:

@@ -1,14 +1,25 @@
-"""Pixels on disk: images in a file as a numpy memory map, and the one function that reads them."""
+"""Pixels on disk: headers of arrays, images in a file as a numpy memory map, and the one function that reads them."""
 
+import io
+import math
 import mmap
 import os
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from gravlens_jax.errors import InputError, check
 
 CHUNK_BYTES = 2**25  # read at a time
+HEADER_BYTES = 2**14  # NumPy accepts headers of up to 10,000
+KINDS = {"f": "floating-point numbers", "ui": "integers", "uif": "real numbers", "U": "text"}
+
+
+class Header(NamedTuple):  # of an .npy; its shape agrees with the number of bytes
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype
+    offset: int  # of the first element, from the start of the header
 
 
 class MappedImages(np.memmap):
@@ -29,6 +40,44 @@ class MappedImages(np.memmap):
         """Returns the name of an image for error messages, with its row in the file."""
         distance = self.ctypes.data + row * self.strides[0] - self.whole.ctypes.data
         return f"{self.filename}: images[{distance // self.whole.strides[0]}]"
+
+
+def read_header(file: IO[bytes], size: int, kinds: str, where: str) -> Header:
+    """Reads the header of an .npy of `size` bytes, whose dtype must be one of KINDS; `where` is its name in errors."""
+    head = io.BytesIO(file.read(HEADER_BYTES))
+    try:
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, fortran_order, dtype = readers[np.lib.format.read_magic(head)](head)
+    except Exception as error:  # NumPy evaluates the header as a Python literal, which may fail in many ways
+        raise InputError(f"{where} is not an array of numbers or text ({error!r:.200})") from error
+    allowed = "(but scripts/pack.py reads [image, mass] of .npy files)"
+    check(not dtype.hasobject, f"{where} holds Python objects, which are never unpickled {allowed}")
+    right = dtype.kind in kinds and dtype.itemsize > 0
+    check(right, f"{where} has dtype {dtype}, expected {KINDS.get(kinds, 'numbers or text')}")
+    check(
+        len(shape) <= 32
+        and all(0 < length < 2**31 for length in shape)
+        and head.tell() + math.prod(shape) * dtype.itemsize == size,
+        f"{where} announces shape {shape!s:.80} of {dtype}, but header and data have {size} bytes; make it again",
+    )
+    return Header(shape, fortran_order, dtype, head.tell())
+
+
+def read_image_header(file: IO[bytes], size: int, where: str) -> Header:
+    """Reads the header of an .npy of images, see `read_header`; its shape becomes (n, height, width)."""
+    header = read_header(file, size, "uif", where)
+    check(header.dtype.itemsize <= 8, f"{where}: images are {header.dtype}, expected at most 64 bits a pixel")
+    return header._replace(shape=as_stack(header.shape, where))
+
+
+def as_stack(shape: tuple[int, ...], where: str) -> tuple[int, ...]:
+    """Returns (n, height, width) for the shape of one or more images, which may have an axis for one channel."""
+    expected = "(height, width) or (n, height, width), perhaps with an axis of length 1 for the channel"
+    check(2 <= len(shape) <= 4 and 0 not in shape, f"{where}: images have shape {shape}, expected {expected}")
+    if len(shape) == 4:
+        check(1 in (shape[1], shape[3]), f"{where}: images have shape {shape}, expected {expected}")
+        return (shape[0], *shape[2:]) if shape[1] == 1 else shape[:3]
+    return shape if len(shape) == 3 and shape[2] > 1 else (1, *shape[:2])
 
 
 def map_images(file: IO[bytes], dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> MappedImages:

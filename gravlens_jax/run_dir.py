@@ -233,11 +233,10 @@ def write_history(run_dir: Path, lines: list[dict[str, Any]]) -> None:
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def write_calibration(
-    run_dir: Path, temperatures: dict[int, float], populations: dict[int, dict[str, np.ndarray] | None]
-) -> None:
+def write_calibration(run_dir: Path, calibrations: dict[int, tuple[float, dict[str, np.ndarray] | None]]) -> None:
     """Writes calibration.json and population.npz: temperature and population for the checkpoint of each step."""
-    arrays = {f"{step}/{name}": x for step, population in populations.items() for name, x in (population or {}).items()}
+    temperatures = {step: temperature for step, (temperature, _) in calibrations.items()}
+    arrays = {f"{step}/{name}": x for step, (_, own) in calibrations.items() for name, x in (own or {}).items()}
     with writing(run_dir):
         write_atomically(run_dir / "calibration.json", json.dumps(temperatures) + "\n")
         write_arrays(run_dir / "population.npz", arrays)

@@ -13,9 +13,8 @@ from gravlens_jax.model import ResNet, forward
 from gravlens_jax.optim import init_plateau, update_plateau
 from gravlens_jax.preprocess import augment, prepare, to_unit
 
-Batch = dict[
-    str, jax.Array
-]  # images (batch, height, width), labels int32 (batch,); see also `train_steps`, `eval_step`
+# images (batch, height, width), labels int32 (batch,); see also `train_steps`, `eval_step`
+Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]  # over images: loss float32, correct int32, count int32; over steps: gradient float32
 
 ADVICE = "saved checkpoints are intact; start again with a lower learning rate"

@@ -14,30 +14,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gravlens_jax import checkpoint
+from gravlens_jax import run_dir as files
 from gravlens_jax.config import Config
 from gravlens_jax.console import Meter, Stopped, recorded_signals
 from gravlens_jax.datasets import Splits, open_splits
 from gravlens_jax.errors import check
-from gravlens_jax.inference import outputs
 from gravlens_jax.loader import Plan, eval_batches, train_batches
-from gravlens_jax.metrics import fit_population, fit_temperature
 from gravlens_jax.model import ResNet, make_model
 from gravlens_jax.npz import Dataset
 from gravlens_jax.optim import learning_rate_schedule, make_optimizer
 from gravlens_jax.report import evaluate_network
-from gravlens_jax.run_dir import (
-    RunInfo,
-    check_resumable,
-    check_same_images,
-    check_unused,
-    create_run,
-    locked,
-    read_history,
-    saved_step,
-    update_run,
-    write_calibration,
-    write_history,
-)
 from gravlens_jax.sharding import agree, check_batch_size, data_mesh, is_main, replicate, replicated, wait_for_all
 from gravlens_jax.train_step import (
     TrainState,
@@ -49,7 +35,7 @@ from gravlens_jax.train_step import (
     mean_metrics,
     train_steps,
 )
-from gravlens_jax.weights import Network, calibrated
+from gravlens_jax.weights import Network, calibrate, calibrated
 
 AGREE_EVERY = 16  # calls of `train_fn`, after which several processes agree whether to save or stop
 OnEpoch = Callable[[dict[str, Any]], None]
@@ -75,45 +61,41 @@ def fit(
     config = config.resolve()
     run_dir, main = Path(config.run_dir), is_main()
     if resume:
-        check_resumable(run_dir, config)
+        files.check_resumable(run_dir, config)
     elif main:
-        check_unused(run_dir)
+        files.check_unused(run_dir)
     check(save_minutes >= 0, f"save_minutes={save_minutes}: expected a number >= 0")
     mesh = data_mesh()
     check_batch_size(config.batch_size, mesh)
     splits = open_splits(config, mesh)
     plan = _make_plan(config, splits)
-    info = RunInfo(config, splits.val.classes, splits.val.image_shape, splits.record)
+    info = files.RunInfo(config, splits.val.classes, splits.val.image_shape, splits.record)
     if resume:
-        check_same_images(run_dir, info)
+        files.check_same_images(run_dir, info)
     model = make_model(config.model, config.input, info.classes)
-    with locked(run_dir) if main else nullcontext():
+    with files.locked(run_dir) if main else nullcontext():
         if main:
-            (update_run if resume else create_run)(run_dir, info)
+            (files.update_run if resume else files.create_run)(run_dir, info)
         state, best_step = _train(config, model, splits, plan, mesh, save_minutes, on_epoch)
         final = {"params": state.params, "batch_stats": state.batch_stats}
         variables = {int(state.step): jax.tree.map(np.asarray, final)}
         if best_step not in variables:
             variables[best_step], _ = checkpoint.load_variables(run_dir, model, "best")
-        labels, temperatures, populations = splits.val.labels, {}, {}
-        for step, own in variables.items():
-            logits, means = outputs(model, own, splits.val.images)
-            temperatures[step] = fit_temperature(logits, labels)
-            populations[step] = fit_population(means, labels, len(info.classes))
+        calibrations = {step: calibrate(model, own, splits.val) for step, own in variables.items()}
         if main:
-            write_calibration(run_dir, temperatures, populations)
-        best, temperature = variables[best_step], temperatures[best_step]
-        best = calibrated(best, temperature, populations[best_step])
+            files.write_calibration(run_dir, calibrations)
+        temperature, population = calibrations[best_step]
+        best = calibrated(variables[best_step], temperature, population)
         network = Network(model, best, info.image_shape, temperature)
         out = run_dir / "report" if main else None
-        return evaluate_network(network, splits.test, out=out, history=read_history(run_dir))
+        return evaluate_network(network, splits.test, out=out, history=files.read_history(run_dir))
 
 
 def _make_plan(config: Config, splits: Splits) -> Plan:
     """Returns the steps of the run; InputError if more of them are done already."""
     easy = splits.easy.size if splits.easy else 0
     plan = Plan(easy // config.batch_size, splits.train.size // config.batch_size, config.epochs)
-    step = saved_step(Path(config.run_dir)) or 0
+    step = files.saved_step(Path(config.run_dir)) or 0
     least = -(-(step - plan.easy_steps) // plan.steps_per_epoch)
     check(least <= config.epochs, f"--epochs is {config.epochs} but step {step} is done; give at least {least}")
     return plan
@@ -160,7 +142,7 @@ def _train(
                 line["wall_seconds"] = meter.seconds()
                 history.append(line)
                 if is_main():  # before the checkpoint: if it is never saved, resuming removes the line
-                    write_history(run_dir, history)
+                    files.write_history(run_dir, history)
             if ends_epoch:
                 state = end_epoch_fn(state, val_loss)
             checkpoint.save(manager, state, val_loss)
@@ -179,9 +161,9 @@ def _train(
 
 def _resume_history(run_dir: Path, plan: Plan, step: int, on_epoch: OnEpoch) -> list[dict[str, Any]]:
     """Returns the lines of metrics.jsonl that belong to saved epochs, and removes the others."""
-    history = read_history(run_dir, max(0, plan.epoch_after(step)))
+    history = files.read_history(run_dir, max(0, plan.epoch_after(step)))
     if is_main():
-        write_history(run_dir, history)
+        files.write_history(run_dir, history)
         for line in history:
             on_epoch(line)
     return history

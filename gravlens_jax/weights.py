@@ -15,9 +15,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gravlens_jax.checkpoint import Which, load_variables
 from gravlens_jax.config import InputConfig, ModelConfig, from_dict
 from gravlens_jax.errors import check, check_installed, parse_json
-from gravlens_jax.inference import export_program
+from gravlens_jax.inference import export_program, outputs
+from gravlens_jax.metrics import fit_population, fit_temperature
 from gravlens_jax.model import ResNet, make_model, variable_shapes
-from gravlens_jax.npz import load_arrays
+from gravlens_jax.npz import Dataset, load_arrays
 from gravlens_jax.run_dir import (
     check_folder,
     read_config,
@@ -87,6 +88,12 @@ def load_run(run_dir: str | Path, checkpoint: Which = "best") -> Network:
 def load_pretrained() -> Network:
     """Returns the network that comes with the package, trained on simulated images alone."""
     return load_network(PRETRAINED)
+
+
+def calibrate(model: ResNet, variables: Any, dataset: Dataset) -> tuple[float, dict[str, np.ndarray] | None]:
+    """Returns the temperature and the population, fitted to images that the network was not trained on."""
+    logits, means = outputs(model, variables, dataset.images)
+    return fit_temperature(logits, dataset.labels), fit_population(means, dataset.labels, len(model.classes))
 
 
 def calibrated(variables: Any, temperature: float, population: dict[str, np.ndarray] | None = None) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from gravlens_jax.config import CLASSES
 from gravlens_jax.console import track
 from gravlens_jax.errors import InputError, check
 from gravlens_jax.folders import Classes, list_folder, named, names_in_data, open_images
-from gravlens_jax.npz import as_stack, unpack_npz, write_npz
-from gravlens_jax.pixels import read_rows, scale
+from gravlens_jax.npz import unpack_npz, write_npz
+from gravlens_jax.pixels import as_stack, read_rows, scale
 from gravlens_jax.run_dir import temporary_name
 
 # All that NumPy writes for [image, mass], and Python for bytes in protocol 2; NumPy 1 names numpy._core numpy.core.

@@ -24,8 +24,8 @@ FILES = (*SUFFIXES, ".npz")
 
 def predict_files(
     network: Network, files: Iterable[Path], tta: bool = False, skip_bad: bool = False
-) -> Iterator[tuple[str, np.ndarray | InputError]]:
-    """Yields (name, probabilities (classes,)) for each image, and (file, error) for what cannot be used.
+) -> Iterator[tuple[str, tuple[np.ndarray, float] | InputError]]:
+    """Yields (name, (probabilities (classes,), outlier score)) for each image, and (file, error) for what is unusable.
 
     Args:
       network: from `load_network`.
@@ -41,13 +41,14 @@ def predict_files(
                 check_image_shape(images.shape[1:], network.image_shape, str(path))
                 bad = find_bad(path, images) if skip_bad else {}
                 good = [row for row in range(len(images)) if row not in bad]
-                probabilities = predict(model, variables, images[good] if bad else images, tta=tta)
+                used = images[good] if bad else images
+                results = predict(model, variables, used, tta=tta, return_outlier=True)
         except InputError as error:
             yield str(path), error
             continue
         yield from ((str(path), error) for error in bad.values())
-        for row, own in zip(good, probabilities, strict=True):
-            yield f"{path}[{row}]" if _is_npz(path) or len(images) > 1 else str(path), own
+        for row, own, outlier in zip(good, *results, strict=True):
+            yield f"{path}[{row}]" if _is_npz(path) or len(images) > 1 else str(path), (own, float(outlier))
 
 
 def find_bad(path: Path, images: np.ndarray) -> dict[int, InputError]:
@@ -114,9 +115,10 @@ def main(
     tta: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     skip_bad: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
-    """Prints one CSV line for each image: file, class, probability of each class.
+    """Prints one CSV line for each image: file, class, probability of each class, outlier score.
 
-    Files that cannot be used are an error, after all others are done.
+    The class of an image unlike those of training, with an outlier score far above 1, means nothing; about 1 % of
+    ordinary images are above 1. Files that cannot be used are an error, after all others are done.
 
     examples:
       python scripts/predict.py pretrained dataset/val/no/1.npy
@@ -129,17 +131,22 @@ def main(
     """
     check(bool(paths), "no PATH given; name at least one file of images or folder of them")
     network = load_network(run)
-    classes, errors = network.model.classes, []
+    classes, errors, scores = network.model.classes, [], []
     files = find_images(paths)
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["file", "class", *(f"p_{name}" for name in classes)])
+    writer.writerow(["file", "class", *(f"p_{name}" for name in classes), "outlier"])
     for name, result in predict_files(network, files, tta, skip_bad):
         if isinstance(result, InputError):
             errors.append(str(result))
             if skip_bad:
                 print(f"skipped: {result}", file=sys.stderr)
         else:
-            writer.writerow([name, classes[int(result.argmax())], *(f"{p:.6f}" for p in result)])
+            probabilities, outlier = result
+            scores.append(outlier)
+            most = classes[int(probabilities.argmax())]
+            writer.writerow([name, most, *(f"{p:.6f}" for p in probabilities), f"{outlier:.3f}"])
+    if above := sum(score > 1 for score in scores):
+        print(f"{above} of {len(scores)} images have an outlier score above 1; see --help", file=sys.stderr)
     check(skip_bad or not errors, "; ".join(errors))
     if errors:
         sys.stdout.flush()

@@ -136,7 +136,7 @@ def test_damaged_line_of_the_history_is_an_input_error(tmp_path, damage):
 
 def test_temperatures_belong_to_steps(tmp_path):
     assert run_dir.read_temperature(tmp_path, 2) == 1.0
-    run_dir.write_calibration(tmp_path, {2: 2.5}, {2: None})
+    run_dir.write_calibration(tmp_path, {2: (2.5, None)})
     assert [run_dir.read_temperature(tmp_path, step) for step in (2, 3)] == [2.5, 1.0]
 
 

@@ -42,7 +42,7 @@ def test_a_calibrated_run_and_its_exported_file_give_the_same_network(tmp_path):
     run_dir = make_run(tmp_path / "run")
     means = np.random.default_rng(0).random((30, 32))
     population = fit_population(means, np.arange(30) % 3, 3)
-    write_calibration(run_dir, {0: 2.0}, {0: population})
+    write_calibration(run_dir, {0: (2.0, population)})
     weights.export_run(run_dir, tmp_path / "net.npz")
     expected = predict_logits(*NETWORK, IMAGES) / 2
     for network in map(weights.load_network, (run_dir, tmp_path / "net.npz")):
