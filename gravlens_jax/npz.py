@@ -185,7 +185,7 @@ def unpack_npz(
 def load_arrays(path: Path, expected: str, kinds: str) -> dict[str, np.ndarray]:
     """Reads all arrays of a small .npz, name -> array; InputError if it is missing, damaged or too large.
 
-    `expected` describes the file in errors; `kinds` are kinds of dtype, one of `pixels.KINDS`, and others an InputError.
+    `expected` describes the file in errors; `kinds`, one of `pixels.KINDS`, are the dtypes that are not an InputError.
     """
     with _open_archive(path, expected) as (archive, members):
         return _read_members(archive, members, dict.fromkeys(members, kinds))

@@ -7,6 +7,7 @@ import pytest
 from finetune import finetune
 from gravlens_jax.config import InputConfig
 from gravlens_jax.errors import InputError
+from gravlens_jax.inference import predict
 from gravlens_jax.model import ResNet
 from gravlens_jax.npz import Dataset, write_npz
 from gravlens_jax.weights import Network, describe, load_network, write_network
@@ -28,6 +29,7 @@ def test_a_network_for_other_classes_is_trained_from_the_old_one_which_is_not_ch
     before, lines = jax.tree.map(np.array, NETWORK.variables), []
     network = finetune(NETWORK, bars(40), epochs=5, batch_size=8, show=lines.append)
     assert network.model.classes == ("flat", "tall") and network.image_shape == (18, 18) and network.temperature == 1
+    assert predict(*network, bars(40).images, return_outlier=True)[1].max() < 2
     assert len(lines) == 5 and float(lines[-1].split()[-1]) > 0.9  # accuracy
     old, new = (variables["params"]["conv0"]["kernel"] for variables in (before, network.variables))
     assert 0 < np.abs(new - old).max() < 0.1

@@ -63,7 +63,7 @@ def test_pixels_that_are_not_finite_are_refused_by_file_and_image(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr
     assert [line.split(",")[0] for line in done.stdout.splitlines()] == ["file", "fine.npy"]
-    assert done.stderr.count("\n") == 1 and "bad.npy" in done.stderr and "bad.npz: images[1]" in done.stderr
+    assert done.stderr.count("error: ") == 1 and "bad.npy" in done.stderr and "bad.npz: images[1]" in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"bad.npy", "bad.npz", "fine.npy"}
 
 

@@ -162,7 +162,7 @@ def test_finetuned_network_has_the_classes_of_its_folder(folder, run_here):
     out = run_here(folder, "finetune.py", "runs/a", "bars", "bars.npz", "--epochs", "2", "--batch-size", "8")
     assert "epoch 2/2" in out and "bars.npz: classes flat, tall" in out
     rows = list(csv.DictReader(io.StringIO(run_here(folder, "predict.py", "bars.npz", "bars"))))
-    assert len(rows) == 16 and rows[0].keys() == {"file", "class", "p_flat", "p_tall"}
+    assert len(rows) == 16 and rows[0].keys() == {"file", "class", "p_flat", "p_tall", "outlier"}
 
 
 def test_learning_curves_are_drawn(folder, run_here):

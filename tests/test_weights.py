@@ -16,7 +16,7 @@ from gravlens_jax import weights
 from gravlens_jax.checkpoint import save_variables
 from gravlens_jax.config import CLASSES, Config, InputConfig, ModelConfig
 from gravlens_jax.errors import InputError
-from gravlens_jax.folders import load_labelled
+from gravlens_jax.folders import list_folder, load_labelled, open_images
 from gravlens_jax.inference import predict, predict_logits
 from gravlens_jax.metrics import fit_population
 from gravlens_jax.model import ResNet, forward, make_model, variable_shapes
@@ -191,7 +191,8 @@ def test_published_networks_give_their_pytorch_logits_on_real_images(shared, rea
         rows = {file: row for row, file in enumerate(reference["files"].tolist())}
         expected = reference[name][[rows[f"dataset/val/{file}"] for file in real.info["files"]]][:, order]
     assert np.sum(expected.argmax(1) == real.labels) == correct  # 78.5 % and 89.6 % of 135
-    images = jnp.asarray(real.images[::3])[..., None]  # not scaled, which `predict` would do
+    files, _ = list_folder(shared / "real/dataset/val", CLASSES)
+    images = jnp.concatenate([open_images(file) for file in files[::3]])[..., None]  # not scaled, as `predict` would do
     with jax.default_matmul_precision("highest"):
         logits = jax.jit(partial(forward, model))(variables, prepare(images, model.input))
     np.testing.assert_allclose(logits, expected[::3], atol=1e-3)
