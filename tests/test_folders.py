@@ -6,18 +6,10 @@ from gravlens_jax.errors import InputError
 from gravlens_jax.folders import list_classes, list_folder, load_folder, load_labelled, open_images, read_images
 from gravlens_jax.npz import write_npz
 from gravlens_jax.pixels import read_rows, scale
+from test_pack import make
 
 RNG = np.random.default_rng(0)
 IMAGE = np.ones((1, 8, 8))
-
-
-def make(root, train=2, val=4, shape=(1, 8, 8), dtype=np.float64, classes=CLASSES):
-    for split, n in (("train", train), ("val", val)):
-        for name in classes if n else ():
-            (root / split / name).mkdir(parents=True)
-            for i in range(1, n + 1):
-                np.save(root / split / name / f"{i}.npy", (RNG.random(shape) * 200).astype(dtype))
-    return root
 
 
 @pytest.mark.parametrize(
@@ -25,10 +17,7 @@ def make(root, train=2, val=4, shape=(1, 8, 8), dtype=np.float64, classes=CLASSE
     [
         (np.zeros((1, 8, 9)), "image has 8 x 9 pixels, expected 8 x 8"),
         (IMAGE.astype(np.longdouble), "images are [a-z0-9]*, expected at most 64 bits a pixel"),
-        (
-            np.array([{}, 1]),
-            r"holds Python objects, .* \(but scripts/pack.py reads \[image, mass\]",
-        ),
+        (np.array([{}, 1]), r"holds Python objects, .* \(but scripts/pack.py reads \[image, mass\]"),
     ],
 )
 def test_bad_images_are_refused(tmp_path, image, message):
