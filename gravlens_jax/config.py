@@ -45,7 +45,7 @@ class SimulationConfig:
 class InputConfig:
     """How an image in [0, 1] becomes the network's input; it travels with the network."""
 
-    crop: int = 100  # central pixels kept, height and width
+    crop: int = 84  # central pixels kept, height and width
     pool: int = 2  # side of the pixel blocks that are averaged
     stretch: Literal["linear", "sqrt", "log"] = "log"  # sqrt makes the photon noise uniform; log is of the pixel + 0.01
     mean: float | None = None  # subtracted after the stretch; if not given, the mean of simulated images
@@ -56,6 +56,11 @@ class InputConfig:
         check(self.crop <= 2**14, f"crop={self.crop}: expected at most {2**14} pixels")
         check(self.crop % self.pool == 0, f"crop={self.crop} is not a multiple of pool={self.pool}")
         check(self.std is None or self.std > 0, f"std={self.std}: expected a positive number")
+
+    @property
+    def cells(self) -> int:
+        """Height and width of the network's last feature map, of which a pixel covers 4 x 4 pixels of the input."""
+        return -(-(self.crop // self.pool) // 4)
 
     def resolve(self) -> "InputConfig":
         """Returns the config with a number for `mean` and `std`."""
@@ -124,6 +129,9 @@ class Config:
     seed: int = 0  # of initial parameters, order and augmentation
     epochs: int = 3  # passes over the training images
     batch_size: int = 32  # images per step, over all devices
+    # of the auxiliary loss: the deflection by the substructure, predicted from the last feature map; needs images that
+    # are simulated, or were by scripts/simulate.py, without rotation and shift; 0 for none
+    deflection_weight: float = 15.0
     device_data: bool = False  # hold all training images in every device's memory; many steps per call of the device
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     input: InputConfig = field(default_factory=InputConfig)
@@ -135,6 +143,10 @@ class Config:
         check(0 <= self.seed < 2**31, f"seed={self.seed}: expected 0 <= seed < 2^31")
         check(self.epochs >= 1, f"epochs={self.epochs}: expected at least 1")
         check(self.batch_size >= 1, f"batch_size={self.batch_size}: expected at least 1")
+        weight = self.deflection_weight
+        check(weight >= 0, f"deflection_weight={weight}: expected a number >= 0")
+        moved = self.augment.max_rotation > 0 or self.augment.max_shift > 0
+        check(not weight or not moved, f"deflection_weight={weight} cannot be used with rotation and shift; make it 0")
         if self.data is not None and self.data.startswith(STREAM):
             known = ", ".join(PRIOR_PRESETS)
             check(self.stream is not None, f"data={self.data}: expected {STREAM} and one of {known}")
@@ -169,7 +181,7 @@ PRESETS = {
         epochs=4,
         batch_size=16,
         simulation=SimulationConfig(train=480, easy=96, val=120, test=120),
-        input=InputConfig(crop=100, pool=4),
+        input=InputConfig(pool=4),
         model=ModelConfig(depth=8, width=8),
         optim=OptimConfig(warmup_steps=20),
     ),
@@ -178,6 +190,7 @@ PRESETS = {
         run_dir="runs/published",
         epochs=20,
         batch_size=200,
+        deflection_weight=0.0,
         simulation=SimulationConfig(train=30_000, easy=0, val=3_750, test=3_750),
         input=InputConfig(crop=150, pool=1, stretch="linear", mean=0.0, std=1.0),
         augment=AugmentConfig(flip=False, max_rotation=90.0, max_shift=0.1),

@@ -11,10 +11,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from gravlens_jax.config import CLASSES, FILES, SPLITS, Config, SimulationConfig
+from gravlens_jax.config import CLASSES, FILES, SPLITS, Config, SimulationConfig, from_dict
 from gravlens_jax.console import track
 from gravlens_jax.errors import check
-from gravlens_jax.lensing.images import labels_of, render_batch, simulate_images, simulate_parameters
+from gravlens_jax.lensing.images import (
+    labels_of,
+    render_batch,
+    render_deflections,
+    simulate_images,
+    simulate_parameters,
+)
 from gravlens_jax.lensing.priors import PRESETS, Priors, make_easy
 from gravlens_jax.loader import DeviceSource, FileSource, Source
 from gravlens_jax.npz import Dataset, open_npz, write_npz
@@ -38,6 +44,12 @@ class StreamSource:
     batch_size: int  # over all devices
     seed: int  # of the images
     mesh: Mesh
+    grid: tuple[int, float] | None  # cells and width of the maps of deflections, see `render_deflections`
+
+    @property
+    def has_deflections(self) -> bool:
+        """See `Source`."""
+        return self.grid is not None
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Batch]]:
         """See `Source`."""
@@ -56,6 +68,10 @@ class StreamSource:
                 ready = np.concatenate([ready, next(chunks)])
             batch = {"images": ready[own], "labels": labels_of(self.batch_size, start)[own]}
             ready = ready[self.batch_size :]
+            if self.grid:
+                cells, width = self.grid
+                options = {"n": self.batch_size, "priors": self.priors, "cells": cells, "width": width}
+                batch["deflections"] = np.asarray(render_deflections(start, self.seed, self.split, **options))[own]
             yield shard_batch(batch, self.mesh)
 
     def _on_devices(self, first: int, stop: int) -> Iterator[Batch]:
@@ -69,7 +85,11 @@ class StreamSource:
 
         def render_share(first, seed, split):
             own = first + share * jax.lax.axis_index("data")
-            return render_batch(own, seed, split, priors=self.priors, batch_size=share)
+            batch = render_batch(own, seed, split, priors=self.priors, batch_size=share)
+            if self.grid:
+                options = {"n": share, "priors": self.priors, "cells": self.grid[0], "width": self.grid[1]}
+                batch["deflections"] = render_deflections(own, seed, split, **options)
+            return batch
 
         # check_vma=False: jax.random.poisson has loops that the check of shard_map does not support.
         whole, shares = PartitionSpec(), PartitionSpec("data")
@@ -98,8 +118,9 @@ def open_splits(config: Config, mesh: Mesh) -> Splits:
     else:
         files = load_splits(_simulate(config) if config.data is None else Path(config.data))
         make = DeviceSource if config.device_data else FileSource
-        easy = FileSource(files["easy"], config.batch_size, config.seed, mesh) if "easy" in files else None
-        train = make(files["train"], config.batch_size, config.seed, mesh)
+        own = {split: _add_deflections(files[split], split, config) for split in ("train", "easy") if split in files}
+        easy = FileSource(own["easy"], config.batch_size, config.seed, mesh) if "easy" in files else None
+        train = make(own["train"], config.batch_size, config.seed, mesh)
         splits = Splits(train, easy, files["val"], files["test"], _record(files))
     check_images(splits.val.images.shape, config.input)
     for name, source in (("train", splits.train), ("easy", splits.easy)):
@@ -118,10 +139,29 @@ def _open_stream(config: Config, mesh: Mesh) -> Splits:
     files = load_splits(_simulate(held_out), ("val", "test"))
 
     def stream(split: str, population: Priors) -> StreamSource:
-        return StreamSource(getattr(s, split), population, FILES.index(split), config.batch_size, s.seed, mesh)
+        grid = _grid(config, population) if config.deflection_weight else None
+        return StreamSource(getattr(s, split), population, FILES.index(split), config.batch_size, s.seed, mesh, grid)
 
     easy = stream("easy", make_easy(priors)) if s.easy else None
     return Splits(stream("train", priors), easy, files["val"], files["test"], _record(files))
+
+
+def _grid(config: Config, priors: Priors) -> tuple[int, float]:
+    """Returns the number of cells and their width (arcsec) of the network's last feature map."""
+    return config.input.cells, 4 * config.input.pool * priors.pixel_scale
+
+
+def _add_deflections(dataset: Dataset, split: str, config: Config) -> Dataset:
+    """Returns the images of a split with the deflections by their substructure, if this project simulated them."""
+    source = dataset.info.get("simulated", {})
+    own = source.get("split") == split and np.array_equal(dataset.labels, labels_of(dataset.size))
+    if not own or not config.deflection_weight:
+        return dataset
+    priors = from_dict(Priors, source["priors"], f"{split}.npz: priors")
+    cells, width = _grid(config, priors)
+    options = {"n": dataset.size, "priors": priors, "cells": cells, "width": width}
+    maps = render_deflections(0, source["seed"], FILES.index(split), **options)
+    return dataset._replace(deflections=np.asarray(maps))
 
 
 def load_splits(folder: Path, splits: tuple[str, ...] = FILES) -> dict[str, Dataset]:
@@ -208,7 +248,7 @@ def _missing_files(
     for split in FILES:
         path, n = Path(out) / f"{split}.npz", getattr(config, split)
         population = make_easy(priors) if split == "easy" and n else priors
-        info = {"simulated": source | {"priors": asdict(population)}}
+        info = {"simulated": source | {"split": split, "priors": asdict(population)}}
         if not path.exists():
             missing |= {split: (n, population, info)} if n else {}
             continue

@@ -28,6 +28,10 @@ class Source(Protocol):
     def size(self) -> int:
         """Images of an epoch."""
 
+    @property
+    def has_deflections(self) -> bool:
+        """Whether batches have `deflections`: see `train_step`."""
+
     def batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Batch]]:
         """Yields (number of steps, batch for `train_step.train_steps`) of an epoch, without its first `skip` steps."""
 
@@ -98,6 +102,11 @@ class FileSource:
         """Images of an epoch."""
         return self.dataset.size
 
+    @property
+    def has_deflections(self) -> bool:
+        """See `Source`."""
+        return self.dataset.deflections is not None
+
     def batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Batch]]:
         """See `Source`."""
         rows = local_rows(epoch_rows(self.size, self.batch_size, self.seed, epoch)[skip:])
@@ -120,7 +129,8 @@ class DeviceSource(FileSource):
 
 
 def _read(dataset: Dataset, rows: np.ndarray) -> dict[str, np.ndarray]:
-    return {"images": read_rows(dataset.images, rows), "labels": dataset.labels[rows]}
+    batch = {"images": read_rows(dataset.images, rows), "labels": dataset.labels[rows]}
+    return batch if dataset.deflections is None else batch | {"deflections": dataset.deflections[rows]}
 
 
 def eval_batches(dataset: Dataset, batch_size: int, mesh: Mesh) -> Iterator[Batch]:

@@ -43,6 +43,7 @@ class Dataset(NamedTuple):
     labels: np.ndarray  # int32 (n,)
     classes: tuple[str, ...]
     info: dict
+    deflections: np.ndarray | None = None  # by the substructure, float32 (n, cells, cells, 2); of simulated images
 
     @property
     def size(self) -> int:

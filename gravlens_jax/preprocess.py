@@ -32,11 +32,20 @@ def to_unit(images: jax.Array) -> jax.Array:
     return (images - low) / jnp.where(high > low, high - low, 1)
 
 
-def flip(images: jax.Array, key: jax.Array) -> jax.Array:
-    """Mirrors each image along each axis with probability 1/2; (n, height, width, 1) in and out."""
+def flip(images: jax.Array, key: jax.Array, vectors: bool = False) -> jax.Array:
+    """Mirrors each image along each axis with probability 1/2.
+
+    Args:
+      images: (n, height, width, channels).
+      key: a `jax.random.key`.
+      vectors: whether the two channels are the x and y components of vectors, which are mirrored too.
+    """
     for axis, axis_key in zip((1, 2), jax.random.split(key), strict=True):
         mirrored = jax.random.bernoulli(axis_key, jnp.float32(0.5), (images.shape[0], 1, 1, 1))
-        images = jnp.where(mirrored, jnp.flip(images, axis), images)
+        mirror = jnp.flip(images, axis)
+        if vectors:  # rows are along y
+            mirror *= jnp.array([1, -1] if axis == 1 else [-1, 1], images.dtype)[None, None, None]
+        images = jnp.where(mirrored, mirror, images)
     return images
 
 
@@ -77,6 +86,13 @@ def augment(images: jax.Array, key: jax.Array, config: AugmentConfig) -> jax.Arr
     if config.max_rotation or config.max_shift:
         images = rotate_and_shift(images, affine_key, config.max_rotation, config.max_shift)
     return images
+
+
+def augment_vectors(vectors: jax.Array, key: jax.Array, config: AugmentConfig) -> jax.Array:
+    """Applies the changes of `augment` with the same key to maps of vectors (n, height, width, 2): flips only."""
+    assert not config.max_rotation and not config.max_shift
+    flip_key, _ = jax.random.split(key)
+    return flip(vectors, flip_key, vectors=True) if config.flip else vectors
 
 
 def prepare(images: jax.Array, config: InputConfig) -> jax.Array:

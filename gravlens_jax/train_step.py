@@ -11,11 +11,15 @@ import optax
 from gravlens_jax.config import AugmentConfig, OptimConfig
 from gravlens_jax.model import ResNet, forward
 from gravlens_jax.optim import init_plateau, update_plateau
-from gravlens_jax.preprocess import augment, prepare, to_unit
+from gravlens_jax.preprocess import augment, augment_vectors, prepare, to_unit
 
-# images (batch, height, width), labels int32 (batch,); see also `train_steps`, `eval_step`
+# images (batch, height, width), labels int32 (batch,), perhaps deflections float32 (batch, cells, cells, 2) in arcsec;
+# see also `train_steps`, `eval_step`
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]  # over images: loss float32, correct int32, count int32; over steps: gradient float32
+
+FEATURES, HEAD = slice(4), slice(4, None)  # parts of the network: up to the last feature map, and the rest
+DEFLECTION_UNIT = 0.03  # arcsec, of the auxiliary head's output; about the deflection of the heaviest subhalos
 
 ADVICE = "saved checkpoints are intact; start again with a lower learning rate"
 
@@ -26,6 +30,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32 (), optimizer updates done
     params: Any
     batch_stats: Any
+    auxiliary: Any  # parameters of the head that predicts deflections, used in training only; {} for none
     opt_state: Any
     plateau: Any  # updated once per epoch by `end_epoch`
     sums: Sums  # running since the epoch began; `gradient` is the sum of |gradient| of the first kernel
@@ -46,16 +51,20 @@ def mean_metrics(sums: dict[str, Any]) -> tuple[float, float]:
     return float(sums["loss"]) / float(sums["count"]), float(sums["correct"]) / float(sums["count"])
 
 
-def init_state(seed: int, model: ResNet, tx: optax.GradientTransformation, config: OptimConfig) -> TrainState:
-    """Returns the state before the first step; a function of `seed` alone."""
+def init_state(
+    seed: int, model: ResNet, tx: optax.GradientTransformation, config: OptimConfig, auxiliary: bool = False
+) -> TrainState:
+    """Returns the state before the first step; a function of `seed` alone. `auxiliary`: for batches with deflections."""
     size = model.input.crop // model.input.pool
     variables = model.init(jax.random.key(seed), jnp.zeros((1, size, size, 1), jnp.float32))
-    params = variables["params"]
+    params, channels = variables["params"], 4 * model.width
+    head = {"kernel": jnp.zeros((channels, 2), jnp.float32), "bias": jnp.zeros(2, jnp.float32)} if auxiliary else {}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables["batch_stats"],
-        opt_state=tx.init(params),
+        auxiliary=head,
+        opt_state=tx.init((params, head)),
         plateau=init_plateau(config, params),
         sums=zero_sums(),
     )
@@ -79,29 +88,41 @@ def train_step(
     tx: optax.GradientTransformation,
     augment_config: AugmentConfig,
     seed: int,
+    deflection_weight: float = 0.0,
 ) -> tuple[TrainState, Sums]:
     """Returns the state after one optimizer update on `batch`, and a copy of its sums, which stays when it is donated.
 
-    The sums are those of the network before the update. Augmentation is a function of (seed, state.step).
+    The sums are those of the network before the update. Augmentation is a function of (seed, state.step). If the batch
+    has deflections by the substructure, a linear head on the last feature map predicts them, and their mean squared
+    error times `deflection_weight` is added to the loss (not to the sums).
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     x = prepare(augment(to_unit(batch["images"]), key, augment_config), model.input)
     labels = batch["labels"]
 
-    def loss_fn(params):
+    def loss_fn(trained):
+        params, head = trained
         variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
-        sums = _batch_sums(logits, labels, jnp.ones(labels.shape, bool))
-        return sums["loss"] / labels.shape[0], (sums, updated["batch_stats"])
+        features, updated = model.apply(variables, x, train=True, parts=FEATURES, mutable=["batch_stats"])
+        sums = _batch_sums(forward(model, variables, features, HEAD), labels, jnp.ones(labels.shape, bool))
+        loss = sums["loss"] / labels.shape[0]
+        if head:
+            deflections = augment_vectors(batch["deflections"] / DEFLECTION_UNIT, key, augment_config)
+            predicted = features.astype(jnp.float32) @ head["kernel"] + head["bias"][None, None, None]
+            loss += deflection_weight * jnp.mean((predicted - deflections) ** 2)
+        return loss, (sums, updated["batch_stats"])
 
-    grads, (sums, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    trained = state.params, state.auxiliary
+    grads, (sums, batch_stats) = jax.grad(loss_fn, has_aux=True)(trained)
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
     updates = jax.tree.map(lambda update: state.plateau.scale * update, updates)
-    sums["gradient"] = jnp.sum(jnp.abs(grads["conv0"]["kernel"]))
+    sums["gradient"] = jnp.sum(jnp.abs(grads[0]["conv0"]["kernel"]))
+    params, auxiliary = optax.apply_updates(trained, updates)
     state = TrainState(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
+        params=params,
         batch_stats=batch_stats,
+        auxiliary=auxiliary,
         opt_state=opt_state,
         plateau=state.plateau,
         sums=jax.tree.map(jnp.add, state.sums, sums),
@@ -115,7 +136,7 @@ def train_steps(state: TrainState, batch: Batch, **options: Any) -> tuple[TrainS
         return train_step(state, batch, **options)
 
     def one(state, rows):
-        return train_step(state, {name: batch[name][rows] for name in ("images", "labels")}, **options)[0], None
+        return train_step(state, {name: x[rows] for name, x in batch.items() if name != "rows"}, **options)[0], None
 
     state, _ = jax.lax.scan(one, state, batch["rows"])
     return state, state.sums

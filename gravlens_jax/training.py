@@ -107,12 +107,15 @@ def _train(
     """Trains from the last save to the end of the run; returns the final state and the step of the best checkpoint."""
     run_dir, batch_size = Path(config.run_dir), config.batch_size
     tx = make_optimizer(config.optim, plan.total_steps)
-    step_fn = partial(train_steps, model=model, tx=tx, augment_config=config.augment, seed=config.seed)
+    options = {"augment_config": config.augment, "seed": config.seed, "deflection_weight": config.deflection_weight}
+    step_fn = partial(train_steps, model=model, tx=tx, **options)
     jit = partial(jax.jit, out_shardings=replicated(mesh))
     train_fn, eval_fn = jit(step_fn, donate_argnums=0), jit(partial(eval_step, model=model))
     end_epoch_fn = jit(partial(end_epoch, config=config.optim))
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None  # 1 s, not 4 to 12
-    init_fn = jax.jit(partial(init_state, model=model, tx=tx, config=config.optim), compiler_options=options)
+    compiler_options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None  # 1 s, not 4 to 12
+    auxiliary = all(source.has_deflections for source in (splits.train, splits.easy) if source is not None)
+    init = partial(init_state, model=model, tx=tx, config=config.optim, auxiliary=auxiliary)
+    init_fn = jax.jit(init, compiler_options=compiler_options)
     state = replicate(init_fn(config.seed), mesh)
     if is_main():
         checkpoint.remove_leftovers(run_dir)

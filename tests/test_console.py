@@ -48,7 +48,7 @@ def make_sums(loss, count):
 
 
 def test_meter_reports_the_epoch_so_far():
-    state = TrainState(jnp.int32(2), {}, {}, {}, {}, make_sums(4.0, 4))
+    state = TrainState(jnp.int32(2), {}, {}, {}, {}, {}, make_sums(4.0, 4))
     with Meter(Plan(1, 3, 2)) as meter:
         meter.start("resumed", state)
         meter.update(3, make_sums(6.0, 8))
@@ -58,7 +58,7 @@ def test_meter_reports_the_epoch_so_far():
 
 
 def test_meter_raises_at_the_step_whose_loss_is_not_finite():
-    state = TrainState(jnp.int32(0), {}, {}, {}, {}, zero_sums())
+    state = TrainState(jnp.int32(0), {}, {}, {}, {}, {}, zero_sums())
     with Meter(Plan(0, 3, 2)) as meter:
         meter.start("", state)
         meter.update(1, make_sums(jnp.nan, 4))

@@ -6,7 +6,7 @@ ML4SCI DeepLense "Common Test I" images, from published papers, public code and 
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -17,7 +17,7 @@ import numpy as np
 
 from gravlens_jax.errors import check
 from gravlens_jax.lensing.priors import SUBSTRUCTURES, Priors
-from gravlens_jax.lensing.render import render_lens, sample_lens
+from gravlens_jax.lensing.render import deflection_map, render_lens, sample_lens
 
 MAX_COUNTS = 60_000  # images are stored as uint16
 CPU_BLOCK, ACCELERATOR_BLOCK = 4, 128  # images of one class per compiled call
@@ -59,6 +59,36 @@ def render_block(seed, split, indices, *, priors: Priors, substructure: str, noi
     return jax.vmap(one)(indices)
 
 
+def _in_turn(make: Callable[[str, jax.Array], jax.Array], first: jax.Array, n: int) -> jax.Array:
+    """Returns make(substructure, indices) of `n` consecutive images from `first` on, in their order."""
+    num_classes = len(SUBSTRUCTURES)
+    images = first + jnp.arange(n, dtype=jnp.int32)
+    made = []
+    for label, substructure in enumerate(SUBSTRUCTURES):
+        own = first + (label - first) % num_classes + num_classes * jnp.arange(-(-n // num_classes), dtype=jnp.int32)
+        made.append(make(substructure, own))
+    return jnp.stack(made)[images % num_classes, (images - first) // num_classes]
+
+
+@partial(jax.jit, static_argnames=("n", "priors", "cells", "width"))
+def render_deflections(first, seed, split, *, n: int, priors: Priors, cells: int, width: float) -> jax.Array:
+    """Returns the `deflection_map` of `n` consecutive images of a split: float32 (n, cells, cells, 2), arcsec.
+
+    Args:
+      first: index of the first image.
+      seed, split, priors: as in `simulate_images`.
+      cells, width: of the maps.
+    """
+
+    def make(substructure, indices):
+        def one(index):
+            return deflection_map(sample_lens(lens_key(seed, split, index), priors, substructure), priors, cells, width)
+
+        return jax.vmap(one)(indices)
+
+    return _in_turn(make, first, n)
+
+
 def render_batch(first, seed, split, *, priors: Priors, batch_size: int) -> dict[str, jax.Array]:
     """Returns a training batch of consecutive images, noise included, rendered on the device; for use inside jit.
 
@@ -73,15 +103,12 @@ def render_batch(first, seed, split, *, priors: Priors, batch_size: int) -> dict
       images: uint16 (batch_size, num_pixels, num_pixels).
       labels: int32 (batch_size,).
     """
-    indices = first + jnp.arange(batch_size, dtype=jnp.int32)
-    num_classes = len(SUBSTRUCTURES)
-    labels = indices % num_classes
-    per_class = -(-batch_size // num_classes)
-    rendered = []
-    for label, substructure in enumerate(SUBSTRUCTURES):
-        own = first + (label - first) % num_classes + num_classes * jnp.arange(per_class, dtype=jnp.int32)
-        rendered.append(render_block(seed, split, own, priors=priors, substructure=substructure, noise=True))
-    return {"images": jnp.stack(rendered)[labels, (indices - first) // num_classes], "labels": labels}
+
+    def make(substructure, indices):
+        return render_block(seed, split, indices, priors=priors, substructure=substructure, noise=True)
+
+    labels = (first + jnp.arange(batch_size, dtype=jnp.int32)) % len(SUBSTRUCTURES)
+    return {"images": _in_turn(make, first, batch_size), "labels": labels}
 
 
 def _simulate_chunk(

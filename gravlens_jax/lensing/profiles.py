@@ -112,19 +112,22 @@ def deflect_shear(x: jax.Array, y: jax.Array, gamma: Number, phi: Number) -> Pai
     return g1 * x + g2 * y, g2 * x - g1 * y
 
 
-def deflect_points(x: jax.Array, y: jax.Array, centres: jax.Array, theta_E_squared: jax.Array) -> Pair:
-    """Returns the summed deflection of point masses, theta_E^2 (x, y) / r^2 each.
+def deflect_points(
+    x: jax.Array, y: jax.Array, centres: jax.Array, theta_E_squared: jax.Array, softening: float = SOFTENING
+) -> Pair:
+    """Returns the summed deflection of point masses, theta_E^2 (x, y) / (r^2 + softening^2) each.
 
     Args:
       x, y: float, any shape, arcsec.
       centres: float (n, 2), x and y of each mass, arcsec.
       theta_E_squared: float (n,), arcsec^2; 0 for padding.
+      softening: arcsec.
     """
 
     def add(alpha, point):
         (cx, cy), strength = point
         dx, dy = x - cx, y - cy
-        k = strength / (dx * dx + dy * dy + SOFTENING**2)
+        k = strength / (dx * dx + dy * dy + softening**2)
         return (alpha[0] + k * dx, alpha[1] + k * dy), None
 
     # A scan keeps one pair of arrays in the cache: on a CPU 5 times faster than one fused sum over all masses.
@@ -134,7 +137,13 @@ def deflect_points(x: jax.Array, y: jax.Array, centres: jax.Array, theta_E_squar
 
 
 def deflect_string(
-    x: jax.Array, y: jax.Array, centre: jax.Array, angle: Number, length: Number, theta_E_squared: Number
+    x: jax.Array,
+    y: jax.Array,
+    centre: jax.Array,
+    angle: Number,
+    length: Number,
+    theta_E_squared: Number,
+    softening: float = SOFTENING,
 ) -> Pair:
     """Returns the deflection of a straight string of uniform density: the point-mass kernel integrated along it.
 
@@ -144,14 +153,16 @@ def deflect_string(
       angle: radians, direction of the string.
       length: arcsec, end to end.
       theta_E_squared: arcsec^2, of the string's whole mass.
+      softening: arcsec, of the point masses that make up the string.
     """
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     dx, dy = x - centre[0], y - centre[1]
     u, w = cos * dx + sin * dy, cos * dy - sin * dx
-    w = jnp.where(jnp.abs(w) < SOFTENING, jnp.where(w < 0, -SOFTENING, SOFTENING), w)
+    squared = w * w + softening**2
+    distance = jnp.sqrt(squared)
     head, tail = u + length / 2, u - length / 2
-    along = theta_E_squared / (2 * length) * jnp.log((head * head + w * w) / (tail * tail + w * w))
-    across = theta_E_squared / length * (jnp.arctan(head / w) - jnp.arctan(tail / w))
+    along = theta_E_squared / (2 * length) * jnp.log((head * head + squared) / (tail * tail + squared))
+    across = theta_E_squared / length * w / distance * (jnp.arctan(head / distance) - jnp.arctan(tail / distance))
     return cos * along - sin * across, sin * along + cos * across
 
 

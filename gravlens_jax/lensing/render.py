@@ -95,16 +95,42 @@ def _sample_vortex(keys: Iterator[jax.Array], priors: Priors) -> LensParams:
     return p
 
 
-def deflect_substructure(x: jax.Array, y: jax.Array, lens_params: LensParams) -> profiles.Pair:
-    """Returns the deflection (arcsec) at `x`, `y` of the subhalos or the vortex alone; 0 for a lens without."""
+def deflect_substructure(
+    x: jax.Array, y: jax.Array, lens_params: LensParams, softening: float = profiles.SOFTENING
+) -> profiles.Pair:
+    """Returns the deflection (arcsec) at `x`, `y` of the subhalos or the vortex alone; 0 for a lens without.
+
+    `softening` (arcsec) is that of the point masses: see `profiles.deflect_points`.
+    """
     p = lens_params
     if "subhalo_masses" in p:
         strengths = profiles.einstein_radius_squared(p["subhalo_masses"], p["z_lens"], p["z_source"])
-        return profiles.deflect_points(x, y, p["subhalo_centres"], strengths)
+        return profiles.deflect_points(x, y, p["subhalo_centres"], strengths, softening)
     if "vortex_mass" in p:
         strength = profiles.einstein_radius_squared(p["vortex_mass"], p["z_lens"], p["z_source"])
-        return profiles.deflect_string(x, y, p["vortex_centre"], p["vortex_angle"], p["vortex_length"], strength)
+        shape = (p["vortex_centre"], p["vortex_angle"], p["vortex_length"])
+        return profiles.deflect_string(x, y, *shape, strength, softening)
     return jnp.zeros_like(x), jnp.zeros_like(y)
+
+
+def deflection_map(lens_params: LensParams, priors: Priors, cells: int, width: float) -> jax.Array:
+    """Returns by how much the substructure changes the deflection, on a coarse grid: float32 (cells, cells, 2), arcsec.
+
+    It is compared with a lens of the same redshifts that has the whole `priors.mass` in its main halo, so it is 0 for
+    a lens without substructure. The last axis is x and y. Point masses are softened by 3/8 of a cell.
+
+    Args:
+      lens_params: a result of `sample_lens`.
+      priors: the population.
+      cells: of the grid, height and width, around the lens's centre; row 0 is at +y.
+      width: of a cell, arcsec.
+    """
+    p = lens_params
+    x, y = profiles.pixel_grid(cells, width, dtype=jnp.float32)
+    smooth = jnp.sqrt(profiles.einstein_radius_squared(priors.mass, p["z_lens"], p["z_source"]))
+    halo = _deflect_halo(x, y, p["theta_E"] - smooth, priors)  # linear in theta_E
+    substructure = deflect_substructure(x, y, p, softening=0.375 * width)
+    return jnp.stack([a + b for a, b in zip(halo, substructure, strict=True)], axis=-1)
 
 
 def render_lens(lens_params: LensParams, priors: Priors) -> jax.Array:
@@ -133,13 +159,16 @@ def _rays(p: LensParams, priors: Priors) -> profiles.Pair:
     return profiles.pixel_grid(priors.num_pixels, priors.pixel_scale, priors.supersampling, dtype)
 
 
+def _deflect_halo(x: jax.Array, y: jax.Array, theta_E: jax.Array, priors: Priors) -> profiles.Pair:
+    if priors.lens_axis_ratio == 1:
+        return profiles.deflect_sis(x, y, theta_E)
+    return profiles.deflect_sie(x, y, theta_E, priors.lens_axis_ratio, 0.0)
+
+
 def _render(p: LensParams, substructure: profiles.Pair, priors: Priors) -> jax.Array:
     """Returns the expected photon counts, given the deflection of the substructure at all rays."""
     x, y = _rays(p, priors)
-    if priors.lens_axis_ratio == 1:
-        halo = profiles.deflect_sis(x, y, p["theta_E"])
-    else:
-        halo = profiles.deflect_sie(x, y, p["theta_E"], priors.lens_axis_ratio, 0.0)
+    halo = _deflect_halo(x, y, p["theta_E"], priors)
     shear = profiles.deflect_shear(x, y, p["shear"], p["shear_angle"])
     beta_x = x - halo[0] - shear[0] - substructure[0] - p["source"][0]
     beta_y = y - halo[1] - shear[1] - substructure[1] - p["source"][1]
