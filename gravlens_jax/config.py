@@ -18,7 +18,7 @@ SPLITS = ("train", "val", "test")
 FILES = (*SPLITS, "easy")  # of a data set; easy.npz is optional
 STREAM = "simulate:"
 # mean and standard deviation, after each stretch, of the central pixels of simulated images
-STRETCHED = {"linear": (0.12, 0.16), "sqrt": (0.29, 0.19), "log": (-2.6, 1.0)}
+STRETCHED = {"linear": (0.15, 0.17), "sqrt": (0.34, 0.19), "log": (-2.3, 1.0)}
 PriorPreset = Literal["ct1", "model_a", "paper", "deeplensesim_i"]
 PRIOR_PRESETS: tuple[PriorPreset, ...] = typing.get_args(PriorPreset)
 
@@ -129,8 +129,8 @@ class Config:
     seed: int = 0  # of initial parameters, order and augmentation
     epochs: int = 3  # passes over the training images
     batch_size: int = 32  # images per step, over all devices
-    # of the auxiliary loss: the deflection by the substructure, predicted from the last feature map; needs images that
-    # are simulated, or were by scripts/simulate.py, without rotation and shift; 0 for none
+    # of the auxiliary loss, the error of the substructure's deflection as predicted from the last feature map; 0 for
+    # none; there is none either for images that were not simulated here, or are rotated or shifted
     deflection_weight: float = 15.0
     device_data: bool = False  # hold all training images in every device's memory; many steps per call of the device
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
@@ -143,10 +143,7 @@ class Config:
         check(0 <= self.seed < 2**31, f"seed={self.seed}: expected 0 <= seed < 2^31")
         check(self.epochs >= 1, f"epochs={self.epochs}: expected at least 1")
         check(self.batch_size >= 1, f"batch_size={self.batch_size}: expected at least 1")
-        weight = self.deflection_weight
-        check(weight >= 0, f"deflection_weight={weight}: expected a number >= 0")
-        moved = self.augment.max_rotation > 0 or self.augment.max_shift > 0
-        check(not weight or not moved, f"deflection_weight={weight} cannot be used with rotation and shift; make it 0")
+        check(self.deflection_weight >= 0, f"deflection_weight={self.deflection_weight}: expected a number >= 0")
         if self.data is not None and self.data.startswith(STREAM):
             known = ", ".join(PRIOR_PRESETS)
             check(self.stream is not None, f"data={self.data}: expected {STREAM} and one of {known}")
@@ -166,13 +163,11 @@ class Config:
 
 PRESETS = {
     "default": Config(),
-    # 726,000 image-steps, each on a fresh image: an hour and three quarters on one CPU core.
+    # 2.4 million image-steps: four hours and a half on one CPU core, and 14 GB of images.
     "best": Config(
         run_dir="runs/best",
-        data="simulate:ct1",
-        epochs=24,
-        simulation=SimulationConfig(train=30_000, easy=6_000, val=3_750, test=7_500),
-        input=InputConfig(stretch="sqrt", mean=0.29, std=0.19),  # the logarithm was found later
+        epochs=8,
+        simulation=SimulationConfig(train=300_000, easy=6_000, val=3_750, test=7_500),
         # At high learning rates the validation loss only seems to stop falling.
         optim=OptimConfig(plateau_patience=12),
     ),

@@ -139,27 +139,31 @@ def _open_stream(config: Config, mesh: Mesh) -> Splits:
     files = load_splits(_simulate(held_out), ("val", "test"))
 
     def stream(split: str, population: Priors) -> StreamSource:
-        grid = _grid(config, population) if config.deflection_weight else None
+        grid = _grid(config, population)
         return StreamSource(getattr(s, split), population, FILES.index(split), config.batch_size, s.seed, mesh, grid)
 
     easy = stream("easy", make_easy(priors)) if s.easy else None
     return Splits(stream("train", priors), easy, files["val"], files["test"], _record(files))
 
 
-def _grid(config: Config, priors: Priors) -> tuple[int, float]:
-    """Returns the number of cells and their width (arcsec) of the network's last feature map."""
+def _grid(config: Config, priors: Priors) -> tuple[int, float] | None:
+    """Returns the number of cells and their width (arcsec) of the network's last feature map, to train it with the
+    deflections there; None for no such training."""
+    if not config.deflection_weight or config.augment.max_rotation or config.augment.max_shift:
+        return None
     return config.input.cells, 4 * config.input.pool * priors.pixel_scale
 
 
 def _add_deflections(dataset: Dataset, split: str, config: Config) -> Dataset:
     """Returns the images of a split with the deflections by their substructure, if this project simulated them."""
     source = dataset.info.get("simulated", {})
-    own = source.get("split") == split and np.array_equal(dataset.labels, labels_of(dataset.size))
-    if not own or not config.deflection_weight:
+    if source.get("split") != split or not np.array_equal(dataset.labels, labels_of(dataset.size)):
         return dataset
     priors = from_dict(Priors, source["priors"], f"{split}.npz: priors")
-    cells, width = _grid(config, priors)
-    options = {"n": dataset.size, "priors": priors, "cells": cells, "width": width}
+    grid = _grid(config, priors)
+    if not grid:
+        return dataset
+    options = {"n": dataset.size, "priors": priors, "cells": grid[0], "width": grid[1]}
     maps = render_deflections(0, source["seed"], FILES.index(split), **options)
     return dataset._replace(deflections=np.asarray(maps))
 

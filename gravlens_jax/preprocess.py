@@ -1,5 +1,6 @@
 """Preprocessing of stored images: scaling, augmentation, crop, pooling and stretch. Pure functions."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -95,6 +96,11 @@ def augment_vectors(vectors: jax.Array, key: jax.Array, config: AugmentConfig) -
     return flip(vectors, flip_key, vectors=True) if config.flip else vectors
 
 
+def _crop(images: jax.Array, size: int) -> jax.Array:
+    top, left = ((length - size) // 2 for length in images.shape[1:3])
+    return images[:, top : top + size, left : left + size]
+
+
 def prepare(images: jax.Array, config: InputConfig) -> jax.Array:
     """Crops, pools, stretches and standardizes images in [0, 1].
 
@@ -107,13 +113,19 @@ def prepare(images: jax.Array, config: InputConfig) -> jax.Array:
     """
     config = config.resolve()
     assert config.mean is not None and config.std is not None  # resolved
-    n, height, width, _ = images.shape
-    top, left = (height - config.crop) // 2, (width - config.crop) // 2
-    images = images[:, top : top + config.crop, left : left + config.crop]
     size = config.crop // config.pool
-    images = images.reshape(n, size, config.pool, size, config.pool, 1).mean((2, 4))
+    images = _crop(images, config.crop).reshape(-1, size, config.pool, size, config.pool, 1).mean((2, 4))
     if config.stretch == "sqrt":
         images = jnp.sqrt(images)
     elif config.stretch == "log":
         images = jnp.log(images + 0.01)
     return (images - config.mean) / config.std
+
+
+def cell_means(images: jax.Array, config: InputConfig) -> jax.Array:
+    """Returns the mean pixel in each cell of the network's last feature map: float32 (n, cells, cells, 1).
+
+    `images` and `config` are those of `prepare`. Cells that reach over the crop's edge count 0 there.
+    """
+    window = (4 * config.pool, 4 * config.pool)
+    return nn.avg_pool(_crop(images, config.crop), window, strides=window, padding="SAME")

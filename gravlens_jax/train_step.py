@@ -11,7 +11,7 @@ import optax
 from gravlens_jax.config import AugmentConfig, OptimConfig
 from gravlens_jax.model import ResNet, forward
 from gravlens_jax.optim import init_plateau, update_plateau
-from gravlens_jax.preprocess import augment, augment_vectors, prepare, to_unit
+from gravlens_jax.preprocess import augment, augment_vectors, cell_means, prepare, to_unit
 
 # images (batch, height, width), labels int32 (batch,), perhaps deflections float32 (batch, cells, cells, 2) in arcsec;
 # see also `train_steps`, `eval_step`
@@ -19,7 +19,8 @@ Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]  # over images: loss float32, correct int32, count int32; over steps: gradient float32
 
 FEATURES, HEAD = slice(4), slice(4, None)  # parts of the network: up to the last feature map, and the rest
-DEFLECTION_UNIT = 0.03  # arcsec, of the auxiliary head's output; about the deflection of the heaviest subhalos
+DEFLECTION_UNIT = 0.03  # arcsec, of the auxiliary head's output; about the deflection by the heaviest subhalos
+VISIBLE = 0.05  # mean pixel of a cell, of images in [0, 1], from which on its deflection counts in full
 
 ADVICE = "saved checkpoints are intact; start again with a lower learning rate"
 
@@ -94,11 +95,11 @@ def train_step(
 
     The sums are those of the network before the update. Augmentation is a function of (seed, state.step). If the batch
     has deflections by the substructure, a linear head on the last feature map predicts them, and their mean squared
-    error times `deflection_weight` is added to the loss (not to the sums).
+    error, weighted by the light that shows them, times `deflection_weight` is added to the loss (not to the sums).
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    x = prepare(augment(to_unit(batch["images"]), key, augment_config), model.input)
-    labels = batch["labels"]
+    images, labels = augment(to_unit(batch["images"]), key, augment_config), batch["labels"]
+    x = prepare(images, model.input)
 
     def loss_fn(trained):
         params, head = trained
@@ -109,7 +110,8 @@ def train_step(
         if head:
             deflections = augment_vectors(batch["deflections"] / DEFLECTION_UNIT, key, augment_config)
             predicted = features.astype(jnp.float32) @ head["kernel"] + head["bias"][None, None, None]
-            loss += deflection_weight * jnp.mean((predicted - deflections) ** 2)
+            visible = jnp.minimum(1, cell_means(images, model.input) / VISIBLE)
+            loss += deflection_weight * jnp.mean(visible * (predicted - deflections) ** 2)
         return loss, (sums, updated["batch_stats"])
 
     trained = state.params, state.auxiliary

@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 
 import jax
@@ -5,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gravlens_jax.config import CLASSES, FILES, Config, InputConfig, SimulationConfig
-from gravlens_jax.datasets import StreamSource, load_splits, simulate_dataset
+from gravlens_jax.config import CLASSES, FILES, AugmentConfig, Config, InputConfig, SimulationConfig
+from gravlens_jax.datasets import StreamSource, load_splits, open_splits, simulate_dataset
 from gravlens_jax.errors import InputError
 from gravlens_jax.lensing import images as lensing_images
-from gravlens_jax.lensing.images import simulate_images
-from gravlens_jax.lensing.priors import PRESETS
+from gravlens_jax.lensing.images import render_deflections, simulate_images
+from gravlens_jax.lensing.priors import PRESETS, make_easy
 from gravlens_jax.npz import open_npz, write_npz
 from gravlens_jax.sharding import data_mesh
 from gravlens_jax.training import fit
@@ -19,7 +20,7 @@ PRIORS = replace(PRESETS["ct1"], num_pixels=24, pixel_scale=0.3)
 
 
 def make_stream(size, batch_size):
-    return StreamSource(size, PRIORS, 0, batch_size, 5, data_mesh())
+    return StreamSource(size, PRIORS, 0, batch_size, 5, data_mesh(), (6, 1.2))
 
 
 def write(folder, split, images):
@@ -35,6 +36,8 @@ def test_stream_batches_are_the_images_of_a_file_in_order_from_any_batch():
         for number, batch in enumerate(batches, 2 * epoch + skip):
             np.testing.assert_array_equal(batch["images"], images[10 * number : 10 * number + 10])
             np.testing.assert_array_equal(batch["labels"], np.arange(10 * number, 10 * number + 10) % 3)
+            maps = render_deflections(10 * number, 5, 0, n=10, priors=PRIORS, cells=6, width=1.2)
+            np.testing.assert_array_equal(batch["deflections"], maps)
 
 
 def test_streams_of_accelerators_and_cpus_show_the_same_lenses(monkeypatch):
@@ -42,6 +45,7 @@ def test_streams_of_accelerators_and_cpus_show_the_same_lenses(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     ((_, device),) = make_stream(8, 8).batches(1)
     np.testing.assert_array_equal(device["labels"], host["labels"])
+    np.testing.assert_allclose(device["deflections"], host["deflections"], atol=1e-5)
     assert device["images"].dtype == np.uint16 and device["images"].sharding == host["images"].sharding
     a, b = (np.asarray(batch["images"]).astype(float) for batch in (device, host))
     # Two draws of the noise: 576 pixels have a standard error of 0.06; two lenses differ by 1.8 or more.
@@ -63,6 +67,37 @@ def test_each_accelerator_renders_only_its_own_share(monkeypatch):
     for i, batch in enumerate(batches):
         np.testing.assert_array_equal(batch["images"][:, 0, 0], 12 * i + np.arange(12))
         np.testing.assert_array_equal(batch["labels"], (12 * i + np.arange(12)) % 3)
+
+
+def open_source(folder, split="train", **fields):
+    """Returns the source of training images of a run on the files in `folder`, of 24 x 24 pixels."""
+    config = Config(data=str(folder), batch_size=2, input=InputConfig(crop=16), **fields)
+    splits = open_splits(config, data_mesh(1))
+    return splits.train if split == "train" else splits.easy
+
+
+def test_files_of_simulated_images_have_the_deflections_of_their_lenses(tmp_path):
+    simulate_dataset(tmp_path, SimulationConfig(train=7, easy=5, val=3, test=3, seed=4), priors=PRIORS)
+    for split, index, priors in (("train", 0, PRIORS), ("easy", 3, make_easy(PRIORS))):
+        source = open_source(tmp_path, split)
+        maps = render_deflections(0, 4, index, n=source.size, priors=priors, cells=2, width=8 * PRIORS.pixel_scale)
+        assert np.abs(maps).max() > 1e-3
+        np.testing.assert_array_equal(source.dataset.deflections, maps)
+        images = np.asarray(source.dataset.images).tolist()
+        for _, batch in source.batches(0):
+            for image, deflection in zip(np.asarray(batch["images"]).tolist(), batch["deflections"], strict=True):
+                np.testing.assert_array_equal(deflection, maps[images.index(image)])
+
+
+def test_other_images_have_no_deflections(tmp_path):
+    simulate_dataset(tmp_path, SimulationConfig(train=7, easy=0, val=3, test=3, seed=4), priors=PRIORS)
+    assert open_source(tmp_path).has_deflections
+    assert not open_source(tmp_path, deflection_weight=0.0).has_deflections
+    assert not open_source(tmp_path, augment=AugmentConfig(max_rotation=10.0)).has_deflections
+    shutil.copy(tmp_path / "val.npz", tmp_path / "train.npz")  # the lenses of another split
+    assert not open_source(tmp_path).has_deflections
+    write(tmp_path, "train", np.zeros((6, 24, 24), np.uint16))
+    assert not open_source(tmp_path).has_deflections
 
 
 def test_splits_must_have_the_same_image_size(tmp_path):

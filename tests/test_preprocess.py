@@ -5,7 +5,8 @@ import pytest
 
 from gravlens_jax.config import AugmentConfig, InputConfig
 from gravlens_jax.errors import InputError
-from gravlens_jax.preprocess import augment, check_images, flip, prepare, rotate_and_shift, to_unit
+from gravlens_jax.lensing.profiles import pixel_grid
+from gravlens_jax.preprocess import augment, augment_vectors, check_images, flip, prepare, rotate_and_shift, to_unit
 
 IMAGES = np.random.default_rng(0).uniform(0.1, 0.9, (8, 11, 9)).astype(np.float32)
 
@@ -43,6 +44,22 @@ def test_flips_are_the_four_mirror_images_equally_often():
     mirrors = [image[0, ::r, ::c, 0] for r in (1, -1) for c in (1, -1)]
     counts = [np.sum((flipped == np.asarray(m)).all((1, 2))) for m in mirrors]
     assert sum(counts) == 4000 and min(counts) > 900
+
+
+def test_vectors_are_mirrored_with_the_images():
+    x, y = pixel_grid(5, 1.0)
+    potential = jnp.sin(x + 0.3) * jnp.cos(0.7 * y - 0.2)
+    gradient = jnp.stack([jnp.cos(x + 0.3) * jnp.cos(0.7 * y - 0.2), -0.7 * jnp.sin(x + 0.3) * jnp.sin(0.7 * y - 0.2)], -1)
+    key, config = jax.random.key(0), AugmentConfig()
+    images = augment(jnp.repeat(potential[None, :, :, None], 100, 0), key, config)[..., 0]
+    vectors = augment_vectors(jnp.repeat(gradient[None], 100, 0), key, config)
+    assert len(np.unique(np.asarray(images).reshape(100, -1), axis=0)) == 4
+    slopes = np.diff(images, axis=2)  # along x, of which the mean of two pixels' gradients is an approximation
+    np.testing.assert_allclose((vectors[:, :, 1:, 0] + vectors[:, :, :-1, 0]) / 2, slopes, atol=0.1)
+    slopes = -np.diff(images, axis=1)  # rows run towards -y
+    np.testing.assert_allclose((vectors[:, 1:, :, 1] + vectors[:, :-1, :, 1]) / 2, slopes, atol=0.1)
+    still = augment_vectors(vectors, key, AugmentConfig(flip=False))
+    np.testing.assert_array_equal(still, vectors)
 
 
 def test_rotation_by_90_degrees_and_shift_are_exact(monkeypatch):

@@ -7,9 +7,12 @@ import pytest
 
 from gravlens_jax import sharding
 from gravlens_jax.config import AugmentConfig, InputConfig, OptimConfig
-from gravlens_jax.model import ResNet
+from gravlens_jax.model import ResNet, forward
 from gravlens_jax.optim import make_optimizer
+from gravlens_jax.preprocess import prepare, to_unit
 from gravlens_jax.train_step import (
+    DEFLECTION_UNIT,
+    FEATURES,
     check_alive,
     end_epoch,
     eval_step,
@@ -56,6 +59,25 @@ def test_training_learns_with_float32_parameters_in_either_activation_dtype(dtyp
     assert losses[-1] < losses[0] / 4
     assert int(state.step) == 30 and step._cache_size() == 1
     assert {x.dtype for x in jax.tree.leaves((state.params, state.batch_stats))} == {jnp.dtype("float32")}
+
+
+def test_head_learns_deflections_and_the_network_with_it():
+    options = OPTIONS | {"deflection_weight": 15.0, "augment_config": AugmentConfig(flip=False)}
+    step, batch = jax.jit(partial(train_step, **options)), make_batch()
+    maps = np.zeros((8, 4, 4, 2), np.float32)
+    maps[batch["labels"] == 1, ..., 0] = DEFLECTION_UNIT
+    init = partial(init_state, model=MODEL, tx=TX, config=OPTIM, auxiliary=True)
+    state = first = init(0)
+    for _ in range(40):
+        state, _ = step(state, batch | {"deflections": maps})
+    assert step._cache_size() == 1
+
+    def error(state):
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        features = forward(MODEL, variables, prepare(to_unit(batch["images"]), MODEL.input), FEATURES)
+        return float(jnp.mean((features @ state.auxiliary["kernel"] - maps / DEFLECTION_UNIT) ** 2))
+
+    assert error(state) < error(first) / 4
 
 
 def test_steps_and_epoch_ends_compile_once():

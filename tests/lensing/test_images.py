@@ -10,9 +10,15 @@ from gravlens_jax.config import CLASSES, InputConfig
 from gravlens_jax.errors import InputError
 from gravlens_jax.inference import predict_logits
 from gravlens_jax.lensing import images
-from gravlens_jax.lensing.images import labels_of, render_batch, simulate_images, simulate_parameters
+from gravlens_jax.lensing.images import (
+    labels_of,
+    render_batch,
+    render_deflections,
+    simulate_images,
+    simulate_parameters,
+)
 from gravlens_jax.lensing.priors import PRESETS, Priors
-from gravlens_jax.lensing.render import render_lens
+from gravlens_jax.lensing.render import deflection_map, render_lens
 from gravlens_jax.model import ResNet
 from import_torch import load_state_dict, to_variables
 
@@ -108,6 +114,16 @@ def test_parameters_are_those_of_the_images(counts):
         expected = np.asarray(render(p, PRIORS))
         chi_square = np.mean((counts[index] - expected) ** 2 / expected)
         assert chi_square == pytest.approx(1, abs=0.05)  # 22,500 pixels: one standard error is 0.01
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_deflections_are_those_of_the_images(start):
+    parameters = simulate_parameters(7, 3, 1, PRIORS)
+    maps = render_deflections(start, 3, 1, n=5, priors=PRIORS, cells=6, width=0.5)
+    for index, found in enumerate(maps, start):
+        p = {name: jnp.array(value[index]) for name, value in parameters.items() if np.isfinite(value[index]).all()}
+        np.testing.assert_allclose(found, deflection_map(p, PRIORS, 6, 0.5), atol=1e-5)
+        assert (np.abs(found).max() > 1e-3) == (index % 3 > 0)
 
 
 def assert_poisson(counts, mean):

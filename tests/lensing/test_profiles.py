@@ -49,14 +49,16 @@ def test_half_the_divergence_is_kappa(name):
     np.testing.assert_allclose(jnp.trace(jacobian, axis1=1, axis2=2) / 2, kappa, atol=1e-9)
 
 
-def test_string_is_the_sum_of_many_point_masses():
+@pytest.mark.parametrize("softening", [profiles.SOFTENING, 0.15])
+def test_string_is_the_sum_of_many_point_masses(softening):
     x, y = profiles.pixel_grid(6, 0.8)
     n, length, angle = 100_000, 2.0, 0.7
     along = length * ((np.arange(n) + 0.5) / n - 0.5)
     dx = np.asarray(x)[..., None] - (0.2 + along * np.cos(angle))
     dy = np.asarray(y)[..., None] - (-0.1 + along * np.sin(angle))
-    k = 0.07 / n / (dx**2 + dy**2)
-    np.testing.assert_allclose(PROFILES["string"](x, y), [(k * dx).sum(-1), (k * dy).sum(-1)], atol=1e-8)
+    k = 0.07 / n / (dx**2 + dy**2 + softening**2)
+    deflection = profiles.deflect_string(x, y, np.array([0.2, -0.1]), angle, length, 0.07, softening)
+    np.testing.assert_allclose(deflection, [(k * dx).sum(-1), (k * dy).sum(-1)], atol=1e-8)
 
 
 @pytest.mark.parametrize("name", PROFILES)

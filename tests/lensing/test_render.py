@@ -9,8 +9,8 @@ import pytest
 from gravlens_jax.errors import InputError
 from gravlens_jax.lensing.images import MAX_COUNTS
 from gravlens_jax.lensing.priors import PRESETS, SUBSTRUCTURES
-from gravlens_jax.lensing.profiles import einstein_radius_squared
-from gravlens_jax.lensing.render import render_lens, render_lenses, sample_lens
+from gravlens_jax.lensing.profiles import einstein_radius_squared, pixel_grid
+from gravlens_jax.lensing.render import deflect_substructure, deflection_map, render_lens, render_lenses, sample_lens
 
 PRIORS = PRESETS["ct1"]
 SMALL = replace(PRIORS, num_pixels=12, pixel_scale=0.5, psf_pixels=3)
@@ -93,6 +93,27 @@ def test_image_is_differentiable_and_does_not_depend_on_the_other_lenses(substru
     together, alone, gradients = render_and_differentiate(first(2, sample_lenses(substructure)))
     np.testing.assert_allclose(together, alone, rtol=1e-4)
     assert all(np.isfinite(gradient).all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("axis_ratio", [1.0, 0.7])
+@pytest.mark.parametrize("substructure", SUBSTRUCTURES)
+def test_deflection_map_is_that_of_the_substructure_less_that_of_its_mass_in_the_halo(substructure, axis_ratio):
+    lenses = first(20, sample_lenses(substructure))
+    priors = replace(PRIORS, lens_axis_ratio=axis_ratio)
+    maps = jax.vmap(lambda p: deflection_map(p, priors, 10, 0.4))(lenses)
+    assert maps.shape == (20, 10, 10, 2) and maps.dtype == np.float32
+    if substructure == "no":
+        np.testing.assert_allclose(maps, 0, atol=1e-6)
+        return
+    # Far outside, a point mass or a string of the same strength is all that is seen of the substructure; the halo lost
+    # theta_E - sqrt(theta_E^2 + strength), whatever its shape.
+    x, y = pixel_grid(10, 0.4)
+    exact = jax.vmap(lambda p: jnp.stack(deflect_substructure(x, y, p), axis=-1))(lenses)
+    smooth = jax.vmap(partial(einstein_radius_squared, PRIORS.mass))(lenses["z_lens"], lenses["z_source"])
+    lost = np.sqrt(smooth) - lenses["theta_E"]
+    halo = np.sum((exact - maps) * jnp.stack([x, y], axis=-1), axis=-1)  # lost * r, for a sphere
+    difference = np.median(halo / lost[:, None, None] / np.hypot(x, y), axis=(1, 2))
+    np.testing.assert_allclose(difference, 1, atol=0.1)
 
 
 def test_unknown_substructure_is_refused():
