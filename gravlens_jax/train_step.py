@@ -55,7 +55,7 @@ def mean_metrics(sums: dict[str, Any]) -> tuple[float, float]:
 def init_state(
     seed: int, model: ResNet, tx: optax.GradientTransformation, config: OptimConfig, auxiliary: bool = False
 ) -> TrainState:
-    """Returns the state before the first step; a function of `seed` alone. `auxiliary`: for batches with deflections."""
+    """Returns the state before the first step, a function of `seed` alone; `auxiliary` if batches have deflections."""
     size = model.input.crop // model.input.pool
     variables = model.init(jax.random.key(seed), jnp.zeros((1, size, size, 1), jnp.float32))
     params, channels = variables["params"], 4 * model.width

@@ -49,7 +49,8 @@ def test_flips_are_the_four_mirror_images_equally_often():
 def test_vectors_are_mirrored_with_the_images():
     x, y = pixel_grid(5, 1.0)
     potential = jnp.sin(x + 0.3) * jnp.cos(0.7 * y - 0.2)
-    gradient = jnp.stack([jnp.cos(x + 0.3) * jnp.cos(0.7 * y - 0.2), -0.7 * jnp.sin(x + 0.3) * jnp.sin(0.7 * y - 0.2)], -1)
+    along_x, along_y = jnp.cos(x + 0.3) * jnp.cos(0.7 * y - 0.2), -0.7 * jnp.sin(x + 0.3) * jnp.sin(0.7 * y - 0.2)
+    gradient = jnp.stack([along_x, along_y], axis=-1)
     key, config = jax.random.key(0), AugmentConfig()
     images = augment(jnp.repeat(potential[None, :, :, None], 100, 0), key, config)[..., 0]
     vectors = augment_vectors(jnp.repeat(gradient[None], 100, 0), key, config)
