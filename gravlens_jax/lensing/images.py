@@ -17,7 +17,7 @@ import numpy as np
 
 from gravlens_jax.errors import check
 from gravlens_jax.lensing.priors import SUBSTRUCTURES, Priors
-from gravlens_jax.lensing.render import deflection_map, render_lens, sample_lens
+from gravlens_jax.lensing.render import deflection_map, render_lenses, sample_lens
 
 MAX_COUNTS = 60_000  # images are stored as uint16
 CPU_BLOCK, ACCELERATOR_BLOCK = 4, 128  # images of one class per compiled call
@@ -47,16 +47,17 @@ def render_block(seed, split, indices, *, priors: Priors, substructure: str, noi
       (n, num_pixels, num_pixels): float32 expected counts, or with `noise` uint16 Poisson variates of them.
     """
 
-    def one(index):
-        key = lens_key(seed, split, index)
-        expected = render_lens(sample_lens(key, priors, substructure), priors)
-        if not noise:
-            return expected
+    keys = jax.vmap(partial(lens_key, seed, split))(indices)
+    expected = render_lenses(jax.vmap(partial(sample_lens, priors=priors, substructure=substructure))(keys), priors)
+    if not noise:
+        return expected
+
+    def draw(key, expected):
         counts = jax.random.poisson(jax.random.fold_in(key, 1), expected, dtype=jnp.int32)
         # uint16 would wrap around; `simulate_images` refuses images that reach the limit.
         return jnp.minimum(counts, MAX_COUNTS).astype(jnp.uint16)
 
-    return jax.vmap(one)(indices)
+    return jax.vmap(draw)(keys, expected)
 
 
 def _in_turn(make: Callable[[str, jax.Array], jax.Array], first: jax.Array, n: int) -> jax.Array:
@@ -81,10 +82,9 @@ def render_deflections(first, seed, split, *, n: int, priors: Priors, cells: int
     """
 
     def make(substructure, indices):
-        def one(index):
-            return deflection_map(sample_lens(lens_key(seed, split, index), priors, substructure), priors, cells, width)
-
-        return jax.vmap(one)(indices)
+        keys = jax.vmap(partial(lens_key, seed, split))(indices)
+        lenses = jax.vmap(partial(sample_lens, priors=priors, substructure=substructure))(keys)
+        return jax.vmap(partial(deflection_map, priors=priors, cells=cells, width=width))(lenses)
 
     return _in_turn(make, first, n)
 

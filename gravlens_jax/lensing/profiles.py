@@ -23,6 +23,7 @@ SPEED_OF_LIGHT_KM_S = 299792.458
 FOUR_G_OVER_C2_ARCSEC2_MPC = 4 * 4.30091727e-9 / SPEED_OF_LIGHT_KM_S**2 * math.degrees(3600) ** 2
 # Distances smaller than this are kept away from 0 (arcsec): gradients stay finite at a profile's centre.
 SOFTENING = 1e-6
+POINTS_PER_PASS = 8  # point masses that are added in one pass over the rays
 
 Pair = tuple[jax.Array, jax.Array]
 Number = jax.Array | float  # a scalar or, where arrays are meant, an array
@@ -124,16 +125,22 @@ def deflect_points(
       softening: arcsec.
     """
 
-    def add(alpha, point):
-        (cx, cy), strength = point
-        dx, dy = x - cx, y - cy
-        k = strength / (dx * dx + dy * dy + softening**2)
-        return (alpha[0] + k * dx, alpha[1] + k * dy), None
+    size = math.gcd(len(theta_E_squared), POINTS_PER_PASS)
+    groups = centres.reshape(-1, size, 2), theta_E_squared.reshape(-1, size)
+
+    def add_group(alpha, group):
+        for (cx, cy), strength in zip(*group, strict=True):
+            dx, dy = x - cx, y - cy
+            k = strength / (dx * dx + dy * dy + softening**2)
+            alpha = alpha[0] + k * dx, alpha[1] + k * dy
+        return alpha
+
+    def add(alpha, group):
+        # Skips groups of padding, except where `jax.vmap` turns the choice into a selection.
+        return jax.lax.cond(jnp.any(group[1] != 0), add_group, lambda alpha, _: alpha, alpha, group), None
 
     # A scan keeps one pair of arrays in the cache: on a CPU 5 times faster than one fused sum over all masses.
-    # Adding 4 masses per pass is faster again by half.
-    start = (jnp.zeros_like(x), jnp.zeros_like(y))
-    return jax.lax.scan(add, start, (centres, theta_E_squared), unroll=4)[0]
+    return jax.lax.scan(add, (jnp.zeros_like(x), jnp.zeros_like(y)), groups)[0]
 
 
 def deflect_string(
@@ -162,7 +169,8 @@ def deflect_string(
     distance = jnp.sqrt(squared)
     head, tail = u + length / 2, u - length / 2
     along = theta_E_squared / (2 * length) * jnp.log((head * head + squared) / (tail * tail + squared))
-    across = theta_E_squared / length * w / distance * (jnp.arctan(head / distance) - jnp.arctan(tail / distance))
+    angle_seen = math.pi / 2 - jnp.arctan((squared + head * tail) / (length * distance))  # from end to end
+    across = theta_E_squared / length * w / distance * angle_seen
     return cos * along - sin * across, sin * along + cos * across
 
 

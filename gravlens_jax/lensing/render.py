@@ -138,38 +138,12 @@ def render_lens(lens_params: LensParams, priors: Priors) -> jax.Array:
 
     `lens_params` are a result of `sample_lens`; of `priors` only the camera and the source's fixed profile are used.
     """
-    return _render(lens_params, deflect_substructure(*_rays(lens_params, priors), lens_params), priors)
-
-
-def render_lenses(lens_params: LensParams, priors: Priors) -> jax.Array:
-    """Returns `render_lens` of n lenses of one class, float32 (n, num_pixels, num_pixels), equal to rounding.
-
-    The same as `jax.vmap` of `render_lens`, but on a CPU twice as fast for many lenses with subhalos. It takes about
-    1 MB of memory per lens. Each array of `lens_params` has a leading axis of length n.
-    """
-    deflect = partial(deflect_substructure, *_rays(lens_params, priors))
-    # Each point mass needs a pass over all rays; the rays of one lens fit in a CPU's cache.
-    one_by_one = "subhalo_masses" in lens_params and jax.default_backend() == "cpu"
-    deflections = jax.lax.map(deflect, lens_params) if one_by_one else jax.vmap(deflect)(lens_params)
-    return jax.vmap(lambda p, deflection: _render(p, deflection, priors))(lens_params, deflections)
-
-
-def _rays(p: LensParams, priors: Priors) -> profiles.Pair:
+    p = lens_params
     dtype = jnp.result_type(jnp.float32, *p.values())  # float32, unless a parameter has more bits
-    return profiles.pixel_grid(priors.num_pixels, priors.pixel_scale, priors.supersampling, dtype)
-
-
-def _deflect_halo(x: jax.Array, y: jax.Array, theta_E: jax.Array, priors: Priors) -> profiles.Pair:
-    if priors.lens_axis_ratio == 1:
-        return profiles.deflect_sis(x, y, theta_E)
-    return profiles.deflect_sie(x, y, theta_E, priors.lens_axis_ratio, 0.0)
-
-
-def _render(p: LensParams, substructure: profiles.Pair, priors: Priors) -> jax.Array:
-    """Returns the expected photon counts, given the deflection of the substructure at all rays."""
-    x, y = _rays(p, priors)
+    x, y = profiles.pixel_grid(priors.num_pixels, priors.pixel_scale, priors.supersampling, dtype)
     halo = _deflect_halo(x, y, p["theta_E"], priors)
     shear = profiles.deflect_shear(x, y, p["shear"], p["shear_angle"])
+    substructure = deflect_substructure(x, y, p)
     beta_x = x - halo[0] - shear[0] - substructure[0] - p["source"][0]
     beta_y = y - halo[1] - shear[1] - substructure[1] - p["source"][1]
     shape = (p["source_radius"], p["source_axis_ratio"], p["source_angle"])
@@ -177,3 +151,23 @@ def _render(p: LensParams, substructure: profiles.Pair, priors: Priors) -> jax.A
     image = profiles.bin_pixels(light, priors.supersampling)
     image = profiles.blur(image, priors.psf_sigma / priors.pixel_scale, priors.psf_pixels)
     return priors.photons * (image + priors.sky)
+
+
+def render_lenses(lens_params: LensParams, priors: Priors) -> jax.Array:
+    """Returns `render_lens` of n lenses of one class, float32 (n, num_pixels, num_pixels), equal to rounding.
+
+    The same as `jax.vmap` of `render_lens`, but on a CPU up to three times as fast. Each array of `lens_params` has a
+    leading axis of length n.
+    """
+    render = partial(render_lens, priors=priors)
+    # The rays of one lens fit in a CPU's cache, and padding of its subhalos can be skipped. But in loops, XLA computes
+    # the arctangent of a string without vector instructions.
+    if jax.default_backend() == "cpu" and "vortex_mass" not in lens_params:
+        return jax.lax.map(render, lens_params)
+    return jax.vmap(render)(lens_params)
+
+
+def _deflect_halo(x: jax.Array, y: jax.Array, theta_E: jax.Array, priors: Priors) -> profiles.Pair:
+    if priors.lens_axis_ratio == 1:
+        return profiles.deflect_sis(x, y, theta_E)
+    return profiles.deflect_sie(x, y, theta_E, priors.lens_axis_ratio, 0.0)
