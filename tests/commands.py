@@ -37,11 +37,12 @@ def start(folder, script, *arguments, devices=1, before=(), optimized=False, **o
     Args:
       devices: number of virtual devices of the CPU.
       before: words of the command line before Python's.
-      optimized: whether XLA compiles with its default flags, as for users, instead of those of conftest.py.
+      optimized: whether XLA compiles as for users, instead of with the flags of conftest.py.
     """
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
     environment |= {"GLIBC_TUNABLES": HUGE_PAGES}  # or train.py would start Python a second time
-    environment |= {"XLA_FLAGS": ""} if optimized else {}
+    if optimized:
+        environment.pop("XLA_FLAGS", None)
     command = [*before, sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment} | options
     return subprocess.Popen(command, cwd=folder, **options)

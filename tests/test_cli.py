@@ -18,7 +18,7 @@ import pytest
 
 from commands import ROOT, run
 from gravlens_jax import cli
-from gravlens_jax.cli import HUGE_PAGES
+from gravlens_jax.cli import CPU_FLAGS, HUGE_PAGES
 from gravlens_jax.console import Stopped
 from gravlens_jax.errors import InputError
 
@@ -27,14 +27,29 @@ LINE |= {"learning_rate": 0.125, "images_per_second": 64.0, "wall_seconds": 1.0}
 REPORT = {"n": 24, "accuracy": 0.75, "auc": {"no": 0.5, "vort": None}, "macro_auc": None, "checkpoint": "best"}
 
 
+def environment_after_restart(name, value):
+    """Returns the environment variable `name` of a program that called `set_environment`; None: it was not set."""
+    code = f"import os; from gravlens_jax import cli; cli.set_environment(); print(os.environ.get({name!r}))"
+    environment = os.environ | {name: value}
+    if value is None:
+        del environment[name]
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
+    ).stdout.strip()
+
+
 def test_a_program_restarts_once_with_huge_pages():
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not setting.exists() or "[madvise]" not in setting.read_text():
         pytest.skip("needs a Linux that provides huge pages on request")
-    code = "import os; from gravlens_jax import cli; cli.set_environment(); print(os.environ['GLIBC_TUNABLES'])"
-    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-    command = [sys.executable, "-c", code]
-    assert subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True).stdout.strip() == HUGE_PAGES
+    assert environment_after_restart("GLIBC_TUNABLES", None) == HUGE_PAGES
+    assert environment_after_restart("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0") == "glibc.malloc.hugetlb=0"
+
+
+def test_flags_of_xla_are_set_where_they_were_measured_and_can_be_turned_off():
+    known = jax.__version_info__[:3] == (0, 12, 0)
+    assert environment_after_restart("XLA_FLAGS", None) == (CPU_FLAGS if known else "None")
+    assert environment_after_restart("XLA_FLAGS", "") == ""
 
 
 @pytest.mark.parametrize("layout", ["clone", "wheel"])

@@ -1,4 +1,4 @@
-"""Numbers at the sizes that users run, from programs compiled with XLA's default flags.
+"""Numbers at the sizes that users run, from programs compiled with XLA's default flags, and those of `cli.set_environment`.
 
 conftest.py sets flags that make the other tests compile faster, so these programs run in a process of their own.
 """
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from gravlens_jax import model as model_module
+from gravlens_jax.cli import CPU_FLAGS
 from gravlens_jax.layers import BatchNorm, Conv
 
 SHAPES = [  # size, channels, filters and stride of the convolutions of ResNet-20 for images of 50 x 50 pixels
@@ -79,9 +80,11 @@ def measure():
     }
 
 
-@pytest.fixture(scope="module")
-def measured():
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+@pytest.fixture(scope="module", params=["", CPU_FLAGS])
+def measured(request):
+    if request.param and jax.__version_info__[:3] != (0, 12, 0):
+        pytest.skip("jaxlib may not know these flags")
+    environment = os.environ | {"XLA_FLAGS": request.param}
     process = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
