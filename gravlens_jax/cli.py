@@ -116,11 +116,7 @@ def set_environment() -> None:
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if "GLIBC_TUNABLES" not in os.environ and setting.exists() and "[madvise]" in setting.read_text():
         wanted["GLIBC_TUNABLES"] = HUGE_PAGES
-    if "XLA_FLAGS" not in os.environ and jax.__version_info__[:3] == (
-        0,
-        12,
-        0,
-    ):  # others may not know the flag and abort
+    if "XLA_FLAGS" not in os.environ and jax.__version_info__[:3] == (0, 12, 0):  # others abort at unknown flags
         wanted["XLA_FLAGS"] = CPU_FLAGS
     if (0, 9, 1) <= jax.__version_info__ <= (0, 10, 1) and os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # JAX set it
         wanted["TF_CPP_MIN_LOG_LEVEL"] = "3"

@@ -33,9 +33,8 @@ def environment_after_restart(name, value):
     environment = os.environ | {name: value}
     if value is None:
         del environment[name]
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
-    ).stdout.strip()
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+    return done.stdout.strip()
 
 
 def test_a_program_restarts_once_with_huge_pages():

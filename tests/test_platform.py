@@ -1,4 +1,4 @@
-"""Numbers at the sizes that users run, from programs compiled with XLA's default flags, and those of `cli.set_environment`.
+"""Numbers at the sizes that users run, from programs compiled with XLA's default flags or those of `cli`.
 
 conftest.py sets flags that make the other tests compile faster, so these programs run in a process of their own.
 """
