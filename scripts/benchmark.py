@@ -13,7 +13,7 @@ import tyro
 from bench.input import measure_readers, readers_table
 from bench.machine import machine, peaks, use_cpu_devices, versions
 from bench.scaling import draw_scaling, powers_of_two, scaling_cases, scaling_rows, scaling_table, time_cases
-from bench.simulation import rates_table, simulation_rates
+from bench.simulation import CODES, rates_table, simulation_rates
 from bench.sweep import Steps, sweep
 from gravlens_jax import cli
 from gravlens_jax.errors import check, check_installed
@@ -21,26 +21,28 @@ from gravlens_jax.run_dir import check_folder
 from gravlens_jax.sharding import is_main, join_processes
 
 
-def simulate(seconds: float = 4.0, repeats: int = 3, lenstronomy: bool = True) -> None:
-    """Measures images per second of `ct1` with photon noise, on one core and on all, beside lenstronomy.
+def simulate(
+    seconds: float = 4.0, repeats: int = 3, peers: tuple[Literal["lenstronomy", "herculens", "caustics"], ...] = ()
+) -> None:
+    """Measures images per second of `sphere` lenses with 25 subhalos, on one core and on all, beside other codes.
 
     Every measurement is a process of its own on the cores it may use, and the codes alternate; prints medians as a
-    table and as a JSON line. Compilation is not counted. lenstronomy gets lenses of the same population, the same grid,
-    sub-pixels and PSF; its strings are 100 point masses; on all cores it runs one process on each.
+    table and as a JSON line. Compilation is not counted. Batches have 32 lenses. Other codes get the same lenses, grid,
+    sub-pixels and PSF, in float32 without noise; lenstronomy renders one lens at a time, on each of the cores.
 
     Args:
-        seconds: length of one measurement of one class.
+        seconds: length of one measurement.
         repeats: measurements of each figure.
-        lenstronomy: whether to measure it (pip install lenstronomy).
+        peers: other codes to measure (pip install lenstronomy herculens caustics six).
     """
     check(seconds > 0 and repeats > 0, f"seconds={seconds}, repeats={repeats}: expected positive numbers")
-    if lenstronomy:
-        check_installed("lenstronomy", "its row of the table", "lenstronomy, or give --no-lenstronomy")
+    for peer in peers:
+        check_installed(peer, f"--peers {peer}", peer)
     check(hasattr(os, "sched_setaffinity"), "this benchmark pins processes to cores, which only Linux allows")
-    rates = simulation_rates(seconds, repeats, lenstronomy, sorted(os.sched_getaffinity(0)))
+    codes = [code for code in CODES if code.split(",")[0] in ("gravlens_jax", *peers)]
+    rates = simulation_rates(seconds, repeats, codes, sorted(os.sched_getaffinity(0)))
     print(rates_table(rates))
-    result = [{"code": code, "cores": n} | values for (code, n), values in rates.items()]
-    print(json.dumps({"benchmark": "simulate", "images_per_second": result} | versions()))
+    print(json.dumps({"benchmark": "simulate", "images_per_second": rates} | versions()))
 
 
 def measure_input(

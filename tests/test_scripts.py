@@ -174,7 +174,7 @@ def test_learning_curves_are_drawn(folder, run_here):
     "arguments, key",
     [
         (["infer", "--image-size", "8", "--batch-size", "4", "6", "--steps", "2", "--warmup", "1"], "rows"),
-        (["simulate", "--seconds", "0.1", "--no-lenstronomy"], "images_per_second"),
+        (["simulate", "--seconds", "0.1"], "images_per_second"),
     ],
 )
 def test_benchmarks_print_a_table_and_a_json_line(folder, arguments, key, run_here):

@@ -23,7 +23,7 @@ SPEED_OF_LIGHT_KM_S = 299792.458
 FOUR_G_OVER_C2_ARCSEC2_MPC = 4 * 4.30091727e-9 / SPEED_OF_LIGHT_KM_S**2 * math.degrees(3600) ** 2
 # Distances smaller than this are kept away from 0 (arcsec): gradients stay finite at a profile's centre.
 SOFTENING = 1e-6
-POINTS_PER_PASS = 8  # point masses that are added in one pass over the rays
+POINTS_PER_PASS = 4  # point masses that are added in one pass over the rays
 
 Pair = tuple[jax.Array, jax.Array]
 Number = jax.Array | float  # a scalar or, where arrays are meant, an array
@@ -125,8 +125,9 @@ def deflect_points(
       softening: arcsec.
     """
 
-    size = math.gcd(len(theta_E_squared), POINTS_PER_PASS)
-    groups = centres.reshape(-1, size, 2), theta_E_squared.reshape(-1, size)
+    padding = -len(theta_E_squared) % POINTS_PER_PASS
+    centres, strengths = jnp.pad(centres, ((0, padding), (0, 0))), jnp.pad(theta_E_squared, (0, padding))
+    groups = centres.reshape(-1, POINTS_PER_PASS, 2), strengths.reshape(-1, POINTS_PER_PASS)
 
     def add_group(alpha, group):
         for (cx, cy), strength in zip(*group, strict=True):

@@ -13,8 +13,8 @@ import jax
 
 from bench.costs import forward_flops, train_flops
 from bench.machine import machine, use_cpu_devices
-from bench.peers import torch_step
 from bench.steps import busy_fraction, compile_step, random_batch, step_figures
+from bench.torch_resnet import torch_step
 from gravlens_jax.errors import check, check_installed
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench.peers import ellipticity, lenstronomy_image
+from bench.simulators import ellipticity, lenstronomy_image
 from gravlens_jax.lensing import profiles
 from gravlens_jax.lensing.priors import PRESETS, SUBSTRUCTURES
 from gravlens_jax.lensing.render import render_lens, sample_lens

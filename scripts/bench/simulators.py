@@ -1,0 +1,203 @@
+"""The same images by other codes, for validation and benchmarks.
+
+lenstronomy (Birrer & Amara 2018), herculens (Galan et al. 2022) and caustics (Stone et al. 2024) are imported by the
+functions that need them. They get the lenses of `lensing.render.sample_lens` and return images as `render_lens` does.
+"""
+
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gravlens_jax.lensing.priors import Priors
+from gravlens_jax.lensing.profiles import einstein_radius_squared
+
+Lenses = dict[str, Any]  # parameters of n lenses, each with a leading axis of length n
+
+
+def psf_kernel(priors: Priors) -> np.ndarray:
+    """Returns the normalized PSF, float64 (psf_pixels, psf_pixels)."""
+    half = priors.psf_pixels // 2
+    profile = np.exp(-0.5 * (np.arange(-half, half + 1) * priors.pixel_scale / priors.psf_sigma) ** 2)
+    return np.outer(profile, profile) / profile.sum() ** 2
+
+
+def ellipticity(axis_ratio: float, angle: float) -> dict[str, float]:
+    """Returns lenstronomy's e1, e2 of an axis ratio and the direction of the major axis (radians)."""
+    e = (1 - axis_ratio) / (1 + axis_ratio)
+    return {"e1": e * np.cos(2 * angle), "e2": e * np.sin(2 * angle)}
+
+
+def _grid(priors: Priors) -> dict[str, Any]:
+    edge = -(priors.num_pixels - 1) / 2 * priors.pixel_scale
+    return {"ra_at_xy_0": edge, "dec_at_xy_0": edge, "transform_pix2angle": np.eye(2) * priors.pixel_scale}
+
+
+@lru_cache
+def _camera(priors: Priors):
+    from lenstronomy.Data.imaging_data import ImageData
+    from lenstronomy.Data.psf import PSF
+
+    data = ImageData(np.zeros((priors.num_pixels,) * 2), **_grid(priors))
+    return data, PSF("PIXEL", kernel_point_source=psf_kernel(priors))
+
+
+def lenstronomy_image(lens_params: dict, priors: Priors, string_points: int = 100) -> np.ndarray:
+    """Returns the image of `lensing.render.render_lens`, float64 (num_pixels, num_pixels), computed by lenstronomy.
+
+    Args:
+      lens_params: as `lensing.render.sample_lens` returns them.
+      priors: the camera and the source's fixed profile.
+      string_points: point masses that represent a string.
+    """
+    from lenstronomy.ImSim.image_model import ImageModel
+    from lenstronomy.LensModel.lens_model import LensModel
+    from lenstronomy.LightModel.light_model import LightModel
+
+    p = {name: np.asarray(value, np.float64) for name, value in lens_params.items()}
+    gamma, phi = p["shear"], p["shear_angle"]
+    models = ["SIS" if priors.lens_axis_ratio == 1 else "SIE", "SHEAR"]
+    halo = {"theta_E": p["theta_E"], "center_x": 0, "center_y": 0}
+    if priors.lens_axis_ratio != 1:
+        halo |= ellipticity(priors.lens_axis_ratio, 0.0)
+    keywords = [halo, {"gamma1": gamma * np.cos(2 * phi), "gamma2": gamma * np.sin(2 * phi)}]
+    masses, centres = p.get("subhalo_masses", np.zeros(0)), p.get("subhalo_centres", np.zeros((0, 2)))
+    if "vortex_mass" in p:
+        along = p["vortex_length"] * ((np.arange(string_points) + 0.5) / string_points - 0.5)
+        direction = np.array([np.cos(p["vortex_angle"]), np.sin(p["vortex_angle"])])
+        masses = np.full(string_points, p["vortex_mass"] / string_points)
+        centres = p["vortex_centre"] + along[:, None] * direction
+    strength = float(einstein_radius_squared(1.0, float(p["z_lens"]), float(p["z_source"])))
+    for radius, (x, y) in zip(np.sqrt(strength * masses), centres, strict=True):
+        if radius > 0:
+            models.append("POINT_MASS")
+            keywords.append({"theta_E": radius, "center_x": x, "center_y": y})
+    source = {
+        "amp": 1.0,
+        "R_sersic": p["source_radius"],
+        "n_sersic": priors.source_n,
+        "center_x": p["source"][0],
+        "center_y": p["source"][1],
+    } | ellipticity(float(p["source_axis_ratio"]), float(p["source_angle"]))
+    numerics = {"supersampling_factor": priors.supersampling, "supersampling_convolution": False}
+    model = ImageModel(*_camera(priors), LensModel(models), LightModel(["SERSIC_ELLIPSE"]), kwargs_numerics=numerics)
+    image = model.image(kwargs_lens=keywords, kwargs_source=[source])
+    # lenstronomy has +y in the last row, and returns the flux of a pixel
+    return priors.photons * (image[::-1] / priors.pixel_scale**2 + priors.sky)
+
+
+def _clip(x, *limits, a_min=None, a_max=None, _clip=jnp.clip, **others):
+    """`jnp.clip` with names of arguments that JAX has removed and herculens uses."""
+    if a_min is not None or a_max is not None:
+        limits = a_min, a_max
+    return _clip(x, *limits, **others)
+
+
+def make_herculens(priors: Priors) -> Callable[[dict[str, jax.Array]], jax.Array]:
+    """Returns a function that renders one lens with all subhalos of its `priors`, for `jax.vmap` and `jax.jit`.
+
+    In float32 the isothermal sphere of herculens is NaN: a slightly elliptical one stands in for it.
+    """
+    jnp.clip = _clip
+    from herculens.Coordinates.pixel_grid import PixelGrid
+    from herculens.Instrument.psf import PSF
+    from herculens.LensImage.lens_image import LensImage
+    from herculens.LightModel.light_model import LightModel
+    from herculens.LightModel.Profiles.sersic import Sersic
+    from herculens.MassModel.mass_model import MassModel
+
+    n, exact = priors.subhalo_padding, jnp.result_type(float) == jnp.float64
+    image = LensImage(
+        PixelGrid(priors.num_pixels, priors.num_pixels, **_grid(priors)),
+        PSF("PIXEL", kernel_point_source=psf_kernel(priors)),
+        lens_mass_model_class=MassModel(["SIS" if exact else "SIE", "SHEAR", *["POINT_MASS"] * n]),
+        source_model_class=LightModel([Sersic(radius_major_axis=False)]),
+        kwargs_numerics={"supersampling_factor": priors.supersampling, "supersampling_convolution": False},
+    )
+    # Its b_n is linear in n; this amplitude and this radius give the profile of ours.
+    ours = _sersic_b(priors.source_n)
+    theirs = 1.9992 * priors.source_n - 0.3271
+    amplitude, factor = np.exp(ours - theirs), (theirs / ours) ** priors.source_n
+
+    def render(p):
+        radii = jnp.sqrt(einstein_radius_squared(p["subhalo_masses"], p["z_lens"], p["z_source"]))
+        halo = {"theta_E": p["theta_E"], "center_x": 0.0, "center_y": 0.0}
+        shear = {"gamma1": p["shear"] * jnp.cos(2 * p["shear_angle"])}
+        shear |= {"gamma2": p["shear"] * jnp.sin(2 * p["shear_angle"]), "ra_0": 0.0, "dec_0": 0.0}
+        keywords = [halo if exact else halo | {"e1": 1e-4, "e2": 0.0}, shear]
+        for radius, (x, y) in zip(radii, p["subhalo_centres"], strict=True):
+            keywords.append({"theta_E": radius, "center_x": x, "center_y": y})
+        e = (1 - p["source_axis_ratio"]) / (1 + p["source_axis_ratio"])
+        source = {"amp": amplitude, "R_sersic": p["source_radius"] * factor, "n_sersic": priors.source_n}
+        source |= {"e1": e * jnp.cos(2 * p["source_angle"]), "e2": e * jnp.sin(2 * p["source_angle"])}
+        source |= {"center_x": p["source"][0], "center_y": p["source"][1]}
+        flux = image.model(kwargs_lens=keywords, kwargs_source=[source])[::-1]
+        return priors.photons * (flux / priors.pixel_scale**2 + priors.sky)
+
+    return render
+
+
+def _sersic_b(n: float) -> float:
+    return 2 * n - 1 / 3 + 4 / (405 * n) + 46 / (25515 * n**2) + 131 / (1148175 * n**3)
+
+
+def make_caustics(priors: Priors, backend: str, lenses: Lenses) -> tuple[Callable[[Any], Any], np.ndarray]:
+    """Returns caustics' function of the parameters of one lens, and these parameters of `lenses`, float (n, ...).
+
+    The lenses have all subhalos of their `priors`. The function is for vmap and returns a surface brightness with +y in
+    the last row: see `caustics_counts`. Light from outside of the field reaches its border, unlike in other codes.
+
+    Args:
+      priors: the camera, the source's fixed profile and the number of subhalos.
+      backend: "jax" or "torch"; the first one that a process chooses remains.
+      lenses: parameters of n lenses.
+    """
+    os.environ["CASKADE_BACKEND"] = backend
+    import caustics
+
+    kernel = psf_kernel(priors)
+    sparse = np.zeros([priors.supersampling * (priors.psf_pixels - 1) + 1] * 2, np.float32)
+    sparse[:: priors.supersampling, :: priors.supersampling] = kernel  # of sub-pixels, the same as after binning
+    cosmology = caustics.FlatLambdaCDM(name="cosmology")
+    centre = {"cosmology": cosmology, "x0": 0.0, "y0": 0.0}
+    points = [caustics.Point(cosmology, name=f"point{i}") for i in range(priors.subhalo_padding)]
+    halo, shear = caustics.SIS(name="halo", **centre), caustics.ExternalShear(name="shear", **centre)
+    plane = caustics.SinglePlane(cosmology, [halo, shear, *points], name="plane", z_l=0.5, z_s=1.0)
+    simulator = caustics.LensSource(
+        plane,
+        caustics.Sersic(n=priors.source_n, Ie=1.0, name="source"),
+        pixelscale=priors.pixel_scale,
+        pixels_x=priors.num_pixels,
+        upsample_factor=priors.supersampling,
+        psf=sparse,
+    )
+    if backend == "torch":
+        import torch
+
+        simulator = simulator.to(dtype=torch.float32)
+    p = {name: np.asarray(values) for name, values in lenses.items()}
+    radii = np.sqrt(jax.vmap(einstein_radius_squared)(p["subhalo_masses"], p["z_lens"], p["z_source"]))
+    values = {
+        ("halo", "Rein"): p["theta_E"],
+        ("shear", "gamma_1"): p["shear"] * np.cos(2 * p["shear_angle"]),
+        ("shear", "gamma_2"): p["shear"] * np.sin(2 * p["shear_angle"]),
+        ("source", "x0"): p["source"][:, 0],
+        ("source", "y0"): p["source"][:, 1],
+        ("source", "q"): p["source_axis_ratio"],
+        ("source", "phi"): p["source_angle"],
+        ("source", "Re"): p["source_radius"] / np.sqrt(p["source_axis_ratio"]),  # along the major axis
+    }
+    for i in range(priors.subhalo_padding):
+        x, y = p["subhalo_centres"][:, i].T
+        values |= {(f"point{i}", "x0"): x, (f"point{i}", "y0"): y, (f"point{i}", "Rein"): radii[:, i]}
+    order = [(next(iter(param.parents)).name, param.name) for param in simulator.dynamic_params]
+    return simulator, np.stack([values[name] for name in order], axis=1)
+
+
+def caustics_counts(brightness: Any, priors: Priors) -> np.ndarray:
+    """Returns the expected counts of images (n, num_pixels, num_pixels) of a function of `make_caustics`."""
+    return priors.photons * (np.asarray(brightness)[:, ::-1] + priors.sky)
