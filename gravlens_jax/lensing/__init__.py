@@ -4,8 +4,17 @@
 expected image, `images` sets of images with photon noise.
 """
 
-from gravlens_jax.lensing.images import simulate_images, simulate_parameters
+from gravlens_jax.lensing.images import render_images, simulate_images, simulate_parameters
 from gravlens_jax.lensing.priors import PRESETS, Priors
 from gravlens_jax.lensing.render import render_lens, render_lenses, sample_lens
 
-__all__ = ["PRESETS", "Priors", "render_lens", "render_lenses", "sample_lens", "simulate_images", "simulate_parameters"]
+__all__ = [
+    "PRESETS",
+    "Priors",
+    "render_images",
+    "render_lens",
+    "render_lenses",
+    "sample_lens",
+    "simulate_images",
+    "simulate_parameters",
+]

@@ -17,7 +17,7 @@ import numpy as np
 
 from gravlens_jax.errors import check
 from gravlens_jax.lensing.priors import SUBSTRUCTURES, Priors
-from gravlens_jax.lensing.render import deflection_map, render_lenses, sample_lens
+from gravlens_jax.lensing.render import LensParams, deflection_map, render_lenses, sample_lens
 
 MAX_COUNTS = 60_000  # images are stored as uint16
 CPU_BLOCK, ACCELERATOR_BLOCK = 4, 128  # images of one class per compiled call
@@ -148,11 +148,10 @@ def simulate_images(
       start: index of the first image.
     """
     check(n >= 1, f"n={n}: expected at least 1 image")
-    block = CPU_BLOCK if jax.default_backend() == "cpu" else ACCELERATOR_BLOCK
+    block = _block_size()
     chunk = len(classes) * block
     make = partial(_simulate_chunk, block=block, seed=seed, split=split, priors=priors, classes=classes)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = 3 * cores  # with one thread per core, cores idle while threads wait for each other's computations
+    workers = _workers()
     stop, left_out = start + n, start % chunk  # chunks always begin at multiples of their size
     begins = range(start - left_out, stop, chunk)
     with ThreadPoolExecutor(workers) as pool:
@@ -162,6 +161,39 @@ def simulate_images(
             yield pending.popleft().result()[left_out:]
             left_out = 0
             pending.extend(islice(futures, 1))
+
+
+def render_images(lens_params: LensParams, priors: Priors) -> np.ndarray:
+    """Returns the expected counts of any number of lenses of one class, float32 (n, num_pixels, num_pixels).
+
+    The same as `render_lenses` to rounding, but not for use inside jit: on a CPU all cores work.
+
+    Args:
+      lens_params: as of `sample_lens`, each with a leading axis of length n.
+      priors: the camera and the source's fixed profile.
+    """
+    n, block = len(lens_params["z_lens"]), _block_size()
+    check(n >= 1, "lens_params hold no lens")
+
+    def render(start):
+        rows = np.minimum(np.arange(start, start + block), n - 1)  # always a whole block: one compiled program
+        own = {name: np.asarray(values)[rows] for name, values in lens_params.items()}
+        return np.asarray(_render(own, priors=priors))
+
+    with ThreadPoolExecutor(_workers()) as pool:
+        return np.concatenate(list(pool.map(render, range(0, n, block))))[:n]
+
+
+_render = jax.jit(render_lenses, static_argnames="priors")
+
+
+def _block_size() -> int:
+    return CPU_BLOCK if jax.default_backend() == "cpu" else ACCELERATOR_BLOCK
+
+
+def _workers() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 3 * cores  # with one thread per core, cores idle while threads wait for each other's computations
 
 
 def simulate_parameters(n: int, seed: int, split: int, priors: Priors) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from bench.simulators import lenstronomy_image, make_caustics, make_herculens
-from gravlens_jax.lensing.images import simulate_images
+from gravlens_jax.lensing.images import render_images, simulate_images
 from gravlens_jax.lensing.priors import PRESETS
 from gravlens_jax.lensing.render import render_lens, render_lenses, sample_lens
 
@@ -27,9 +27,10 @@ def sample_lenses() -> dict[str, jax.Array]:
     return jax.vmap(sample)(jax.random.split(jax.random.key(0), BATCH))
 
 
-def _batches(render: Callable) -> Iterator[int]:
+def _batches(render: Callable, jit: bool = True) -> Iterator[int]:
     """Renders a batch of lenses, again and again; yields the number of images."""
-    render, lenses = jax.jit(render), sample_lenses()
+    lenses = sample_lenses()
+    render = jax.jit(render) if jit else render
     while True:
         jax.block_until_ready(render(lenses))
         yield BATCH
@@ -65,7 +66,8 @@ def _lenstronomy() -> Iterator[int]:
 
 
 CODES: dict[str, Callable[[], Iterator[int]]] = {
-    "gravlens_jax": lambda: _batches(partial(render_lenses, priors=PRIORS)),
+    "gravlens_jax": lambda: _batches(partial(render_images, priors=PRIORS), jit=False),
+    "gravlens_jax, inside jit": lambda: _batches(partial(render_lenses, priors=PRIORS)),
     "gravlens_jax, plain jax.vmap": lambda: _batches(jax.vmap(partial(render_lens, priors=PRIORS))),
     "gravlens_jax, with noise": lambda: map(len, simulate_images(10**9, 0, 0, PRIORS, ("sphere",))),
     "herculens": lambda: _batches(jax.vmap(make_herculens(PRIORS))),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gravlens_jax.errors import InputError
-from gravlens_jax.lensing.images import MAX_COUNTS
+from gravlens_jax.lensing.images import MAX_COUNTS, render_images
 from gravlens_jax.lensing.priors import PRESETS, SUBSTRUCTURES
 from gravlens_jax.lensing.profiles import deflect_sis, einstein_radius_squared, pixel_grid
 from gravlens_jax.lensing.render import deflect_substructure, deflection_map, render_lens, render_lenses, sample_lens
@@ -29,8 +29,8 @@ def first(n, lenses):
     return {name: values[:n] for name, values in lenses.items()}
 
 
-def first_axis(lenses):
-    return [{name: jnp.array(values[i]) for name, values in lenses.items()} for i in range(len(lenses["z_lens"]))]
+def one(i, lenses):
+    return {name: values[i] for name, values in lenses.items()}
 
 
 @pytest.mark.parametrize("substructure", SUBSTRUCTURES)
@@ -94,8 +94,13 @@ def test_image_is_differentiable_and_does_not_depend_on_the_other_lenses(substru
         alone, vjp = jax.vjp(lambda p: render_lens(p, SMALL), p)
         return render_lenses(lenses, SMALL)[1], alone, *vjp(jnp.ones_like(alone))
 
-    together, alone, gradients = render_and_differentiate(first(2, sample_lenses(substructure)))
+    lenses = first(5, sample_lenses(substructure))
+    together, alone, gradients = render_and_differentiate(lenses)
     np.testing.assert_allclose(together, alone, rtol=1e-4)
+    on_all_cores = render_images(lenses, SMALL)
+    assert on_all_cores.shape == (5, 12, 12)
+    np.testing.assert_allclose(on_all_cores[1], alone, rtol=1e-4)
+    np.testing.assert_allclose(on_all_cores[4], render_images(one(slice(4, None), lenses), SMALL)[0], rtol=1e-6)
     assert all(np.isfinite(gradient).all() for gradient in gradients.values())
 
 
@@ -106,7 +111,8 @@ def test_deflection_map_compares_with_a_lens_whose_whole_mass_is_in_the_halo(sub
     assert maps.shape == (20, 50, 50, 2) and maps.dtype == np.float32
     x, y = pixel_grid(50, 0.08)
     whole = np.sqrt(jax.vmap(partial(einstein_radius_squared, PRIORS.mass))(lenses["z_lens"], lenses["z_source"]))
-    for p, deflection, theta_E in zip(first_axis(lenses), maps, whole, strict=True):
+    for i, (deflection, theta_E) in enumerate(zip(maps, whole, strict=True)):
+        p = one(i, lenses)
         own = np.add(deflect_substructure(x, y, p), deflect_sis(x, y, p["theta_E"]))
         expected = own - np.array(deflect_sis(x, y, theta_E))
         size = np.median(np.abs(expected))
