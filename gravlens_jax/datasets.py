@@ -76,10 +76,10 @@ class StreamSource:
 
     def _on_devices(self, first: int, stop: int) -> Iterator[Batch]:
         for start in range(first, stop, self.batch_size):
-            yield self._render(start, self.seed, self.split)
+            yield self.render(start, self.seed, self.split)
 
     @cached_property
-    def _render(self):
+    def render(self):
         """The jitted (first, seed, split) -> batch, of which each device renders its share."""
         share = self.batch_size // self.mesh.size
 

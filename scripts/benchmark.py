@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,12 +11,18 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
+from bench.accelerator import measure_accelerator
+from bench.accuracy import HEADER as ACCURACY_HEADER
+from bench.accuracy import line as accuracy_line
+from bench.accuracy import measure_accuracy, minutes_to
 from bench.input import measure_readers, readers_table
 from bench.machine import machine, peaks, use_cpu_devices, versions
 from bench.scaling import draw_scaling, powers_of_two, scaling_cases, scaling_rows, scaling_table, time_cases
 from bench.simulation import CODES, rates_table, simulation_rates
 from bench.sweep import Steps, sweep
+from bench.topology import HEADER, compile_for, line, programs, topology_mesh
 from gravlens_jax import cli
+from gravlens_jax.config import PRESETS, Config, ModelConfig
 from gravlens_jax.errors import check, check_installed
 from gravlens_jax.run_dir import check_folder
 from gravlens_jax.sharding import is_main, join_processes
@@ -69,7 +76,7 @@ def measure_input(
     check(images >= batch_size, f"--images {images} do not fill a batch of {batch_size}; give more")
     if peer:
         check_installed(peer, "--peer", peer)
-    _set_huge_pages()
+    os.environ |= cli.fast_environment()  # of the processes that it starts
     results = measure_readers(images, batch_size, batches, repeats, peer is not None)
     copy = peaks("float32")["bandwidth"] / 2 if jax.default_backend() == "cpu" else None
     print(readers_table(results, batch_size))
@@ -80,13 +87,8 @@ def measure_input(
     )
 
 
-def _set_huge_pages() -> None:
-    """Gives child processes the same memory pages as train.py; PyTorch's too."""
-    os.environ.setdefault("GLIBC_TUNABLES", cli.HUGE_PAGES)
-
-
 def _sweep(training: bool, options: Steps) -> None:
-    _set_huge_pages()
+    os.environ |= cli.fast_environment()  # of the processes that it starts
     print(json.dumps(sweep(training, options, partial(print, flush=True))))
 
 
@@ -152,6 +154,94 @@ def scale(
         print(json.dumps({"benchmark": "scale"} | facts | machine((dtype,))))
 
 
+def accuracy(
+    preset: Literal["default", "smoke"] = "default",
+    epochs: tuple[int, ...] = (1, 3),
+    targets: tuple[float, ...] = (0.896, 0.95),
+    peer: Literal["torch"] | None = None,
+) -> None:
+    """Measures the minutes from nothing to validation accuracies: simulation, compilation and training.
+
+    With --peer torch also the same recipe in PyTorch, and GravLensNet's, whose minutes are its published number of
+    steps times the measured time of one.
+
+    Args:
+        preset: the recipe.
+        epochs: numbers of epochs; each is a run, at whose end the learning rate is 0.
+        targets: accuracies.
+        peer: whether to train in PyTorch too (pip install torch).
+    """
+    check(len(epochs) > 0 and min(epochs) > 0, f"--epochs {epochs}: expected one positive number or more")
+    if peer:
+        check_installed(peer, "--peer", peer)
+    os.environ |= cli.fast_environment()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure_accuracy(PRESETS[preset], epochs, peer is not None, Path(folder))
+    print(ACCURACY_HEADER, *map(accuracy_line, rows), sep="\n")
+    minutes = {target: minutes_to(rows, target) for target in targets}
+    for target, own in minutes.items():
+        print(f"minutes to {target:.1%}: {', '.join(f'{code} {value:.1f}' for code, value in own.items()) or 'none'}")
+    print(json.dumps({"benchmark": "accuracy", "preset": preset, "rows": rows, "minutes_to": minutes} | versions()))
+
+
+def compile_ahead(
+    topology: tuple[str, ...] = ("v5e:1x1", "v5e:2x2", "v5e:16x16"),
+    batch_per_chip: int = 64,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    effort: Literal["O0", "O1", "O2", "O3"] = "O1",
+) -> None:
+    """Compiles the training step, and the step that simulates its batch, for TPUs, of which none is needed.
+
+    Prints compile time, and FLOPs, temporary memory and collectives of each chip, as a table and as a JSON line.
+
+    Args:
+        topology: chips, such as v5e:2x2, v5p:2x2x1 or v6e:16x16 (pip install "jax[tpu]").
+        batch_per_chip: images a step on each chip.
+        dtype: of activations.
+        effort: of the compiler; more than O1 takes minutes.
+    """
+    check(
+        len(topology) > 0 and batch_per_chip > 0, f"--topology {topology}, --batch-per-chip {batch_per_chip}: too few"
+    )
+    check_installed("libtpu", "compile", '"jax[tpu]"')
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_optimization_level", effort)
+    rows = []
+    print(HEADER)
+    for name in topology:
+        mesh = topology_mesh(name)
+        config = Config(batch_size=batch_per_chip * mesh.size, model=ModelConfig(dtype=dtype))
+        for program, traced in programs(config, mesh):
+            row = {"topology": name, "chips": mesh.size, "program": program, "batch_size": config.batch_size}
+            rows.append(row | compile_for(traced, "tpu"))
+            print(line(rows[-1]), flush=True)
+    print(json.dumps({"benchmark": "compile", "effort": effort, "dtype": dtype, "rows": rows} | versions()))
+
+
+def gpu(
+    batch_sizes: tuple[int, ...] = (32, 256, 2048),
+    recipes: tuple[Literal["default", "best"], ...] = ("default", "best"),
+    json_file: Path = Path("gpu.json"),
+) -> None:
+    """Measures a GPU or a TPU: steps, inference, simulation, and whole runs from nothing; checks its logits.
+
+    Prints a table and writes all figures to a JSON file.
+
+    Args:
+        batch_sizes: images a step.
+        recipes: presets of train.py to run; none: leave this part out.
+        json_file: to write.
+    """
+    check(len(batch_sizes) > 0 and min(batch_sizes) > 0, f"--batch-sizes {batch_sizes}: expected positive numbers")
+    check_folder(json_file)
+    here = machine(("float32", "bfloat16"))
+    print(f"{here['device_kind']}, jax {here['versions']['jax']}")
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure_accelerator(batch_sizes, recipes, Path(folder), partial(print, flush=True))
+    json_file.write_text(json.dumps({"benchmark": "gpu"} | result | here, indent=1) + "\n")
+    print(json_file)
+
+
 if __name__ == "__main__":
     commands: dict[str, Callable[..., None]] = {
         "train": train,
@@ -159,5 +249,8 @@ if __name__ == "__main__":
         "scale": scale,
         "input": measure_input,
         "simulate": simulate,
+        "compile": compile_ahead,
+        "accuracy": accuracy,
+        "gpu": gpu,
     }
     cli.run(lambda: tyro.extras.subcommand_cli_from_dict(commands))

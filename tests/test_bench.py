@@ -1,5 +1,6 @@
 """The benchmarks' own code; tests/test_scripts.py runs scripts/benchmark.py."""
 
+import json
 from functools import partial
 
 import jax
@@ -7,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import costs, machine, scaling, simulation, steps
+from bench import accelerator, accuracy, costs, machine, scaling, simulation, steps, topology
 from bench import input as reading
 from bench.scaling import Case, scaling_cases, scaling_rows, time_cases
 from bench.sweep import Steps
+from commands import run
+from gravlens_jax.config import Config, InputConfig, ModelConfig
 from gravlens_jax.errors import InputError
 from gravlens_jax.model import ResNet, variable_shapes
 from gravlens_jax.sharding import data_mesh, shard_batch
@@ -92,6 +95,47 @@ def test_tables_show_a_row_for_each_code_and_only_the_fastest_data_loader():
     assert len(lines) == 2 and lines[1].startswith("DataLoader, 1 workers")
     lines = simulation.rates_table({"a": {1: 2.0, 2: 3.5}}).splitlines()
     assert lines[0].split() == ["images/s", "1", "core", "2", "cores"] and lines[1].split() == ["a", "2.0", "3.5"]
+
+
+def test_programs_for_topologies_are_compiled_and_their_collectives_counted():
+    config = Config(batch_size=4, model=ModelConfig(depth=8, width=4), input=InputConfig(crop=24))
+    rows = {name: topology.compile_for(traced, "cpu") for name, traced in topology.programs(config, data_mesh(2))}
+    assert rows["train"]["gflops"] > 0 and rows["train"]["compile_seconds"] > 0
+    parameters = sum(x.size for x in jax.tree.leaves(variable_shapes(ResNet(depth=8, width=4))["params"])) + 2 * 17
+    found = rows["train"]["collectives"]["all-reduce"]
+    assert found["number"] == 2 * 7 + 2 and 4 * parameters < found["bytes"] < 4 * parameters + 2000
+    assert rows["simulate"]["collectives"] == {}
+    row = {"topology": "v5e:1x2", "chips": 2, "program": "train", "batch_size": 4} | rows["train"]
+    assert topology.line(row).split()[:4] == ["v5e:1x2", "2", "train", "4"]
+
+
+def test_small_tpu_topology_is_compiled_for(tmp_path):
+    pytest.importorskip("libtpu")
+    out = run(tmp_path, "benchmark.py", "compile", "--topology", "v5e:1x1", "--effort", "O0")
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert [row["program"] for row in rows] == ["train", "simulate"] and all(row["memory_mib"] > 1 for row in rows)
+
+
+def test_accelerator_is_measured_by_steps_simulation_and_runs(monkeypatch, tmp_path):
+    def our_run(config):
+        assert config.run_dir.startswith(str(tmp_path))
+        return [{"image_steps": 8, "minutes": 0.5, "val_accuracy": 0.9, "images_per_second": 3.0}]
+
+    monkeypatch.setattr(accelerator, "compile_step", lambda *_: (lambda warmup, steps: [0.5] * steps, {}))
+    monkeypatch.setattr(accelerator, "time_calls", lambda function, warmup, calls: [0.25])
+    monkeypatch.setattr(accelerator, "our_run", our_run)
+    lines = []
+    result = accelerator.measure_accelerator((4,), ("default",), tmp_path, lines.append)
+    assert list(result["images_per_second"].values()) == [8.0] * 4 + [16.0] + [3.0] * 3
+    assert len(result["runs"]) == 3 and result["logits"] == {"difference": 0.0, "same": 1.0}
+    assert len(lines) == 9
+
+
+def test_minutes_to_an_accuracy_are_those_of_the_first_epoch_that_reaches_it():
+    rows = [
+        {"code": code, "minutes": m, "val_accuracy": a} for code, m, a in (("a", 2, 0.8), ("a", 1, 0.9), ("b", 1, 0.7))
+    ]
+    assert accuracy.minutes_to(rows, 0.8) == {"a": 1} and accuracy.minutes_to(rows, 0.95) == {}
 
 
 SCALING = scaling_cases((4, 1, 2), batch_per_device=8)
