@@ -11,10 +11,11 @@ from gravlens_jax.errors import check
 def check_images(shape: tuple[int, ...], config: InputConfig) -> None:
     """Raises InputError unless `shape` is (n, height, width) and the crop fits into the images."""
     check(len(shape) == 3, f"images have shape {tuple(shape)}; expected (n, height, width)")
+    largest = min(shape[1:]) // config.pool * config.pool
     check(
-        min(shape[1:]) >= config.crop,
+        largest >= config.crop,
         f"images are {shape[1]} x {shape[2]} pixels, the network's input is a crop of {config.crop} x {config.crop}; "
-        f"give larger images, or train with --input.crop {min(shape[1:]) // config.pool * config.pool}",
+        f"give larger images" + (f", or train with --input.crop {largest}" if largest else ""),
     )
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gravlens_jax.config import AugmentConfig, OptimConfig
+from gravlens_jax.config import Config, OptimConfig
 from gravlens_jax.model import ResNet, forward
 from gravlens_jax.optim import init_plateau, update_plateau
 from gravlens_jax.preprocess import augment, augment_vectors, cell_means, prepare, to_unit
@@ -87,18 +87,16 @@ def train_step(
     *,
     model: ResNet,
     tx: optax.GradientTransformation,
-    augment_config: AugmentConfig,
-    seed: int,
-    deflection_weight: float = 0.0,
+    config: Config,
 ) -> tuple[TrainState, Sums]:
     """Returns the state after one optimizer update on `batch`, and a copy of its sums, which stays when it is donated.
 
-    The sums are those of the network before the update. Augmentation is a function of (seed, state.step). If the batch
+    The sums are those of the network before the update. Augmentation is a function of (config.seed, state.step). If the batch
     has deflections by the substructure, a linear head on the last feature map predicts them, and their mean squared
-    error, weighted by the light that shows them, times `deflection_weight` is added to the loss (not to the sums).
+    error, weighted by the light that shows them, times `config.deflection_weight` is added to the loss (not to the sums).
     """
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
-    images, labels = augment(to_unit(batch["images"]), key, augment_config), batch["labels"]
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    images, labels = augment(to_unit(batch["images"]), key, config.augment), batch["labels"]
     x = prepare(images, model.input)
 
     def loss_fn(trained):
@@ -108,10 +106,10 @@ def train_step(
         sums = _batch_sums(forward(model, variables, features, HEAD), labels, jnp.ones(labels.shape, bool))
         loss = sums["loss"] / labels.shape[0]
         if head:
-            deflections = augment_vectors(batch["deflections"] / DEFLECTION_UNIT, key, augment_config)
+            deflections = augment_vectors(batch["deflections"] / DEFLECTION_UNIT, key, config.augment)
             predicted = features.astype(jnp.float32) @ head["kernel"] + head["bias"][None, None, None]
             visible = jnp.minimum(1, cell_means(images, model.input) / VISIBLE)
-            loss += deflection_weight * jnp.mean(visible * (predicted - deflections) ** 2)
+            loss += config.deflection_weight * jnp.mean(visible * (predicted - deflections) ** 2)
         return loss, (sums, updated["batch_stats"])
 
     trained = state.params, state.auxiliary

@@ -107,8 +107,7 @@ def _train(
     """Trains from the last save to the end of the run; returns the final state and the step of the best checkpoint."""
     run_dir, batch_size = Path(config.run_dir), config.batch_size
     tx = make_optimizer(config.optim, plan.total_steps)
-    options = {"augment_config": config.augment, "seed": config.seed, "deflection_weight": config.deflection_weight}
-    step_fn = partial(train_steps, model=model, tx=tx, **options)
+    step_fn = partial(train_steps, model=model, tx=tx, config=config)
     jit = partial(jax.jit, out_shardings=replicated(mesh))
     train_fn, eval_fn = jit(step_fn, donate_argnums=0), jit(partial(eval_step, model=model))
     end_epoch_fn = jit(partial(end_epoch, config=config.optim))

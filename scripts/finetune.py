@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import tyro
 
 from gravlens_jax import cli
-from gravlens_jax.config import AugmentConfig, OptimConfig
+from gravlens_jax.config import OptimConfig
 from gravlens_jax.errors import check
 from gravlens_jax.folders import list_classes, load_labelled
 from gravlens_jax.loader import FileSource
@@ -76,7 +76,7 @@ def finetune(
     # Copies, because the first step donates the state.
     old = jax.device_put(jax.tree.map(jnp.copy, network.variables), replicated(mesh))
     state = state._replace(params={**old["params"], "head": state.params["head"]}, batch_stats=old["batch_stats"])
-    step = partial(train_step, model=model, tx=tx, augment_config=AugmentConfig(), seed=seed)
+    step = partial(train_step, model=model, tx=tx, config=Config(seed=seed))
     step_fn, zero_fn = jit(step, donate_argnums=0), jit(zero_sums)
     source = FileSource(dataset, batch_size, seed, mesh)
     for epoch in range(epochs):

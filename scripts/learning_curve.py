@@ -36,30 +36,42 @@ def load_history(source: str | Path) -> list[dict[str, Any]]:
         raise InputError(f"{path}: has no record of its training ({error!r})") from error
 
 
+def fit_power_law(image_steps: list[float], errors: list[float]) -> tuple[float, float]:
+    """Returns a and b of error = a (image-steps / 1 million)^-b: a line through the logarithms, by least squares."""
+    slope, offset = np.polyfit(np.log(np.array(image_steps) / 1e6), np.log(errors), 1)
+    return float(np.exp(offset)), float(-slope)
+
+
 def draw_learning_curves(path: Path, histories: dict[str, list[dict]]) -> None:
-    """Validation accuracy of several runs over image-steps and minutes, beside GravLensNet's over image-steps.
+    """Validation error over image-steps, beside GravLensNet's, and a power law through the last epochs of the runs.
 
     Args:
       path: where to write the PNG.
-      histories: name -> lines as in metrics.jsonl; lines with a real_accuracy are shown with it too.
+      histories: name -> lines as in metrics.jsonl.
     """
-    figure = new_figure(9, 3.4, dpi=100)
-    by_steps, by_minutes = figure.subplots(1, 2, sharey=True)
+    figure = new_figure(6.5, 4, dpi=100)
+    axes = figure.subplots()
+    ends = []
     for colour, (name, lines) in zip(cycle(COLOURS), histories.items(), strict=False):
-        seen = [line["image_steps"] / 1000 for line in lines]
-        minutes = np.cumsum([line["wall_seconds"] for line in lines]) / 60
-        real = [line.get("real_accuracy", np.nan) for line in lines]
-        for axes, x in ((by_steps, seen), (by_minutes, minutes)):
-            axes.plot(x, [line["val_accuracy"] for line in lines], "o-", color=colour, ms=3, label=name)
-            if np.isfinite(real).any():
-                axes.plot(x, real, "x", color=colour, ms=5, label=f"{name}, 135 real images")
+        seen = [line["image_steps"] for line in lines]
+        errors = [1 - line["val_accuracy"] for line in lines]
+        axes.plot(seen, errors, "-", color=colour, lw=1)
+        axes.plot(seen[-1], errors[-1], "o", color=colour, ms=5, label=f"{name}: {errors[-1]:.2%}")
+        ends.append((seen[-1], max(errors[-1], 1e-4)))
+    if len({steps for steps, _ in ends}) >= 3:
+        a, b = fit_power_law(*map(list, zip(*ends, strict=True)))
+        x = np.geomspace(min(ends)[0], 4 * max(ends)[0])
+        label = f"last epochs: {a:.2%} (image-steps / 1 million)$^{{-{b:.2f}}}$"
+        axes.plot(x, a * (x / 1e6) ** -b, ":", color="0.3", label=label)
     epochs = np.arange(1, len(GRAVLENSNET) + 1)
-    by_steps.plot(30 * epochs, GRAVLENSNET, "s--", color="0.5", ms=3, label="GravLensNet, 32 layers, real images")
-    by_steps.set(xlabel="thousands of image-steps", ylabel="validation accuracy", ylim=(0.3, 1))
-    by_minutes.set(xlabel="minutes of training")
-    for axes in (by_steps, by_minutes):
-        axes.grid(alpha=0.3)
-    by_steps.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.plot(
+        30_000 * epochs, 1 - np.array(GRAVLENSNET), "s--", color="0.6", ms=3, lw=1, label="GravLensNet, real images"
+    )
+    axes.set(xlabel="image-steps", ylabel="validation error", xscale="log", yscale="log")
+    axes.yaxis.set_major_formatter("{x:.1%}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.1%}" if f"{value:e}"[0] in "235" else "")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
     save_figure(figure, path)
 
 
@@ -67,7 +79,7 @@ def main(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")],
     figure: Path = Path("learning_curve.png"),
 ) -> None:
-    """Draws validation accuracy over image-steps and minutes, beside GravLensNet's.
+    """Draws the validation error over image-steps, beside GravLensNet's, and how it falls from run to run.
 
     example:
       python scripts/learning_curve.py pretrained runs/default --figure learning_curve.png

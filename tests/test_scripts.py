@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from commands import ROOT, SMALL, history, run
+from learning_curve import fit_power_law
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -163,6 +164,11 @@ def test_finetuned_network_has_the_classes_of_its_folder(folder, run_here):
     assert "epoch 2/2" in out and "bars.npz: classes flat, tall" in out
     rows = list(csv.DictReader(io.StringIO(run_here(folder, "predict.py", "bars.npz", "bars"))))
     assert len(rows) == 16 and rows[0].keys() == {"file", "class", "p_flat", "p_tall", "outlier"}
+
+
+def test_power_law_is_fitted_to_errors():
+    a, b = fit_power_law([1e5, 1e6, 1e7], [0.1, 0.02, 0.004])
+    assert a == pytest.approx(0.02) and b == pytest.approx(np.log10(5))
 
 
 def test_learning_curves_are_drawn(folder, run_here):

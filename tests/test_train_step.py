@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gravlens_jax import sharding
-from gravlens_jax.config import AugmentConfig, InputConfig, OptimConfig
+from gravlens_jax.config import AugmentConfig, Config, InputConfig, OptimConfig
 from gravlens_jax.model import ResNet, forward
 from gravlens_jax.optim import make_optimizer
 from gravlens_jax.preprocess import prepare, to_unit
@@ -26,7 +26,7 @@ from gravlens_jax.train_step import (
 MODEL = ResNet(depth=8, width=4, input=InputConfig(16, 1, "linear", 0.3, 0.2))
 OPTIM = OptimConfig(learning_rate=1e-2, warmup_steps=0, decay="constant")
 TX = make_optimizer(OPTIM, 100)
-OPTIONS = {"model": MODEL, "tx": TX, "augment_config": AugmentConfig(), "seed": 0}
+OPTIONS = {"model": MODEL, "tx": TX, "config": Config()}
 STEP = jax.jit(partial(train_step, **OPTIONS))
 INIT = jax.jit(partial(init_state, model=MODEL, tx=TX, config=OPTIM))
 
@@ -62,7 +62,7 @@ def test_training_learns_with_float32_parameters_in_either_activation_dtype(dtyp
 
 
 def test_head_learns_deflections_and_the_network_with_it():
-    options = OPTIONS | {"deflection_weight": 15.0, "augment_config": AugmentConfig(flip=False)}
+    options = OPTIONS | {"config": Config(augment=AugmentConfig(flip=False))}
     step, batch = jax.jit(partial(train_step, **options)), make_batch()
     maps = np.zeros((8, 4, 4, 2), np.float32)
     maps[batch["labels"] == 1, ..., 0] = DEFLECTION_UNIT

@@ -22,7 +22,7 @@ from gravlens_jax.lensing.priors import PRESETS as PRIORS
 from gravlens_jax.sharding import data_mesh
 from gravlens_jax.weights import load_pretrained
 
-RUNS = {  # recipe of config.PRESETS, and what is changed
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # recipe of config.PRESETS, and what is changed
     "default, images in files": ("default", {}),
     "default, images on the device": ("default", {"device_data": True}),
     "default, images simulated when needed": ("default", {"data": f"{STREAM}ct1"}),

@@ -102,7 +102,7 @@ def make_herculens(priors: Priors) -> Callable[[dict[str, jax.Array]], jax.Array
 
     In float32 the isothermal sphere of herculens is NaN: a slightly elliptical one stands in for it.
     """
-    jnp.clip = _clip
+    jnp.clip = _clip  # type: ignore[assignment]
     from herculens.Coordinates.pixel_grid import PixelGrid
     from herculens.Instrument.psf import PSF
     from herculens.LensImage.lens_image import LensImage
@@ -180,7 +180,9 @@ def make_caustics(priors: Priors, backend: str, lenses: Lenses) -> tuple[Callabl
 
         simulator = simulator.to(dtype=torch.float32)
     p = {name: np.asarray(values) for name, values in lenses.items()}
-    radii = np.sqrt(jax.vmap(einstein_radius_squared)(p["subhalo_masses"], p["z_lens"], p["z_source"]))
+    radii = np.sqrt(
+        jax.vmap(einstein_radius_squared)(*(lenses[name] for name in ("subhalo_masses", "z_lens", "z_source")))
+    )
     values = {
         ("halo", "Rein"): p["theta_E"],
         ("shear", "gamma_1"): p["shear"] * np.cos(2 * p["shear_angle"]),

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bench.machine import time_calls
-from gravlens_jax.config import CLASSES, AugmentConfig, InputConfig, OptimConfig
+from gravlens_jax.config import CLASSES, InputConfig, OptimConfig
 from gravlens_jax.loader import FileSource
 from gravlens_jax.model import ResNet
 from gravlens_jax.npz import open_npz, write_npz
@@ -37,7 +37,7 @@ def set_up(size: int, dtype: str, mesh: Mesh) -> tuple[ResNet, Callable, TrainSt
     model = ResNet(dtype=jnp.dtype(dtype), input=InputConfig(crop=size, pool=1))
     tx = make_optimizer(OPTIM, 1000)
     state = replicate(init_state(0, model, tx, OPTIM), mesh)
-    return model, partial(train_step, model=model, tx=tx, augment_config=AugmentConfig(), seed=0), state
+    return model, partial(train_step, model=model, tx=tx, config=Config()), state
 
 
 def compile_step(

@@ -54,8 +54,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[tuple[str, jax.stages.Trace
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     simulate = source.render.trace(number, number, number)
     batch = jax.tree.map(partial(_sharded, sharding=shares), simulate.out_info)
-    options = {"augment_config": config.augment, "seed": 0, "deflection_weight": config.deflection_weight}
-    step = partial(train_step, model=model, tx=tx, **options)
+    step = partial(train_step, model=model, tx=tx, config=config)
     yield "train", jax.jit(step, donate_argnums=0, out_shardings=whole).trace(state, batch)
     yield "simulate", simulate
 
