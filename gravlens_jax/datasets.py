@@ -46,11 +46,6 @@ class StreamSource:
     mesh: Mesh
     grid: tuple[int, float] | None  # cells and width of the maps of deflections, see `render_deflections`
 
-    @property
-    def has_deflections(self) -> bool:
-        """See `Source`."""
-        return self.grid is not None
-
     def batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Batch]]:
         """See `Source`."""
         steps = self.size // self.batch_size
@@ -104,6 +99,7 @@ class Splits(NamedTuple):
     val: Dataset
     test: Dataset
     record: dict[str, str]  # split -> `fingerprint` of its file
+    has_deflections: bool  # whether batches of training images have `deflections`: see `train_step`
 
 
 def open_splits(config: Config, mesh: Mesh) -> Splits:
@@ -121,7 +117,8 @@ def open_splits(config: Config, mesh: Mesh) -> Splits:
         own = {split: _add_deflections(files[split], split, config) for split in ("train", "easy") if split in files}
         easy = FileSource(own["easy"], config.batch_size, config.seed, mesh) if "easy" in files else None
         train = make(own["train"], config.batch_size, config.seed, mesh)
-        splits = Splits(train, easy, files["val"], files["test"], _record(files))
+        has_deflections = all(dataset.deflections is not None for dataset in own.values())
+        splits = Splits(train, easy, files["val"], files["test"], _record(files), has_deflections)
     check_images(splits.val.images.shape, config.input)
     for name, source in (("train", splits.train), ("easy", splits.easy)):
         check(
@@ -143,7 +140,8 @@ def _open_stream(config: Config, mesh: Mesh) -> Splits:
         return StreamSource(getattr(s, split), population, FILES.index(split), config.batch_size, s.seed, mesh, grid)
 
     easy = stream("easy", make_easy(priors)) if s.easy else None
-    return Splits(stream("train", priors), easy, files["val"], files["test"], _record(files))
+    train = stream("train", priors)
+    return Splits(train, easy, files["val"], files["test"], _record(files), train.grid is not None)
 
 
 def _grid(config: Config, priors: Priors) -> tuple[int, float] | None:

@@ -28,10 +28,6 @@ class Source(Protocol):
     def size(self) -> int:
         """Images of an epoch."""
 
-    @property
-    def has_deflections(self) -> bool:
-        """Whether batches have `deflections`: see `train_step`."""
-
     def batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Batch]]:
         """Yields (number of steps, batch for `train_step.train_steps`) of an epoch, without its first `skip` steps."""
 
@@ -101,11 +97,6 @@ class FileSource:
     def size(self) -> int:
         """Images of an epoch."""
         return self.dataset.size
-
-    @property
-    def has_deflections(self) -> bool:
-        """See `Source`."""
-        return self.dataset.deflections is not None
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Batch]]:
         """See `Source`."""

@@ -91,9 +91,9 @@ def train_step(
 ) -> tuple[TrainState, Sums]:
     """Returns the state after one optimizer update on `batch`, and a copy of its sums, which stays when it is donated.
 
-    The sums are those of the network before the update. Augmentation is a function of (config.seed, state.step). If the batch
-    has deflections by the substructure, a linear head on the last feature map predicts them, and their mean squared
-    error, weighted by the light that shows them, times `config.deflection_weight` is added to the loss (not to the sums).
+    The sums are those of the network before the update. Augmentation is a function of (config.seed, state.step). If the
+    state has an auxiliary head, it predicts the batch's deflections from the last feature map, and the mean squared
+    error, weighted by the light that shows it, times `config.deflection_weight` is added to the loss (not to the sums).
     """
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     images, labels = augment(to_unit(batch["images"]), key, config.augment), batch["labels"]

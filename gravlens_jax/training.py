@@ -111,8 +111,7 @@ def _train(
     jit = partial(jax.jit, out_shardings=replicated(mesh))
     train_fn, eval_fn = jit(step_fn, donate_argnums=0), jit(partial(eval_step, model=model))
     end_epoch_fn = jit(partial(end_epoch, config=config.optim))
-    auxiliary = splits.train.has_deflections and (splits.easy is None or splits.easy.has_deflections)
-    init = partial(init_state, model=model, tx=tx, config=config.optim, auxiliary=auxiliary)
+    init = partial(init_state, model=model, tx=tx, config=config.optim, auxiliary=splits.has_deflections)
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None  # 1 s, not 4 to 12
     init_fn = jax.jit(init, compiler_options=quick)
     state = replicate(init_fn(config.seed), mesh)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import tyro
 
 from gravlens_jax import cli
-from gravlens_jax.config import OptimConfig
+from gravlens_jax.config import Config, OptimConfig
 from gravlens_jax.errors import check
 from gravlens_jax.folders import list_classes, load_labelled
 from gravlens_jax.loader import FileSource

@@ -69,17 +69,15 @@ def test_each_accelerator_renders_only_its_own_share(monkeypatch):
         np.testing.assert_array_equal(batch["labels"], (12 * i + np.arange(12)) % 3)
 
 
-def open_source(folder, split="train", **fields):
-    """Returns the source of training images of a run on the files in `folder`, of 24 x 24 pixels."""
-    config = Config(data=str(folder), batch_size=2, input=InputConfig(crop=16), **fields)
-    splits = open_splits(config, data_mesh(1))
-    return splits.train if split == "train" else splits.easy
+def open_files(folder, **fields):
+    """Returns the splits of a run on the files in `folder`, of 24 x 24 pixels."""
+    return open_splits(Config(data=str(folder), batch_size=2, input=InputConfig(crop=16), **fields), data_mesh(1))
 
 
 def test_files_of_simulated_images_have_the_deflections_of_their_lenses(tmp_path):
     simulate_dataset(tmp_path, SimulationConfig(train=7, easy=5, val=3, test=3, seed=4), priors=PRIORS)
     for split, index, priors in (("train", 0, PRIORS), ("easy", 3, make_easy(PRIORS))):
-        source = open_source(tmp_path, split)
+        source = getattr(open_files(tmp_path), split)
         maps = render_deflections(0, 4, index, n=source.size, priors=priors, cells=2, width=8 * PRIORS.pixel_scale)
         assert np.abs(maps).max() > 1e-3
         np.testing.assert_array_equal(source.dataset.deflections, maps)
@@ -91,13 +89,13 @@ def test_files_of_simulated_images_have_the_deflections_of_their_lenses(tmp_path
 
 def test_other_images_have_no_deflections(tmp_path):
     simulate_dataset(tmp_path, SimulationConfig(train=7, easy=0, val=3, test=3, seed=4), priors=PRIORS)
-    assert open_source(tmp_path).has_deflections
-    assert not open_source(tmp_path, deflection_weight=0.0).has_deflections
-    assert not open_source(tmp_path, augment=AugmentConfig(max_rotation=10.0)).has_deflections
+    assert open_files(tmp_path).has_deflections
+    assert not open_files(tmp_path, deflection_weight=0.0).has_deflections
+    assert not open_files(tmp_path, augment=AugmentConfig(max_rotation=10.0)).has_deflections
     shutil.copy(tmp_path / "val.npz", tmp_path / "train.npz")  # the lenses of another split
-    assert not open_source(tmp_path).has_deflections
+    assert not open_files(tmp_path).has_deflections
     write(tmp_path, "train", np.zeros((6, 24, 24), np.uint16))
-    assert not open_source(tmp_path).has_deflections
+    assert not open_files(tmp_path).has_deflections
 
 
 def test_splits_must_have_the_same_image_size(tmp_path):

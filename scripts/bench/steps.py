@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bench.machine import time_calls
-from gravlens_jax.config import CLASSES, InputConfig, OptimConfig
+from gravlens_jax.config import CLASSES, Config, InputConfig, OptimConfig
 from gravlens_jax.loader import FileSource
 from gravlens_jax.model import ResNet
 from gravlens_jax.npz import open_npz, write_npz
