@@ -24,7 +24,9 @@ from gravlens_jax.run_dir import cache_folder
 HELP = "directory made by train.py or import_torch.py, .npz made by export.py, or the word pretrained"
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=HELP)]
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
-CPU_FLAGS = "--xla_cpu_experimental_onednn_custom_call=true"
+CPU_FLAGS = (
+    "--xla_cpu_experimental_onednn_custom_call=true --xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
+)
 
 
 def main() -> None:
