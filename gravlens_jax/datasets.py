@@ -64,8 +64,7 @@ class StreamSource:
             batch = {"images": ready[own], "labels": labels_of(self.batch_size, start)[own]}
             ready = ready[self.batch_size :]
             if self.grid:
-                cells, width = self.grid
-                options = {"n": self.batch_size, "priors": self.priors, "cells": cells, "width": width}
+                options = {"n": self.batch_size, "priors": self.priors, "grid": self.grid}
                 batch["deflections"] = np.asarray(render_deflections(start, self.seed, self.split, **options))[own]
             yield shard_batch(batch, self.mesh)
 
@@ -82,7 +81,7 @@ class StreamSource:
             own = first + share * jax.lax.axis_index("data")
             batch = render_batch(own, seed, split, priors=self.priors, batch_size=share)
             if self.grid:
-                options = {"n": share, "priors": self.priors, "cells": self.grid[0], "width": self.grid[1]}
+                options = {"n": share, "priors": self.priors, "grid": self.grid}
                 batch["deflections"] = render_deflections(own, seed, split, **options)
             return batch
 
@@ -161,8 +160,7 @@ def _add_deflections(dataset: Dataset, split: str, config: Config) -> Dataset:
     grid = _grid(config, priors)
     if not grid:
         return dataset
-    options = {"n": dataset.size, "priors": priors, "cells": grid[0], "width": grid[1]}
-    maps = render_deflections(0, source["seed"], FILES.index(split), **options)
+    maps = render_deflections(0, source["seed"], FILES.index(split), n=dataset.size, priors=priors, grid=grid)
     return dataset._replace(deflections=np.asarray(maps))
 
 

@@ -36,7 +36,7 @@ def test_stream_batches_are_the_images_of_a_file_in_order_from_any_batch():
         for number, batch in enumerate(batches, 2 * epoch + skip):
             np.testing.assert_array_equal(batch["images"], images[10 * number : 10 * number + 10])
             np.testing.assert_array_equal(batch["labels"], np.arange(10 * number, 10 * number + 10) % 3)
-            maps = render_deflections(10 * number, 5, 0, n=10, priors=PRIORS, cells=6, width=1.2)
+            maps = render_deflections(10 * number, 5, 0, n=10, priors=PRIORS, grid=(6, 1.2))
             np.testing.assert_array_equal(batch["deflections"], maps)
 
 
@@ -78,7 +78,7 @@ def test_files_of_simulated_images_have_the_deflections_of_their_lenses(tmp_path
     simulate_dataset(tmp_path, SimulationConfig(train=7, easy=5, val=3, test=3, seed=4), priors=PRIORS)
     for split, index, priors in (("train", 0, PRIORS), ("easy", 3, make_easy(PRIORS))):
         source = getattr(open_files(tmp_path), split)
-        maps = render_deflections(0, 4, index, n=source.size, priors=priors, cells=2, width=8 * PRIORS.pixel_scale)
+        maps = render_deflections(0, 4, index, n=source.size, priors=priors, grid=(2, 8 * PRIORS.pixel_scale))
         assert np.abs(maps).max() > 1e-3
         np.testing.assert_array_equal(source.dataset.deflections, maps)
         images = np.asarray(source.dataset.images).tolist()

@@ -71,20 +71,20 @@ def _in_turn(make: Callable[[str, jax.Array], jax.Array], first: jax.Array, n: i
     return jnp.stack(made)[images % num_classes, (images - first) // num_classes]
 
 
-@partial(jax.jit, static_argnames=("n", "priors", "cells", "width"))
-def render_deflections(first, seed, split, *, n: int, priors: Priors, cells: int, width: float) -> jax.Array:
+@partial(jax.jit, static_argnames=("n", "priors", "grid"))
+def render_deflections(first, seed, split, *, n: int, priors: Priors, grid: tuple[int, float]) -> jax.Array:
     """Returns the `deflection_map` of `n` consecutive images of a split: float32 (n, cells, cells, 2), arcsec.
 
     Args:
       first: index of the first image.
       seed, split, priors: as in `simulate_images`.
-      cells, width: of the maps.
+      grid: cells and width of the maps.
     """
 
     def make(substructure, indices):
         keys = jax.vmap(partial(lens_key, seed, split))(indices)
         lenses = jax.vmap(partial(sample_lens, priors=priors, substructure=substructure))(keys)
-        return jax.vmap(partial(deflection_map, priors=priors, cells=cells, width=width))(lenses)
+        return jax.vmap(partial(deflection_map, priors=priors, cells=grid[0], width=grid[1]))(lenses)
 
     return _in_turn(make, first, n)
 

@@ -119,7 +119,7 @@ def test_parameters_are_those_of_the_images(counts):
 @pytest.mark.parametrize("start", [0, 2])
 def test_deflections_are_those_of_the_images(start):
     parameters = simulate_parameters(7, 3, 1, PRIORS)
-    maps = render_deflections(start, 3, 1, n=5, priors=PRIORS, cells=6, width=0.5)
+    maps = render_deflections(start, 3, 1, n=5, priors=PRIORS, grid=(6, 0.5))
     for index, found in enumerate(maps, start):
         p = {name: jnp.array(value[index]) for name, value in parameters.items() if np.isfinite(value[index]).all()}
         np.testing.assert_allclose(found, deflection_map(p, PRIORS, 6, 0.5), atol=1e-5)
