@@ -1,6 +1,7 @@
 """All speeds of an accelerator in one table; for `scripts/benchmark.py gpu`."""
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bench.accuracy import our_run
+from bench.accuracy import minutes_to, our_run
 from bench.machine import time_calls
 from bench.steps import compile_step
 from gravlens_jax.config import FILES, PRESETS, STREAM
@@ -69,9 +70,13 @@ def measure_accelerator(
             config = PRESETS[preset]
             simulation = replace(config.simulation, folder=str(folder / "data"))
             runs[name] = our_run(replace(config, simulation=simulation, run_dir=str(folder / name), **changes))
-            last, best = runs[name][-1], max(line["val_accuracy"] for line in runs[name])
+            last = runs[name][-1]
             rates[name] = last["images_per_second"]
-            show(f"{_last(rates)}, {last['minutes']:.1f} minutes, accuracy {best:.4f}")
+            first = minutes_to([{"code": name} | line for line in runs[name]], 0.95)
+            text = (
+                f"{last['minutes']:.1f} minutes to {last['val_accuracy']:.2%}, {first.get(name, math.inf):.1f} to 95 %"
+            )
+            show(f"{_last(rates)}, {text}")
     return {"images_per_second": rates, "runs": runs, "logits": logits}
 
 
