@@ -11,6 +11,7 @@ from bench.machine import time_calls
 from gravlens_jax.config import Config, InputConfig
 from gravlens_jax.datasets import Splits
 from gravlens_jax.loader import Plan, train_batches
+from gravlens_jax.npz import Dataset
 from gravlens_jax.optim import learning_rate_schedule
 from gravlens_jax.train_step import DEFLECTION_UNIT, VISIBLE
 
@@ -150,6 +151,31 @@ def torch_step(
     return partial(time_calls, partial(step, network)), {"version": torch.__version__, "device": device, "mode": mode}
 
 
+def _tensors(batch: dict[str, Any], device: str) -> tuple[Any, Any, Any]:
+    import torch
+
+    images = torch.from_numpy(np.asarray(batch["images"]).astype(np.int32)).to(device)[:, None]
+    labels = torch.from_numpy(np.asarray(batch["labels"]).astype(np.int64)).to(device)
+    maps = batch.get("deflections")
+    if maps is not None:
+        maps = torch.from_numpy(np.asarray(maps).transpose(0, 3, 1, 2) / DEFLECTION_UNIT).to(device)
+    return images, labels, maps
+
+
+def _accuracy(net: Any, dataset: Dataset, config: InputConfig, device: str, size: int = 250) -> float:
+    import torch
+
+    correct = 0
+    net.eval()
+    for start in range(0, dataset.size, size):
+        rows = slice(start, start + size)
+        images, labels, _ = _tensors({"images": dataset.images[rows], "labels": dataset.labels[rows]}, device)
+        with torch.inference_mode():
+            correct += int((net(_prepare(_unit(images), config))[0].argmax(1) == labels).sum())
+    net.train()
+    return correct / dataset.size
+
+
 def train_torch(config: Config, splits: Splits) -> Iterator[dict[str, float]]:
     """Trains by the recipe of `training.fit`, on the same batches; yields image_steps and val_accuracy of each epoch.
 
@@ -191,26 +217,10 @@ def train_torch(config: Config, splits: Splits) -> Iterator[dict[str, float]]:
         muon.step()
         adam.step()
 
-    def tensors(batch):
-        images = torch.from_numpy(np.asarray(batch["images"]).astype(np.int32)).to(device)[:, None]
-        labels = torch.from_numpy(np.asarray(batch["labels"]).astype(np.int64)).to(device)
-        maps = batch.get("deflections")
-        if maps is not None:
-            maps = torch.from_numpy(np.asarray(maps).transpose(0, 3, 1, 2) / DEFLECTION_UNIT).to(device)
-        return images, labels, maps
-
     batches = train_batches(splits.train, splits.easy, plan, 0)
     first = next(batches)
-    network, _ = _faster(lambda some: update(some, 0.0, tensors(first[1])), net)  # with a learning rate of 0
+    network, _ = _faster(lambda some: update(some, 0.0, _tensors(first[1], device)), net)  # changes statistics only
     for step, batch in itertools.chain([first], batches):
-        update(network, rates[step - 1], tensors(batch))
+        update(network, rates[step - 1], _tensors(batch, device))
         if plan.ends_epoch(step) and step > plan.easy_steps:
-            net.eval()
-            correct = 0
-            for start in range(0, splits.val.size, 250):
-                images = torch.from_numpy(splits.val.images[start : start + 250].astype(np.int32)).to(device)[:, None]
-                with torch.inference_mode():
-                    logits, _ = net(_prepare(_unit(images), config.input))
-                correct += int((logits.argmax(1).cpu().numpy() == splits.val.labels[start : start + 250]).sum())
-            net.train()
-            yield {"image_steps": step * size, "val_accuracy": correct / splits.val.size}
+            yield {"image_steps": step * size, "val_accuracy": _accuracy(net, splits.val, config.input, device)}
