@@ -28,7 +28,7 @@ class SimulationConfig:
     """The images to simulate when no data are given."""
 
     preset: PriorPreset = "ct1"  # population of lenses: see gravlens_jax/lensing/priors.py
-    train: int = 27_000  # training images, all classes together; of an endless stream, those of an epoch
+    train: int = 48_000  # training images, all classes together; of an endless stream, those of an epoch
     easy: int = 6_000  # images with heavier substructure that training begins with; 0 for none
     val: int = 1_800  # validation images
     test: int = 3_000  # test images
