@@ -163,7 +163,7 @@ class Config:
 
 PRESETS = {
     "default": Config(),
-    # 2.4 million image-steps: four hours and a half on one CPU core, and 14 GB of images.
+    # 2.4 million image-steps: about four hours on two CPU cores, and 14 GB of images.
     "best": Config(
         run_dir="runs/best",
         epochs=8,
