@@ -70,11 +70,6 @@ def restore_latest(manager: ocp.CheckpointManager, like: TrainState) -> TrainSta
     step = manager.latest_step()
     if step is None:
         return like
-    folder = Path(manager.directory) / str(step)
-    check(
-        not (folder / "sums").exists(),
-        f"{folder} was saved by gravlens_jax 0.4 or older; such runs can be evaluated but not resumed: start a new run",
-    )
     items = _restore(manager, step, _items(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)))
     return TrainState(**items["variables"], **items["training"])
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import logging
 import os
+import platform
 import signal
 import sys
 import warnings
@@ -24,7 +25,7 @@ from gravlens_jax.run_dir import cache_folder
 HELP = "directory made by train.py or import_torch.py, .npz made by export.py, or the word pretrained"
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=HELP)]
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
-CPU_FLAGS = (
+CPU_FLAGS = (  # the first moves convolutions to oneDNN, the second keeps another library from taking them before
     "--xla_cpu_experimental_onednn_custom_call=true --xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
 )
 
@@ -117,7 +118,8 @@ def fast_environment() -> dict[str, str]:
     GLIBC_TUNABLES, on Linux systems that provide huge memory pages on request (madvise): XLA allocates large temporary
     arrays in every step; with huge pages a training step on a CPU takes a fifth less time.
     XLA_FLAGS, for the version of jaxlib where it was measured: convolutions by oneDNN, which is in that version but
-    off. A training step on a CPU with AVX-512 takes a fifth less time; one with AVX2 as long as before.
+    off. A training step on a CPU with AVX-512 takes a fifth less time; one with AVX2 as long as before. The compile
+    cache cannot keep such programs, so that each start compiles them, which takes some seconds.
     TF_CPP_MIN_LOG_LEVEL, for versions of jaxlib that print an error about each program from the compile cache on CPUs
     with AVX-512, because they compare compiler preferences as if they were instructions: jax issue 38445.
     Values that are already set are respected.
@@ -126,16 +128,22 @@ def fast_environment() -> dict[str, str]:
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if "GLIBC_TUNABLES" not in os.environ and setting.exists() and "[madvise]" in setting.read_text():
         wanted["GLIBC_TUNABLES"] = HUGE_PAGES
-    if "XLA_FLAGS" not in os.environ and jax.__version_info__[:3] == (0, 12, 0):  # others abort at unknown flags
+    if "XLA_FLAGS" not in os.environ and has_cpu_flags():
         wanted["XLA_FLAGS"] = CPU_FLAGS
     if (0, 9, 1) <= jax.__version_info__ <= (0, 10, 1) and os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # JAX set it
         wanted["TF_CPP_MIN_LOG_LEVEL"] = "3"
     return wanted
 
 
+def has_cpu_flags() -> bool:
+    """Whether this is the jaxlib that CPU_FLAGS were measured with; others may abort at unknown flags."""
+    linux = sys.platform == "linux" and platform.machine() == "x86_64"
+    return linux and importlib.metadata.version("jaxlib").startswith("0.12.0")
+
+
 def use_compile_cache() -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR is set."""
-    if os.environ.get("XLA_FLAGS") == CPU_FLAGS:  # programs with oneDNN cannot be kept
+    if os.environ.get("XLA_FLAGS") == CPU_FLAGS and jax.default_backend() == "cpu":  # see `fast_environment`
         warnings.filterwarnings("ignore", "Error writing persistent compilation cache", UserWarning)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder()))

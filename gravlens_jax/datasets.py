@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from gravlens_jax.config import CLASSES, FILES, SPLITS, Config, SimulationConfig, from_dict
 from gravlens_jax.console import track
-from gravlens_jax.errors import check
+from gravlens_jax.errors import InputError, check
 from gravlens_jax.lensing.images import (
     labels_of,
     render_batch,
@@ -114,9 +114,11 @@ def open_splits(config: Config, mesh: Mesh) -> Splits:
         files = load_splits(_simulate(config) if config.data is None else Path(config.data))
         make = DeviceSource if config.device_data else FileSource
         own = {split: _add_deflections(files[split], split, config) for split in ("train", "easy") if split in files}
+        has_deflections = all(dataset.deflections is not None for dataset in own.values())
+        if not has_deflections:
+            own = {split: dataset._replace(deflections=None) for split, dataset in own.items()}
         easy = FileSource(own["easy"], config.batch_size, config.seed, mesh) if "easy" in files else None
         train = make(own["train"], config.batch_size, config.seed, mesh)
-        has_deflections = all(dataset.deflections is not None for dataset in own.values())
         splits = Splits(train, easy, files["val"], files["test"], _record(files), has_deflections)
     check_images(splits.val.images.shape, config.input)
     for name, source in (("train", splits.train), ("easy", splits.easy)):
@@ -153,15 +155,27 @@ def _grid(config: Config, priors: Priors) -> tuple[int, float] | None:
 
 def _add_deflections(dataset: Dataset, split: str, config: Config) -> Dataset:
     """Returns the images of a split with the deflections by their substructure, if this project simulated them."""
-    source = dataset.info.get("simulated", {})
-    if source.get("split") != split or not np.array_equal(dataset.labels, labels_of(dataset.size)):
+    found = _simulated(dataset, split)
+    grid = _grid(config, found[1]) if found else None
+    if not found or not grid:
         return dataset
-    priors = from_dict(Priors, source["priors"], f"{split}.npz: priors")
-    grid = _grid(config, priors)
-    if not grid:
-        return dataset
-    maps = render_deflections(0, source["seed"], FILES.index(split), n=dataset.size, priors=priors, grid=grid)
+    seed, priors = found
+    maps = render_deflections(0, seed, FILES.index(split), n=dataset.size, priors=priors, grid=grid)
     return dataset._replace(deflections=np.asarray(maps))
+
+
+def _simulated(dataset: Dataset, split: str) -> tuple[int, Priors] | None:
+    """Returns the seed and the population of images that this version can simulate again; None for other images."""
+    source = dataset.info.get("simulated")
+    if not isinstance(source, dict) or source.get("split") != split:
+        return None
+    seed = source.get("seed")
+    if type(seed) is not int or not 0 <= seed < 2**31 or not np.array_equal(dataset.labels, labels_of(dataset.size)):
+        return None
+    try:
+        return seed, from_dict(Priors, source.get("priors"))
+    except InputError:  # of another version
+        return None
 
 
 def load_splits(folder: Path, splits: tuple[str, ...] = FILES) -> dict[str, Dataset]:
@@ -254,5 +268,5 @@ def _missing_files(
             continue
         found = open_npz(path)
         same = found.size == n and found.info == info
-        check(same, f"{path} holds {found.size} other images; remove it or choose another folder")
+        check(same, f"{path} holds {found.size} other images, or another version's; remove it or choose another folder")
     return missing

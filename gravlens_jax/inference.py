@@ -14,13 +14,9 @@ import numpy as np
 from gravlens_jax.errors import check
 from gravlens_jax.lensing.profiles import blur
 from gravlens_jax.metrics import outlier_scores
-from gravlens_jax.model import ResNet, forward
+from gravlens_jax.model import AFTER_STAGE_2, HEAD, TO_STAGE_2, ResNet, forward
 from gravlens_jax.pixels import read_rows
 from gravlens_jax.preprocess import check_images, prepare, to_unit
-
-# Of the network's six parts: first convolution, stages 1 to 3, mean over the pixels, head.
-HEAD = slice(5, None)
-TO_STAGE_2, AFTER_STAGE_2 = slice(0, 3), slice(3, None)
 
 
 @partial(jax.jit, static_argnames=("model", "tta"))

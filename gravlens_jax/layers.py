@@ -7,7 +7,8 @@ XLA has four bottlenecks in training on CPUs, worked around here:
 - The input gradient of a convolution with stride 2 is slow too. Here it is a convolution with stride 1 that computes
   blocks of 2 x 2 pixels, which takes less than half the time.
 - A convolution with more than 16 channels is passed to a library (YNNPACK) that uses one core, unless the output is
-  larger than the input. Here such a convolution computes one extra row, which is dropped.
+  larger than the input. Here such a convolution computes one extra row, which is dropped. Where `cli.CPU_FLAGS` are
+  set, oneDNN takes it instead.
 - Automatic differentiation of batch normalization stores the centered input for the backward pass: an array as large as
   the input, written and read once more. The gradient here is written by hand and needs the input alone.
 

@@ -16,7 +16,10 @@ import jax.numpy as jnp
 from gravlens_jax.config import CLASSES, InputConfig, ModelConfig
 from gravlens_jax.layers import BatchNorm, Conv
 
-ALL = slice(None)  # parts of the network
+# Parts of the network, for `ResNet.__call__`: all; up to stage 2 and the rest; up to the last feature map and the rest;
+# the last layer.
+ALL, TO_STAGE_2, AFTER_STAGE_2 = slice(None), slice(3), slice(3, None)
+FEATURES, AFTER_FEATURES, HEAD = slice(4), slice(4, None), slice(5, None)
 
 
 class ResNet(nn.Module):

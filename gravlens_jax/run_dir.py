@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from gravlens_jax.config import Config, SimulationConfig, from_dict
+from gravlens_jax.config import Config, from_dict
 from gravlens_jax.errors import InputError, check, parse_json
 
 DIGESTS = "digests.json"
@@ -180,8 +180,8 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 def read_run(run_dir: Path) -> RunInfo:
     """Reads config.json of a run directory, of which every field must be known."""
     values = {"data": {}} | read_config(run_dir)
-    if isinstance(values["config"].get("simulation"), dict):
-        values["config"]["simulation"].setdefault("folder", SimulationConfig.folder)  # new since version 0.5
+    old = "is of gravlens_jax 0.6 or older; such runs can be evaluated but not resumed: start a new run"
+    check("deflection_weight" in values["config"], f"{run_dir}/config.json {old}")
     return from_dict(RunInfo, values, f"{run_dir}/config.json")
 
 

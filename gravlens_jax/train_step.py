@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from gravlens_jax.config import Config, OptimConfig
-from gravlens_jax.model import ResNet, forward
+from gravlens_jax.model import AFTER_FEATURES, FEATURES, ResNet, forward
 from gravlens_jax.optim import init_plateau, update_plateau
 from gravlens_jax.preprocess import augment, augment_vectors, cell_means, prepare, to_unit
 
@@ -18,7 +18,6 @@ from gravlens_jax.preprocess import augment, augment_vectors, cell_means, prepar
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]  # over images: loss float32, correct int32, count int32; over steps: gradient float32
 
-FEATURES, HEAD = slice(4), slice(4, None)  # parts of the network: up to the last feature map, and the rest
 DEFLECTION_UNIT = 0.03  # arcsec, of the auxiliary head's output; about the deflection by the heaviest subhalos
 VISIBLE = 0.05  # mean pixel of a cell, of images in [0, 1], from which on its deflection counts in full
 
@@ -94,6 +93,7 @@ def train_step(
     The sums are those of the network before the update. Augmentation is a function of (config.seed, state.step). If the
     state has an auxiliary head, it predicts the batch's deflections from the last feature map, and the mean squared
     error, weighted by the light that shows it, times `config.deflection_weight` is added to the loss (not to the sums).
+    Nothing else of `config` is used: network and optimizer are `model` and `tx`.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     images, labels = augment(to_unit(batch["images"]), key, config.augment), batch["labels"]
@@ -103,7 +103,7 @@ def train_step(
         params, head = trained
         variables = {"params": params, "batch_stats": state.batch_stats}
         features, updated = model.apply(variables, x, train=True, parts=FEATURES, mutable=["batch_stats"])
-        sums = _batch_sums(forward(model, variables, features, HEAD), labels, jnp.ones(labels.shape, bool))
+        sums = _batch_sums(forward(model, variables, features, AFTER_FEATURES), labels, jnp.ones(labels.shape, bool))
         loss = sums["loss"] / labels.shape[0]
         if head:
             deflections = augment_vectors(batch["deflections"] / DEFLECTION_UNIT, key, config.augment)

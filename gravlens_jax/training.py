@@ -123,7 +123,8 @@ def _train(
     with checkpoint.open_checkpoints(run_dir) as manager, recorded_signals() as received, Meter(plan) as meter:
         state = checkpoint.restore_latest(manager, state)
         history = _resume_history(run_dir, plan, int(state.step), on_epoch)
-        meter.start(f"{run_dir}: {len(history)} of {config.epochs} epochs done", state)
+        learns = " with the auxiliary loss" if splits.has_deflections else ""
+        meter.start(f"{run_dir}: {len(history)} of {config.epochs} epochs done{learns}", state)
         last_save = time.monotonic()
         for calls, (step, batch) in enumerate(train_batches(splits.train, splits.easy, plan, int(state.step))):
             state, sums = train_fn(state, batch)

@@ -163,7 +163,7 @@ def accuracy(
     """Measures the minutes from nothing to validation accuracies: simulation, compilation and training.
 
     With --peer torch also the same recipe in PyTorch, and GravLensNet's, whose minutes are its published number of
-    steps times the measured time of one.
+    image-steps times the measured time of one.
 
     Args:
         preset: the recipe.

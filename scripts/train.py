@@ -48,7 +48,7 @@ class Arguments:
     coordinator: str | None = None  # HOST:PORT of process 0 of several, or auto if JAX finds it out by itself
     num_processes: int | None = None  # of the run
     process_id: int | None = None  # of this process: 0, 1, ...
-    compile_cache: bool = True  # keep compiled programs in ~/.cache/gravlens_jax, so that the next run starts faster
+    compile_cache: bool = True  # keep compiled programs (but oneDNN's) in ~/.cache/gravlens_jax, to start faster
 
 
 def parse_arguments(arguments: list[str]) -> Arguments:

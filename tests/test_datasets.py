@@ -129,5 +129,8 @@ def test_simulated_files_are_kept_if_they_come_from_the_same_arguments(tmp_path)
     expected = np.concatenate(list(simulate_images(7, 1, 0, PRIORS)))
     np.testing.assert_array_equal(open_npz(tmp_path / "train.npz").images, expected)
     for other, priors in ((replace(config, train=8), PRIORS), (config, replace(PRIORS, shear_max=0.1))):
-        with pytest.raises(InputError, match=r"train\.npz holds 7 other images; remove it or choose another folder"):
+        with pytest.raises(
+            InputError,
+            match=r"train\.npz holds 7 other images, or another version's; remove it or choose another folder",
+        ):
             simulate_dataset(tmp_path, other, priors=priors, parameters=True)

@@ -84,14 +84,18 @@ def test_run_is_resumed_with_the_images_it_began_with(tmp_path):
         run_dir.check_same_images(tmp_path, info._replace(data=info.data | {"easy": ""}))
 
 
-def test_run_of_version_0_5_is_read(tmp_path):
+def test_run_of_version_0_6_cannot_be_resumed(tmp_path):
     run_dir.create_run(tmp_path, INFO)
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())
-    del values["data"], values["config"]["simulation"]["folder"]
+    del values["config"]["deflection_weight"]
     path.write_text(json.dumps(values))
-    assert run_dir.read_run(tmp_path) == INFO
-    run_dir.check_same_images(tmp_path, INFO._replace(data={"train": "anything"}))
+    with pytest.raises(InputError, match=r"is of gravlens_jax 0\.6 or older; such runs can be evaluated but not"):
+        run_dir.check_resumable(tmp_path, INFO.config)
+
+
+def test_run_with_other_classes_cannot_be_resumed(tmp_path):
+    run_dir.create_run(tmp_path, INFO)
     with pytest.raises(InputError, match=r"has \('a',\) in images"):
         run_dir.check_same_images(tmp_path, INFO._replace(classes=("a",)))
 

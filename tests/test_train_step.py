@@ -7,12 +7,11 @@ import pytest
 
 from gravlens_jax import sharding
 from gravlens_jax.config import AugmentConfig, Config, InputConfig, OptimConfig
-from gravlens_jax.model import ResNet, forward
+from gravlens_jax.model import FEATURES, ResNet, forward
 from gravlens_jax.optim import make_optimizer
 from gravlens_jax.preprocess import prepare, to_unit
 from gravlens_jax.train_step import (
     DEFLECTION_UNIT,
-    FEATURES,
     check_alive,
     end_epoch,
     eval_step,
@@ -78,6 +77,23 @@ def test_head_learns_deflections_and_the_network_with_it():
         return float(jnp.mean((features @ state.auxiliary["kernel"] - maps / DEFLECTION_UNIT) ** 2))
 
     assert error(state) < error(first) / 4
+    unweighted = options | {"config": Config(augment=AugmentConfig(flip=False), deflection_weight=0.0)}
+    without = train_step(state, batch | {"deflections": maps}, **unweighted)[0]
+    changed = jax.tree.map(lambda a, b: np.abs(a - b).max() > 0, step(state, batch | {"deflections": maps})[0], without)
+    assert changed.params["conv0"]["kernel"] and changed.auxiliary["kernel"]
+
+
+def test_deflections_count_where_there_is_light():
+    batch, state = make_batch(), init_state(0, MODEL, TX, OPTIM, auxiliary=True)
+    images = np.zeros_like(batch["images"])
+    images[:, :4] = 100  # the light of the first row of cells
+    heads = []
+    for row in (0, 3):
+        maps = np.zeros((8, 4, 4, 2), np.float32)
+        maps[:, row] = DEFLECTION_UNIT
+        options = OPTIONS | {"config": Config(augment=AugmentConfig(flip=False))}
+        heads.append(train_step(state, batch | {"images": images, "deflections": maps}, **options)[0].auxiliary)
+    assert np.abs(heads[0]["kernel"]).max() > 0 and not np.abs(heads[1]["kernel"]).max() > 0
 
 
 def test_steps_and_epoch_ends_compile_once():

@@ -48,7 +48,7 @@ def render_block(seed, split, indices, *, priors: Priors, substructure: str, noi
     """
 
     keys = jax.vmap(partial(lens_key, seed, split))(indices)
-    expected = render_lenses(jax.vmap(partial(sample_lens, priors=priors, substructure=substructure))(keys), priors)
+    expected = render_lenses(_sample(keys, priors, substructure), priors)
     if not noise:
         return expected
 
@@ -58,6 +58,10 @@ def render_block(seed, split, indices, *, priors: Priors, substructure: str, noi
         return jnp.minimum(counts, MAX_COUNTS).astype(jnp.uint16)
 
     return jax.vmap(draw)(keys, expected)
+
+
+def _sample(keys: jax.Array, priors: Priors, substructure: str) -> LensParams:
+    return jax.vmap(partial(sample_lens, priors=priors, substructure=substructure))(keys)
 
 
 def _in_turn(make: Callable[[str, jax.Array], jax.Array], first: jax.Array, n: int) -> jax.Array:
@@ -82,8 +86,7 @@ def render_deflections(first, seed, split, *, n: int, priors: Priors, grid: tupl
     """
 
     def make(substructure, indices):
-        keys = jax.vmap(partial(lens_key, seed, split))(indices)
-        lenses = jax.vmap(partial(sample_lens, priors=priors, substructure=substructure))(keys)
+        lenses = _sample(jax.vmap(partial(lens_key, seed, split))(indices), priors, substructure)
         return jax.vmap(partial(deflection_map, priors=priors, cells=grid[0], width=grid[1]))(lenses)
 
     return _in_turn(make, first, n)
@@ -172,7 +175,9 @@ def render_images(lens_params: LensParams, priors: Priors) -> np.ndarray:
       lens_params: as of `sample_lens`, each with a leading axis of length n.
       priors: the camera and the source's fixed profile.
     """
-    n, block = len(lens_params["z_lens"]), _block_size()
+    shape, block = np.shape(lens_params["z_lens"]), _block_size()
+    check(len(shape) == 1, f"lens_params of shape {shape} are not those of n lenses; for one, call render_lens")
+    n = shape[0]
     check(n >= 1, "lens_params hold no lens")
 
     def render(start):
@@ -204,8 +209,8 @@ def simulate_parameters(n: int, seed: int, split: int, priors: Priors) -> dict[s
     arrays: dict[str, np.ndarray] = {}
     num_classes = len(SUBSTRUCTURES)
     for label, substructure in enumerate(SUBSTRUCTURES):
-        draw = jax.vmap(lambda index, s=substructure: sample_lens(lens_key(seed, split, index), priors, s))
-        for name, values in jax.jit(draw)(jnp.arange(label, n, num_classes)).items():
+        keys = jax.vmap(partial(lens_key, seed, split))(jnp.arange(label, n, num_classes))
+        for name, values in jax.jit(_sample, static_argnums=(1, 2))(keys, priors, substructure).items():
             array = arrays.setdefault(name, np.full((n, *values.shape[1:]), np.nan, np.float32))
             array[label::num_classes] = values
     return arrays

@@ -129,19 +129,30 @@ def deflect_points(
     centres, strengths = jnp.pad(centres, ((0, padding), (0, 0))), jnp.pad(theta_E_squared, (0, padding))
     groups = centres.reshape(-1, POINTS_PER_PASS, 2), strengths.reshape(-1, POINTS_PER_PASS)
 
-    def add_group(alpha, group):
-        for (cx, cy), strength in zip(*group, strict=True):
-            dx, dy = x - cx, y - cy
-            k = strength / (dx * dx + dy * dy + softening**2)
-            alpha = alpha[0] + k * dx, alpha[1] + k * dy
-        return alpha
-
     def add(alpha, group):
-        # Skips groups of padding, except where `jax.vmap` turns the choice into a selection.
-        return jax.lax.cond(jnp.any(group[1] != 0), add_group, lambda alpha, _: alpha, alpha, group), None
+        return _add_points(alpha, x, y, *group, softening), None
 
     # A scan keeps one pair of arrays in the cache: on a CPU 5 times faster than one fused sum over all masses.
     return jax.lax.scan(add, (jnp.zeros_like(x), jnp.zeros_like(y)), groups)[0]
+
+
+def _add_all_points(alpha, x, y, centres, strengths, softening):
+    for (cx, cy), strength in zip(centres, strengths, strict=True):
+        dx, dy = x - cx, y - cy
+        k = strength / (dx * dx + dy * dy + softening**2)
+        alpha = alpha[0] + k * dx, alpha[1] + k * dy
+    return alpha
+
+
+@jax.custom_jvp
+def _add_points(alpha, *points):
+    # Skips groups of padding, except where `jax.vmap` turns the choice into a selection.
+    return jax.lax.cond(jnp.any(points[3] != 0), _add_all_points, lambda alpha, *_: alpha, alpha, *points)
+
+
+@_add_points.defjvp
+def _differentiate_points(primals, tangents):
+    return jax.jvp(_add_all_points, primals, tangents)  # also of padding: a mass of 0 has a derivative
 
 
 def deflect_string(
@@ -175,6 +186,11 @@ def deflect_string(
     return cos * along - sin * across, sin * along + cos * across
 
 
+def sersic_b(n: Number) -> Number:
+    """Returns b_n of the Sersic index `n` (Ciotti & Bertin 1999, A&A 352, 447, eq. 18)."""
+    return 2 * n - 1 / 3 + 4 / (405 * n) + 46 / (25515 * n**2) + 131 / (1148175 * n**3)
+
+
 def sersic_light(
     x: jax.Array, y: jax.Array, n: Number, effective_radius: Number, axis_ratio: Number, angle: Number
 ) -> jax.Array:
@@ -187,7 +203,7 @@ def sersic_light(
       axis_ratio: minor over major axis, in (0, 1].
       angle: radians, direction of the major axis.
     """
-    b_n = 2 * n - 1 / 3 + 4 / (405 * n) + 46 / (25515 * n**2) + 131 / (1148175 * n**3)
+    b_n = sersic_b(n)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     u, v = cos * x + sin * y, cos * y - sin * x
     radius_squared = axis_ratio * u * u + v * v / axis_ratio + SOFTENING**2

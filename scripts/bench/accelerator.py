@@ -47,6 +47,11 @@ def measure_accelerator(
       runs: name -> lines of `our_run`.
       logits: largest difference, and fraction of equal classes, of 300 images on this device and on the CPU.
     """
+    logits = compare_logits()
+    show(
+        f"logits of 300 images, here and on the CPU: largest difference {logits['difference']:.1e}, "
+        f"same class {logits['same']:.1%}"
+    )
     size = PRESETS["default"].input.crop // PRESETS["default"].input.pool
     rates: dict[str, float] = {}
     for n, dtype, train in itertools.product(batch_sizes, ("float32", "bfloat16"), (True, False)):
@@ -59,16 +64,11 @@ def measure_accelerator(
         seconds = time_calls(partial(source.render, 0, 0, 0), 1, 5)
         rates[f"simulation, ct1 with noise, batch {n}"] = n / statistics.median(seconds)
         show(_last(rates))
-    logits = compare_logits()
-    show(
-        f"logits of 300 images, here and on the CPU: largest difference {logits['difference']:.1e}, "
-        f"same class {logits['same']:.1%}"
-    )
     runs = {}
     for name, (preset, changes) in RUNS.items():
         if preset in recipes:
             config = PRESETS[preset]
-            simulation = replace(config.simulation, folder=str(folder / "data"))
+            simulation = replace(config.simulation, folder=str(folder / f"{name}, data"))
             runs[name] = our_run(replace(config, simulation=simulation, run_dir=str(folder / name), **changes))
             last = runs[name][-1]
             rates[name] = last["images_per_second"]

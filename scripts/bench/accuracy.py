@@ -16,7 +16,7 @@ from gravlens_jax.training import fit
 
 # Of GravLensNet, in its repository (https://github.com/harish-jhr/GravLensNet): right on 89.6 % of its test images
 # after 20 epochs of 30,000 images; 32 layers, 150 x 150 pixels, Adam.
-GRAVLENSNET_STEPS, GRAVLENSNET_DEPTH, GRAVLENSNET_SIZE, GRAVLENSNET_ACCURACY = 600_000, 32, 150, 0.896
+GRAVLENSNET_IMAGE_STEPS, GRAVLENSNET_DEPTH, GRAVLENSNET_SIZE, GRAVLENSNET_ACCURACY = 600_000, 32, 150, 0.896
 
 
 def our_run(config: Config) -> list[dict[str, float]]:
@@ -41,9 +41,12 @@ def torch_run(config: Config) -> list[dict[str, float]]:
 
 
 def gravlensnet_minutes(batch_size: int = 50, steps: int = 5) -> float:
-    """Returns the minutes of GravLensNet's training, from the time of its step in PyTorch on random images."""
+    """Returns the minutes of GravLensNet's training, from the time of a step of its network on random images.
+
+    Its batches have 200 images, which take four times as long as 50 and too much memory for a laptop.
+    """
     run, _ = torch_step(True, random_batch(batch_size, GRAVLENSNET_SIZE), "float32", GRAVLENSNET_DEPTH)
-    return GRAVLENSNET_STEPS / batch_size * run(2, steps)[steps // 2] / 60
+    return GRAVLENSNET_IMAGE_STEPS / batch_size * run(2, steps)[steps // 2] / 60
 
 
 def measure_accuracy(config: Config, epochs: tuple[int, ...], peer: bool, folder: Path) -> list[dict[str, Any]]:
@@ -72,7 +75,7 @@ def measure_accuracy(config: Config, epochs: tuple[int, ...], peer: bool, folder
                     rows.append({"code": code, "epochs": number} | line | {"minutes": line["minutes"] + simulation})
         if peer:
             minutes = theirs.submit(gravlensnet_minutes).result()
-            row = {"code": "GravLensNet (computed)", "epochs": 20, "image_steps": GRAVLENSNET_STEPS}
+            row = {"code": "GravLensNet (computed)", "epochs": 20, "image_steps": GRAVLENSNET_IMAGE_STEPS}
             rows.append(row | {"val_accuracy": GRAVLENSNET_ACCURACY, "minutes": minutes})
     return rows
 

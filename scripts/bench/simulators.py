@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gravlens_jax.lensing.priors import Priors
-from gravlens_jax.lensing.profiles import einstein_radius_squared
+from gravlens_jax.lensing.profiles import einstein_radius_squared, sersic_b
 
 Lenses = dict[str, Any]  # parameters of n lenses, each with a leading axis of length n
 
@@ -119,7 +119,7 @@ def make_herculens(priors: Priors) -> Callable[[dict[str, jax.Array]], jax.Array
         kwargs_numerics={"supersampling_factor": priors.supersampling, "supersampling_convolution": False},
     )
     # Its b_n is linear in n; this amplitude and this radius give the profile of ours.
-    ours = _sersic_b(priors.source_n)
+    ours = sersic_b(priors.source_n)
     theirs = 1.9992 * priors.source_n - 0.3271
     amplitude, factor = np.exp(ours - theirs), (theirs / ours) ** priors.source_n
 
@@ -141,10 +141,6 @@ def make_herculens(priors: Priors) -> Callable[[dict[str, jax.Array]], jax.Array
     return render
 
 
-def _sersic_b(n: float) -> float:
-    return 2 * n - 1 / 3 + 4 / (405 * n) + 46 / (25515 * n**2) + 131 / (1148175 * n**3)
-
-
 def make_caustics(priors: Priors, backend: str, lenses: Lenses) -> tuple[Callable[[Any], Any], np.ndarray]:
     """Returns caustics' function of the parameters of one lens, and these parameters of `lenses`, float (n, ...).
 
@@ -160,7 +156,7 @@ def make_caustics(priors: Priors, backend: str, lenses: Lenses) -> tuple[Callabl
     import caustics
 
     kernel = psf_kernel(priors)
-    sparse = np.zeros([priors.supersampling * (priors.psf_pixels - 1) + 1] * 2, np.float32)
+    sparse = np.zeros([priors.supersampling * (priors.psf_pixels - 1) + 1] * 2, np.dtype(jnp.result_type(float)))
     sparse[:: priors.supersampling, :: priors.supersampling] = kernel  # of sub-pixels, the same as after binning
     cosmology = caustics.FlatLambdaCDM(name="cosmology")
     centre = {"cosmology": cosmology, "x0": 0.0, "y0": 0.0}

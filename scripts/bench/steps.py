@@ -46,7 +46,7 @@ def compile_step(
     """Compiles a training step, or else a forward pass, of `ResNet20` on stored images.
 
     Args:
-      train: a step of `train.py` with flips; else input preparation and forward pass.
+      train: flips, forward and backward pass and Adam, no auxiliary loss; else input preparation and forward pass.
       batch_size: over all devices; each process makes its own share.
       size: pixels, height and width of images and network's input.
       dtype: of activations.

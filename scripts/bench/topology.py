@@ -22,7 +22,7 @@ from gravlens_jax.model import make_model
 from gravlens_jax.optim import make_optimizer
 from gravlens_jax.train_step import init_state, train_step
 
-BYTES = {"pred": 1, "s32": 4, "u32": 4, "f32": 4, "bf16": 2}
+BYTES = {"pred": 1, "u8": 1, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -84,7 +84,7 @@ def count_collectives(program: str) -> dict[str, dict[str, int]]:
             own = found.setdefault(kind, {"number": 0, "bytes": 0})
             own["number"] += 1
             for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
-                own["bytes"] += BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)
+                own["bytes"] += BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n)
     return found
 
 

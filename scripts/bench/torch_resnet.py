@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from bench.machine import time_calls
-from gravlens_jax.config import Config, InputConfig
+from gravlens_jax.config import Config, InputConfig, ModelConfig
 from gravlens_jax.datasets import Splits
+from gravlens_jax.errors import check
 from gravlens_jax.loader import Plan, train_batches
 from gravlens_jax.npz import Dataset
 from gravlens_jax.optim import learning_rate_schedule
@@ -187,6 +188,8 @@ def train_torch(config: Config, splits: Splits) -> Iterator[dict[str, float]]:
     from torch.nn.functional import avg_pool2d, cross_entropy
 
     config = config.resolve()
+    same = config.model == ModelConfig() and config.input.stretch == "log"
+    check(same, f"only ResNet20 and the logarithm are there in PyTorch; got {config.model}, {config.input}")
     device, size = "cuda" if torch.cuda.is_available() else "cpu", config.batch_size
     torch.manual_seed(config.seed)
     net = _resnet().to(device)
@@ -216,10 +219,14 @@ def train_torch(config: Config, splits: Splits) -> Iterator[dict[str, float]]:
         loss_of(network, *batch).backward()
         muon.step()
         adam.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     batches = train_batches(splits.train, splits.easy, plan, 0)
     first = next(batches)
-    network, _ = _faster(lambda some: update(some, 0.0, _tensors(first[1], device)), net)  # changes statistics only
+    network, _ = _faster(lambda some: update(some, 0.0, _tensors(first[1], device)), net)  # changes no parameter
+    for optimizer in (muon, adam):
+        optimizer.state.clear()
     for step, batch in itertools.chain([first], batches):
         update(network, rates[step - 1], _tensors(batch, device))
         if plan.ends_epoch(step) and step > plan.easy_steps:

@@ -68,6 +68,20 @@ def test_deflections_have_finite_gradients_on_and_off_the_centre(name):
     assert_finite_gradients(lambda x, y: sum(PROFILES[name](x, y)), x, y)
 
 
+@pytest.mark.parametrize("index", [0, 4])  # beside a mass, and in a group without any
+def test_point_of_no_mass_has_the_derivative_of_any_other(index):
+    centres = np.linspace([-1.0, -0.5], [1.0, 0.7], 5)
+
+    def deflection(strength):
+        strengths = jnp.zeros(5).at[1].set(0.1).at[index].set(strength)
+        return profiles.deflect_points(jnp.array([0.3]), jnp.array([0.2]), centres, strengths)
+
+    derivatives = jax.jacfwd(deflection)(0.0), jax.jacrev(deflection)(0.0)
+    unit = np.array(profiles.deflect_points(np.array([0.3]), np.array([0.2]), centres[index, None], np.ones(1)))
+    for found in derivatives:
+        np.testing.assert_allclose(found, unit, rtol=1e-6)
+
+
 def test_sie_of_axis_ratio_1_is_the_sphere():
     x, y = profiles.pixel_grid(7, 0.5)
     np.testing.assert_allclose(profiles.deflect_sie(x, y, 1.2, 1.0, 0.4), PROFILES["sis"](x, y), rtol=1e-9, atol=1e-12)
