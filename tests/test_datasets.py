@@ -131,6 +131,6 @@ def test_simulated_files_are_kept_if_they_come_from_the_same_arguments(tmp_path)
     for other, priors in ((replace(config, train=8), PRIORS), (config, replace(PRIORS, shear_max=0.1))):
         with pytest.raises(
             InputError,
-            match=r"train\.npz holds 7 other images, or another version's; remove it or choose another folder",
+            match=r"train\.npz holds 7 other images, or another version's; remove it",
         ):
             simulate_dataset(tmp_path, other, priors=priors, parameters=True)
