@@ -118,10 +118,7 @@ def make_herculens(priors: Priors) -> Callable[[dict[str, jax.Array]], jax.Array
         source_model_class=LightModel([Sersic(radius_major_axis=False)]),
         kwargs_numerics={"supersampling_factor": priors.supersampling, "supersampling_convolution": False},
     )
-    # Its b_n is linear in n; this amplitude and this radius give the profile of ours.
-    ours = sersic_b(priors.source_n)
-    theirs = 1.9992 * priors.source_n - 0.3271
-    amplitude, factor = np.exp(ours - theirs), (theirs / ours) ** priors.source_n
+    amplitude, factor = _as_ours(1.9992 * priors.source_n - 0.3271, priors.source_n)
 
     def render(p):
         radii = jnp.sqrt(einstein_radius_squared(p["subhalo_masses"], p["z_lens"], p["z_source"]))
@@ -139,6 +136,12 @@ def make_herculens(priors: Priors) -> Callable[[dict[str, jax.Array]], jax.Array
         return priors.photons * (flux / priors.pixel_scale**2 + priors.sky)
 
     return render
+
+
+def _as_ours(b_n: float, n: float) -> tuple[float, float]:
+    """Returns the amplitude and the factor of the radius with which a Sersic profile of another b_n is ours."""
+    ours = sersic_b(n)
+    return np.exp(ours - b_n), (b_n / ours) ** n
 
 
 def make_caustics(priors: Priors, backend: str, lenses: Lenses) -> tuple[Callable[[Any], Any], np.ndarray]:
@@ -163,9 +166,10 @@ def make_caustics(priors: Priors, backend: str, lenses: Lenses) -> tuple[Callabl
     points = [caustics.Point(cosmology, name=f"point{i}") for i in range(priors.subhalo_padding)]
     halo, shear = caustics.SIS(name="halo", **centre), caustics.ExternalShear(name="shear", **centre)
     plane = caustics.SinglePlane(cosmology, [halo, shear, *points], name="plane", z_l=0.5, z_s=1.0)
+    amplitude, factor = _as_ours(sersic_b(priors.source_n) - 2194697 / (30690717750 * priors.source_n**4), priors.source_n)
     simulator = caustics.LensSource(
         plane,
-        caustics.Sersic(n=priors.source_n, Ie=1.0, name="source"),
+        caustics.Sersic(n=priors.source_n, Ie=amplitude, name="source"),
         pixelscale=priors.pixel_scale,
         pixels_x=priors.num_pixels,
         upsample_factor=priors.supersampling,
@@ -187,7 +191,7 @@ def make_caustics(priors: Priors, backend: str, lenses: Lenses) -> tuple[Callabl
         ("source", "y0"): p["source"][:, 1],
         ("source", "q"): p["source_axis_ratio"],
         ("source", "phi"): p["source_angle"],
-        ("source", "Re"): p["source_radius"] / np.sqrt(p["source_axis_ratio"]),  # along the major axis
+        ("source", "Re"): factor * p["source_radius"] / np.sqrt(p["source_axis_ratio"]),  # along the major axis
     }
     for i in range(priors.subhalo_padding):
         x, y = p["subhalo_centres"][:, i].T
