@@ -87,6 +87,19 @@ def test_files_of_simulated_images_have_the_deflections_of_their_lenses(tmp_path
                 np.testing.assert_array_equal(deflection, maps[images.index(image)])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [None, {"seed": -1}, {"seed": "4"}, {"seed": None}, {"priors": 3}, {"priors": {"shear_max": 0.3}}, {"split": 1}],
+)
+def test_images_of_unknown_origin_have_no_deflections(tmp_path, changes):
+    simulate_dataset(tmp_path, SimulationConfig(train=7, easy=0, val=3, test=3, seed=4), priors=PRIORS)
+    train = open_npz(tmp_path / "train.npz")
+    info = {"simulated": "x" if changes is None else train.info["simulated"] | changes}
+    images = np.array(train.images)
+    write_npz(tmp_path / "train.npz", [images], images.shape, images.dtype, train.labels, train.classes, info)
+    assert not open_files(tmp_path).has_deflections
+
+
 def test_other_images_have_no_deflections(tmp_path):
     simulate_dataset(tmp_path, SimulationConfig(train=7, easy=0, val=3, test=3, seed=4), priors=PRIORS)
     assert open_files(tmp_path).has_deflections

@@ -166,7 +166,8 @@ def make_caustics(priors: Priors, backend: str, lenses: Lenses) -> tuple[Callabl
     points = [caustics.Point(cosmology, name=f"point{i}") for i in range(priors.subhalo_padding)]
     halo, shear = caustics.SIS(name="halo", **centre), caustics.ExternalShear(name="shear", **centre)
     plane = caustics.SinglePlane(cosmology, [halo, shear, *points], name="plane", z_l=0.5, z_s=1.0)
-    amplitude, factor = _as_ours(sersic_b(priors.source_n) - 2194697 / (30690717750 * priors.source_n**4), priors.source_n)
+    b_n = sersic_b(priors.source_n) - 2194697 / 30690717750 / priors.source_n**4  # with one more term
+    amplitude, factor = _as_ours(b_n, priors.source_n)
     simulator = caustics.LensSource(
         plane,
         caustics.Sersic(n=priors.source_n, Ie=amplitude, name="source"),
