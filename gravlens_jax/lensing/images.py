@@ -23,7 +23,7 @@ MAX_COUNTS = 60_000  # images are stored as uint16
 CPU_BLOCK, ACCELERATOR_BLOCK = 4, 128  # images of one class per compiled call
 
 
-def lens_key(seed: int, split: int, index: int) -> jax.Array:
+def lens_key(seed: int, split: int, index: int | jax.Array) -> jax.Array:
     """Returns the random key of image `index` of a split: `sample_lens` draws the lens from it."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), split), index)
 

@@ -138,7 +138,7 @@ def make_herculens(priors: Priors) -> Callable[[dict[str, jax.Array]], jax.Array
     return render
 
 
-def _as_ours(b_n: float, n: float) -> tuple[float, float]:
+def _as_ours(b_n: Any, n: float) -> tuple[Any, Any]:
     """Returns the amplitude and the factor of the radius with which a Sersic profile of another b_n is ours."""
     ours = sersic_b(n)
     return np.exp(ours - b_n), (b_n / ours) ** n
