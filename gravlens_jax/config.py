@@ -58,9 +58,14 @@ class InputConfig:
         check(self.std is None or self.std > 0, f"std={self.std}: expected a positive number")
 
     @property
+    def cell(self) -> int:
+        """Pixels of an image, along each axis, for one of the network's last feature map: its strides are 2 and 2."""
+        return 4 * self.pool
+
+    @property
     def cells(self) -> int:
-        """Height and width of the network's last feature map, of which a pixel covers 4 x 4 pixels of the input."""
-        return -(-(self.crop // self.pool) // 4)
+        """Height and width of the network's last feature map."""
+        return -(-self.crop // self.cell)
 
     def resolve(self) -> "InputConfig":
         """Returns the config with a number for `mean` and `std`."""

@@ -1,7 +1,7 @@
 """Batches of a run: a pure function of config and step, read ahead in a thread.
 
 A source yields the batches of an epoch from any step on. There are three: `FileSource`, `DeviceSource`, and
-`datasets.StreamSource`.
+`simulated.StreamSource`.
 """
 
 from collections.abc import Iterable, Iterator

@@ -128,5 +128,5 @@ def cell_means(images: jax.Array, config: InputConfig) -> jax.Array:
 
     `images` and `config` are those of `prepare`. Cells that reach over the crop's edge count 0 there.
     """
-    window = (4 * config.pool, 4 * config.pool)
+    window = config.cell, config.cell
     return nn.avg_pool(_crop(images, config.crop), window, strides=window, padding="SAME")

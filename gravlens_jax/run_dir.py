@@ -39,7 +39,7 @@ class RunInfo(NamedTuple):
     config: Config
     classes: tuple[str, ...]
     image_shape: tuple[int, int]  # height and width of the training images
-    data: dict = {}  # noqa: RUF012 - never changed; see `datasets.Splits.record`; empty in runs of version 0.5
+    data: dict = {}  # noqa: RUF012 - never changed; see `datasets.Splits.record`
 
 
 @contextmanager

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from gravlens_jax.config import CLASSES, FILES, AugmentConfig, Config, InputConfig, SimulationConfig
-from gravlens_jax.datasets import StreamSource, load_splits, open_splits, simulate_dataset
+from gravlens_jax.datasets import load_splits, open_splits
 from gravlens_jax.errors import InputError
 from gravlens_jax.lensing import images as lensing_images
 from gravlens_jax.lensing.images import render_deflections, simulate_images
 from gravlens_jax.lensing.priors import PRESETS, make_easy
 from gravlens_jax.npz import open_npz, write_npz
 from gravlens_jax.sharding import data_mesh
+from gravlens_jax.simulated import StreamSource, simulate_dataset
 from gravlens_jax.training import fit
 
 PRIORS = replace(PRESETS["ct1"], num_pixels=24, pixel_scale=0.3)

@@ -10,8 +10,8 @@ from conftest import ROOT
 
 ORDER = (
     *("errors", "config", "metrics", "layers", "preprocess", "lensing", "model", "run_dir", "pixels", "npz", "folders"),
-    *("inference", "optim", "train_step", "sharding", "loader", "console", "datasets", "checkpoint", "weights"),
-    *("report", "training", "cli"),
+    *("inference", "optim", "train_step", "sharding", "loader", "console", "simulated", "datasets", "checkpoint"),
+    *("weights", "report", "training", "cli"),
 )
 PACKAGE = ROOT / "gravlens_jax"
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}

@@ -15,11 +15,11 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gravlens_jax.config import CLASSES, FILES, Config
-from gravlens_jax.datasets import StreamSource
 from gravlens_jax.errors import InputError
 from gravlens_jax.lensing.priors import PRESETS
 from gravlens_jax.model import make_model
 from gravlens_jax.optim import make_optimizer
+from gravlens_jax.simulated import StreamSource, deflection_grid
 from gravlens_jax.train_step import init_state, train_step
 
 BYTES = {"pred": 1, "u8": 1, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
@@ -49,7 +49,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[tuple[str, jax.stages.Trace
     init = partial(init_state, model=model, tx=tx, config=config.optim, auxiliary=True)
     state = jax.tree.map(partial(_sharded, sharding=whole), jax.eval_shape(init, 0))
     priors = PRESETS["ct1"]
-    grid = config.input.cells, 4 * config.input.pool * priors.pixel_scale
+    grid = deflection_grid(config, priors)
     source = StreamSource(config.batch_size, priors, FILES.index("train"), config.batch_size, 0, mesh, grid)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     simulate = source.render.trace(number, number, number)

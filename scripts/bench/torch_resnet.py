@@ -199,7 +199,7 @@ def train_torch(config: Config, splits: Splits) -> Iterator[dict[str, float]]:
     adam = torch.optim.Adam(others, betas=(0.9, 0.99))
     plan = Plan((splits.easy.size if splits.easy else 0) // size, splits.train.size // size, config.epochs)
     rates = np.asarray(learning_rate_schedule(config.optim, plan.total_steps)(np.arange(plan.total_steps)))
-    window = 4 * config.input.pool
+    window = config.input.cell
 
     def loss_of(network, images, labels, maps):
         x, maps = _flip(_unit(images), maps)
