@@ -1,23 +1,25 @@
 """The images of a run: files that exist, files that are simulated first, or images that are simulated when needed."""
 
 import hashlib
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
-from gravlens_jax.config import FILES, SPLITS, Config
+from gravlens_jax.config import CLASSES, FILES, SPLITS, Config, SimulationConfig, from_dict
 from gravlens_jax.console import track
-from gravlens_jax.errors import check
+from gravlens_jax.errors import InputError, check
+from gravlens_jax.lensing.images import labels_of, render_deflections, simulate_images, simulate_parameters
 from gravlens_jax.lensing.priors import PRESETS, Priors, make_easy
-from gravlens_jax.loader import DeviceSource, FileSource, Source
-from gravlens_jax.npz import Dataset, open_npz
+from gravlens_jax.loader import DeviceSource, FileSource, Source, StreamSource
+from gravlens_jax.npz import Dataset, open_npz, write_npz
 from gravlens_jax.pixels import check_pixels, read_rows
 from gravlens_jax.preprocess import check_images
+from gravlens_jax.run_dir import locked
 from gravlens_jax.sharding import is_main, wait_for_all
-from gravlens_jax.simulated import StreamSource, add_deflections, deflection_grid, simulate_dataset
 
 
 class Splits(NamedTuple):
@@ -43,7 +45,7 @@ def open_splits(config: Config, mesh: Mesh) -> Splits:
     else:
         files = load_splits(_simulate(config) if config.data is None else Path(config.data))
         make = DeviceSource if config.device_data else FileSource
-        own = {split: add_deflections(files[split], split, config) for split in ("train", "easy") if split in files}
+        own = {split: _add_deflections(files[split], split, config) for split in ("train", "easy") if split in files}
         has_deflections = all(dataset.deflections is not None for dataset in own.values())
         if not has_deflections:
             own = {split: dataset._replace(deflections=None) for split, dataset in own.items()}
@@ -73,6 +75,41 @@ def _open_stream(config: Config, mesh: Mesh) -> Splits:
     easy = stream("easy", make_easy(priors)) if s.easy else None
     train = stream("train", priors)
     return Splits(train, easy, files["val"], files["test"], _record(files), train.grid is not None)
+
+
+def deflection_grid(config: Config, priors: Priors) -> tuple[int, float] | None:
+    """Returns the number of cells and their width (arcsec) of the network's last feature map, to train it with the
+    deflections there; None for no such training."""
+    if not config.deflection_weight or config.augment.max_rotation or config.augment.max_shift:
+        return None
+    return config.input.cells, config.input.cell * priors.pixel_scale
+
+
+def _add_deflections(dataset: Dataset, split: str, config: Config) -> Dataset:
+    """Returns the images of a split with the deflections by their substructure, if this project simulated them."""
+    found = _simulated(dataset, split)
+    if found is None:
+        return dataset
+    seed, priors = found
+    grid = deflection_grid(config, priors)
+    if grid is None:
+        return dataset
+    maps = render_deflections(0, seed, FILES.index(split), n=dataset.size, priors=priors, grid=grid)
+    return dataset._replace(deflections=np.asarray(maps))
+
+
+def _simulated(dataset: Dataset, split: str) -> tuple[int, Priors] | None:
+    """Returns the seed and the population of images that this version can simulate again; None for other images."""
+    source = dataset.info.get("simulated")
+    if not isinstance(source, dict) or source.get("split") != split:
+        return None
+    seed = source.get("seed")
+    if type(seed) is not int or not 0 <= seed < 2**31 or not np.array_equal(dataset.labels, labels_of(dataset.size)):
+        return None
+    try:
+        return seed, from_dict(Priors, source.get("priors"))
+    except InputError:  # of another version
+        return None
 
 
 def load_splits(folder: Path, splits: tuple[str, ...] = FILES) -> dict[str, Dataset]:
@@ -117,3 +154,53 @@ def _simulate(config: Config) -> Path:
         simulate_dataset(folder, s, track)
     wait_for_all("the images are simulated")
     return folder
+
+
+def simulate_dataset(
+    out: Path,
+    config: SimulationConfig,
+    progress: Callable = lambda items, *_: items,
+    priors: Priors | None = None,
+    parameters: bool = False,
+) -> Path:
+    """Simulates `out/{train,val,test,easy}.npz`, except those that exist already; returns `out`.
+
+    If another process simulates into the same folder, waits until it is done and uses its files.
+
+    Args:
+      out: folder; a file in it that came from the same arguments is kept, any other is an error.
+      config: preset, numbers of images and seed.
+      progress: wraps the loop over chunks of images: (chunks, split, number of images) -> chunks.
+      priors: the population, if it is not the preset itself; `easy` has the same with heavier substructure.
+      parameters: whether to store the parameters of each lens too, as arrays "parameters/<name>".
+    """
+    priors = PRESETS[config.preset] if priors is None else priors
+    if _missing_files(out, config, priors, parameters):  # a complete folder may be read-only
+        with locked(Path(out), wait=True):
+            for split, (n, population, info) in _missing_files(out, config, priors, parameters).items():
+                index, size = FILES.index(split), priors.num_pixels
+                arrays = simulate_parameters(n, config.seed, index, population) if parameters else {}
+                arrays = {f"parameters/{name}": array for name, array in arrays.items()}
+                chunks = progress(simulate_images(n, config.seed, index, population), split, n)
+                path, shape = Path(out) / f"{split}.npz", (n, size, size)
+                write_npz(path, chunks, shape, np.dtype(np.uint16), labels_of(n), CLASSES, info, arrays)
+    return Path(out)
+
+
+def _missing_files(
+    out: Path, config: SimulationConfig, priors: Priors, parameters: bool
+) -> dict[str, tuple[int, Priors, dict]]:
+    """Returns split -> (number of images, population, info) of the files that `simulate_dataset` has to make."""
+    source = {"preset": config.preset, "seed": config.seed, "parameters": parameters}
+    missing: dict[str, tuple[int, Priors, dict]] = {}
+    for split in FILES:
+        path, n = Path(out) / f"{split}.npz", getattr(config, split)
+        population = make_easy(priors) if split == "easy" and n else priors
+        info = {"simulated": source | {"split": split, "priors": asdict(population)}}
+        if not path.exists():
+            missing |= {split: (n, population, info)} if n else {}
+            continue
+        found = open_npz(path)
+        same = found.size == n and found.info == info
+        check(same, f"{path} holds {found.size} other images, or another version's; remove it or choose another folder")
+    return missing

@@ -1,7 +1,7 @@
 """Batches of a run: a pure function of config and step, read ahead in a thread.
 
-A source yields the batches of an epoch from any step on. There are three: `FileSource`, `DeviceSource`, and
-`simulated.StreamSource`.
+A source yields the batches of an epoch from any step on. There are three: `FileSource`, `DeviceSource` and
+`StreamSource`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple, Protocol
 
+import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
+from gravlens_jax.lensing.images import labels_of, render_batch, render_deflections, simulate_images
+from gravlens_jax.lensing.priors import Priors
 from gravlens_jax.npz import Dataset
 from gravlens_jax.pixels import read_rows
 from gravlens_jax.sharding import local_rows, replicate, shard_batch, shard_rows
@@ -117,6 +120,67 @@ class DeviceSource(FileSource):
         rows = epoch_rows(self.size, self.batch_size, self.seed, epoch)[skip:]
         for some in np.array_split(rows, -(-len(rows) // STEPS_PER_CALL)):
             yield len(some), self._held | {"rows": shard_rows(some, self.mesh)}
+
+
+@dataclass(frozen=True)
+class StreamSource:
+    """Simulated images, each used once: epoch 0, 1, ... are the images 0, 1, 2, ... of `lensing.simulate_images`.
+
+    On CPUs all cores simulate ahead; each accelerator renders its own share of a batch, with noise.
+    """
+
+    size: int  # images of an epoch
+    priors: Priors
+    split: int  # see `simulate_images`
+    batch_size: int  # over all devices
+    seed: int  # of the images
+    mesh: Mesh
+    grid: tuple[int, float] | None  # cells and width of the maps of deflections, see `render_deflections`
+
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Batch]]:
+        """See `Source`."""
+        steps = self.size // self.batch_size
+        first, stop = ((epoch * steps + step) * self.batch_size for step in (skip, steps))
+        simulate = self._on_host if jax.default_backend() == "cpu" else self._on_devices
+        for batch in simulate(first, stop):
+            yield 1, batch
+
+    def _on_host(self, first: int, stop: int) -> Iterator[Batch]:
+        own = local_rows(np.arange(self.batch_size)[None])[0]  # each process simulates all and keeps its share
+        ready = np.empty((0, self.priors.num_pixels, self.priors.num_pixels), np.uint16)
+        chunks = simulate_images(stop - first, self.seed, self.split, self.priors, start=first)
+        for start in range(first, stop, self.batch_size):
+            while len(ready) < self.batch_size:
+                ready = np.concatenate([ready, next(chunks)])
+            batch = {"images": ready[own], "labels": labels_of(self.batch_size, start)[own]}
+            ready = ready[self.batch_size :]
+            if self.grid:
+                batch["deflections"] = np.asarray(self._deflections(start, self.seed, self.split, self.batch_size))[own]
+            yield shard_batch(batch, self.mesh)
+
+    def _on_devices(self, first: int, stop: int) -> Iterator[Batch]:
+        for start in range(first, stop, self.batch_size):
+            yield self.render(start, self.seed, self.split)
+
+    def _deflections(self, first, seed, split, n: int) -> jax.Array:
+        assert self.grid is not None
+        return render_deflections(first, seed, split, n=n, priors=self.priors, grid=self.grid)
+
+    @cached_property
+    def render(self):
+        """The jitted (first, seed, split) -> batch, of which each device renders its share."""
+        share = self.batch_size // self.mesh.size
+
+        def render_share(first, seed, split):
+            own = first + share * jax.lax.axis_index("data")
+            batch = render_batch(own, seed, split, priors=self.priors, batch_size=share)
+            if self.grid:
+                batch["deflections"] = self._deflections(own, seed, split, share)
+            return batch
+
+        # check_vma=False: jax.random.poisson has loops that the check of shard_map does not support.
+        whole, shares = PartitionSpec(), PartitionSpec("data")
+        return jax.jit(jax.shard_map(render_share, mesh=self.mesh, in_specs=whole, out_specs=shares, check_vma=False))
 
 
 def _read(dataset: Dataset, rows: np.ndarray) -> dict[str, np.ndarray]:

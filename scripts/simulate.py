@@ -13,6 +13,7 @@ import tyro
 from gravlens_jax import cli
 from gravlens_jax.config import CLASSES, FILES, PriorPreset, SimulationConfig
 from gravlens_jax.console import track
+from gravlens_jax.datasets import simulate_dataset
 from gravlens_jax.errors import check
 from gravlens_jax.inference import predict
 from gravlens_jax.lensing.images import lens_key, simulate_images
@@ -21,7 +22,6 @@ from gravlens_jax.lensing.profiles import pixel_grid
 from gravlens_jax.lensing.render import deflect_substructure, sample_lens
 from gravlens_jax.report import WRONG, new_figure, save_figure
 from gravlens_jax.run_dir import check_folder
-from gravlens_jax.simulated import simulate_dataset
 from gravlens_jax.weights import load_pretrained
 
 DEFAULT = SimulationConfig()

@@ -158,3 +158,8 @@ def test_checkpoint_of_version_0_4_is_read_but_not_resumed(tmp_path):
         }
         manager.save(1, args=ocp.args.Composite(**args), metrics={"val_loss": 0.5})
     assert_equal(checkpoint.load_variables(tmp_path, MODEL)[0], make_variables(1))
+    with (
+        checkpoint.open_checkpoints(tmp_path) as manager,
+        pytest.raises(InputError, match=r"is damaged, or not of the network in config\.json"),  # `read_run` says why
+    ):
+        checkpoint.restore_latest(manager, state)

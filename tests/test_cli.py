@@ -2,6 +2,7 @@
 
 import io
 import os
+import platform
 import runpy
 import shutil
 import signal
@@ -9,6 +10,7 @@ import struct
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -46,7 +48,8 @@ def test_a_program_restarts_once_with_huge_pages():
 
 
 def test_flags_of_xla_are_set_where_they_were_measured_and_can_be_turned_off():
-    assert environment_after_restart("XLA_FLAGS", None) == (CPU_FLAGS if cli.has_cpu_flags() else "None")
+    known = version("jaxlib").startswith("0.12.0") and platform.system() + platform.machine() == "Linuxx86_64"
+    assert environment_after_restart("XLA_FLAGS", None) == (CPU_FLAGS if known else "None")
     assert environment_after_restart("XLA_FLAGS", "") == ""
 
 

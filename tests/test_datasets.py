@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from gravlens_jax.config import CLASSES, FILES, AugmentConfig, Config, InputConfig, SimulationConfig
-from gravlens_jax.datasets import load_splits, open_splits
+from gravlens_jax.datasets import load_splits, open_splits, simulate_dataset
 from gravlens_jax.errors import InputError
 from gravlens_jax.lensing import images as lensing_images
 from gravlens_jax.lensing.images import render_deflections, simulate_images
 from gravlens_jax.lensing.priors import PRESETS, make_easy
+from gravlens_jax.loader import StreamSource
 from gravlens_jax.npz import open_npz, write_npz
 from gravlens_jax.sharding import data_mesh
-from gravlens_jax.simulated import StreamSource, simulate_dataset
 from gravlens_jax.training import fit
 
 PRIORS = replace(PRESETS["ct1"], num_pixels=24, pixel_scale=0.3)
@@ -143,8 +143,6 @@ def test_simulated_files_are_kept_if_they_come_from_the_same_arguments(tmp_path)
     expected = np.concatenate(list(simulate_images(7, 1, 0, PRIORS)))
     np.testing.assert_array_equal(open_npz(tmp_path / "train.npz").images, expected)
     for other, priors in ((replace(config, train=8), PRIORS), (config, replace(PRIORS, shear_max=0.1))):
-        with pytest.raises(
-            InputError,
-            match=r"train\.npz holds 7 other images, or another version's; remove it",
-        ):
+        message = r"train\.npz holds 7 other images, or another version's; remove it or choose another folder"
+        with pytest.raises(InputError, match=message):
             simulate_dataset(tmp_path, other, priors=priors, parameters=True)

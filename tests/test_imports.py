@@ -10,7 +10,7 @@ from conftest import ROOT
 
 ORDER = (
     *("errors", "config", "metrics", "layers", "preprocess", "lensing", "model", "run_dir", "pixels", "npz", "folders"),
-    *("inference", "optim", "train_step", "sharding", "loader", "console", "simulated", "datasets", "checkpoint"),
+    *("inference", "optim", "train_step", "sharding", "loader", "console", "datasets", "checkpoint"),
     *("weights", "report", "training", "cli"),
 )
 PACKAGE = ROOT / "gravlens_jax"
@@ -41,7 +41,7 @@ def test_a_module_imports_only_modules_before_it(module):
 
 def test_the_package_is_small():
     assert {module.partition(".")[0] for module in MODULES} == {"__init__", *ORDER}
-    assert len(MODULES) <= 29
+    assert len(MODULES) <= 28
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

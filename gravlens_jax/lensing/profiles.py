@@ -145,9 +145,10 @@ def _add_all_points(alpha, x, y, centres, strengths, softening):
 
 
 @jax.custom_jvp
-def _add_points(alpha, *points):
+def _add_points(alpha, x, y, centres, strengths, softening):
     # Skips groups of padding, except where `jax.vmap` turns the choice into a selection.
-    return jax.lax.cond(jnp.any(points[3] != 0), _add_all_points, lambda alpha, *_: alpha, alpha, *points)
+    operands = alpha, x, y, centres, strengths, softening
+    return jax.lax.cond(jnp.any(strengths != 0), _add_all_points, lambda alpha, *_: alpha, *operands)
 
 
 @_add_points.defjvp

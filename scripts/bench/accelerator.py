@@ -19,8 +19,8 @@ from gravlens_jax.config import FILES, PRESETS, STREAM
 from gravlens_jax.inference import predict_logits
 from gravlens_jax.lensing.images import simulate_images
 from gravlens_jax.lensing.priors import PRESETS as PRIORS
+from gravlens_jax.loader import StreamSource
 from gravlens_jax.sharding import data_mesh
-from gravlens_jax.simulated import StreamSource
 from gravlens_jax.weights import load_pretrained
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # recipe of config.PRESETS, and what is changed

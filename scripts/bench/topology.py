@@ -15,14 +15,14 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gravlens_jax.config import CLASSES, FILES, Config
+from gravlens_jax.datasets import deflection_grid
 from gravlens_jax.errors import InputError
 from gravlens_jax.lensing.priors import PRESETS
+from gravlens_jax.loader import StreamSource
 from gravlens_jax.model import make_model
 from gravlens_jax.optim import make_optimizer
-from gravlens_jax.simulated import StreamSource, deflection_grid
 from gravlens_jax.train_step import init_state, train_step
 
-BYTES = {"pred": 1, "u8": 1, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -83,8 +83,8 @@ def count_collectives(program: str) -> dict[str, dict[str, int]]:
         for result in re.findall(rf" = (.*?) {kind}(?:-start)?\(", program):
             own = found.setdefault(kind, {"number": 0, "bytes": 0})
             own["number"] += 1
-            for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
-                own["bytes"] += BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n)
+            for bits, shape in re.findall(r"[a-z]+(\d*)\[([\d,]*)\]", result):  # pred[8], f32[2,3]
+                own["bytes"] += int(bits or 8) // 8 * math.prod(int(n) for n in shape.split(",") if n)
     return found
 
 

@@ -110,6 +110,13 @@ def _faster(step: Callable[[Any], Any], network: Any) -> tuple[Any, str]:
         return network, f"eager (torch.compile failed: {type(error).__name__})"
 
 
+def _wait(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def torch_step(
     train: bool, batch: dict[str, np.ndarray], dtype: str, depth: int = 20
 ) -> tuple[Callable[[int, int], list[float]], dict[str, str]]:
@@ -145,8 +152,7 @@ def torch_step(
                 optimizer.zero_grad()
                 cross_entropy(logits, labels).backward()
                 optimizer.step()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        _wait(device)
 
     network, mode = _faster(step, net)
     return partial(time_calls, partial(step, network)), {"version": torch.__version__, "device": device, "mode": mode}
@@ -219,12 +225,15 @@ def train_torch(config: Config, splits: Splits) -> Iterator[dict[str, float]]:
         loss_of(network, *batch).backward()
         muon.step()
         adam.step()
-        if device == "cuda":
-            torch.cuda.synchronize()
 
     batches = train_batches(splits.train, splits.easy, plan, 0)
     first = next(batches)
-    network, _ = _faster(lambda some: update(some, 0.0, _tensors(first[1], device)), net)  # changes no parameter
+
+    def timed(some):  # changes no parameter
+        update(some, 0.0, _tensors(first[1], device))
+        _wait(device)
+
+    network, _ = _faster(timed, net)
     for optimizer in (muon, adam):
         optimizer.state.clear()
     for step, batch in itertools.chain([first], batches):

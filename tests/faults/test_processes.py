@@ -66,6 +66,7 @@ def test_processes_started_together_share_the_images_that_one_of_them_simulates(
     sizes = ["--train", "96", "--val", "24", "--test", "24"]  # as train.py does it for its own images
     results = finish(*(start(tmp_path, "simulate.py", "data", *sizes) for _ in range(2)))
     assert sorted("train: 96 images in" in out for out, _ in results) == [False, True]
+    assert sorted("in use by another process" in err for _, err in results) == [False, True]
 
 
 @pytest.mark.slow
