@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from gravlens_jax.lensing.render import sample_lens as sample_lens
     from gravlens_jax.model import ResNet as ResNet
     from gravlens_jax.model import ResNet20 as ResNet20
+    from gravlens_jax.network import load_network as load_network
+    from gravlens_jax.network import load_pretrained as load_pretrained
     from gravlens_jax.npz import open_npz as open_npz
     from gravlens_jax.training import fit as fit
-    from gravlens_jax.weights import load_network as load_network
-    from gravlens_jax.weights import load_pretrained as load_pretrained
-    from gravlens_jax.weights import load_run as load_run
 
+__version__ = "0.8.0"
 _NAMES = {
     "config": ("CLASSES", "Config"),
     "errors": ("InputError",),
@@ -32,9 +32,9 @@ _NAMES = {
     "lensing.priors": ("Priors",),
     "lensing.render": ("render_lens", "sample_lens"),
     "model": ("ResNet", "ResNet20"),
+    "network": ("load_network", "load_pretrained"),
     "npz": ("open_npz",),
     "training": ("fit",),
-    "weights": ("load_network", "load_pretrained", "load_run"),
 }
 _MODULES = {name: f"gravlens_jax.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_MODULES)
@@ -44,3 +44,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'gravlens_jax' has no attribute {name!r}")
     return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -12,18 +12,18 @@ import re
 import shutil
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from gravlens_jax.config import Checkpoint
 from gravlens_jax.errors import InputError, check
+from gravlens_jax.files import catch_write_errors, verify_digests, write_digests
 from gravlens_jax.model import ResNet, variable_shapes
-from gravlens_jax.run_dir import verify_digests, write_digests, writing
 from gravlens_jax.train_step import TrainState
 
-Which = Literal["best", "final"]
 REMOVED = "removed"  # folder beside the steps, for those that are being removed
 VAL_LOSS = itemgetter("val_loss")  # of the metrics of a checkpoint
 
@@ -42,7 +42,7 @@ def open_checkpoints(run_dir: Path) -> ocp.CheckpointManager:
         todelete_subdir=REMOVED,
     )
     handlers = {name: ocp.StandardCheckpointHandler() for name in ("variables", "training")}
-    with writing(folder):
+    with catch_write_errors(folder):
         return ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=handlers)
 
 
@@ -74,7 +74,7 @@ def restore_latest(manager: ocp.CheckpointManager, like: TrainState) -> TrainSta
     return TrainState(**items["variables"], **items["training"])
 
 
-def load_variables(run_dir: Path, model: ResNet, which: Which = "best") -> tuple[Any, int]:
+def load_variables(run_dir: Path, model: ResNet, which: Checkpoint = "best") -> tuple[Any, int]:
     """Returns the variables of a run's network on one device, {"params", "batch_stats"}, and their step.
 
     Args:
@@ -86,6 +86,13 @@ def load_variables(run_dir: Path, model: ResNet, which: Which = "best") -> tuple
       InputError: no checkpoint yet, or a damaged one, or one of another network.
     """
     check(which in ("best", "final"), f"checkpoint={which!r}: expected best or final")
+    try:
+        return _load_variables(run_dir, model, which)
+    except InputError:  # perhaps training has replaced the checkpoint while it was read
+        return _load_variables(run_dir, model, which)
+
+
+def _load_variables(run_dir: Path, model: ResNet, which: Checkpoint) -> tuple[Any, int]:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), variable_shapes(model))
     with open_checkpoints(run_dir) as manager:
@@ -113,7 +120,7 @@ def _save(manager: ocp.CheckpointManager, step: int, items: dict[str, Any], metr
             raise
         remove_leftovers(folder.parents[1])  # on a full disk, makes room for others
         code = re.search(r"(?:os_error_code='|\[Errno )(\d+)", str(error))
-        with writing(folder):
+        with catch_write_errors(folder):
             raise OSError(os.strerror(int(code[1])) if code else " ".join(str(error).split())[:200]) from error
 
 
@@ -122,19 +129,22 @@ def _restore(manager: ocp.CheckpointManager, step: int, abstract: dict[str, Any]
     _verify(folder)
     try:
         # Compared here, since Orbax casts another dtype silently and reports another shape in a page of text.
-        stored = dict(manager.item_metadata(step)["variables"])
-        found, expected = (
-            {jax.tree_util.keystr(path): (tuple(x.shape), str(x.dtype)) for path, x in jax.tree.leaves_with_path(tree)}
-            for tree in (stored, abstract["variables"])
-        )
-        differing = sorted(dict(found.items() ^ expected.items()))
-        if differing:
-            name = differing[0]
-            raise ValueError(f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}")
+        found, expected = (_describe(tree) for tree in (dict(manager.item_metadata(step)), abstract))
+        for name in expected.keys() | {name for name in found if name.partition("/")[0] in abstract}:
+            if found.get(name) != expected.get(name):
+                raise ValueError(f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}")
         args = {name: ocp.args.StandardRestore(item) for name, item in abstract.items()}
         return dict(manager.restore(step, args=ocp.args.Composite(**args)))
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise _damaged(folder, " ".join(str(error).split())[:300]) from error
+
+
+def _describe(tree: Any) -> dict[str, tuple]:
+    """Returns path -> (shape, dtype) of the arrays in a tree; names of fields, keys and positions look alike."""
+    leaves = ((path, x) for path, x in jax.tree.leaves_with_path(tree) if hasattr(x, "dtype"))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(x.shape), str(x.dtype)) for path, x in leaves
+    }
 
 
 def _verify(folder: Path, part: str = "") -> None:

@@ -1,33 +1,39 @@
-"""The command `gravlens`, and what the scripts share: user errors print one paragraph and exit with status 2."""
+"""The command `gravlens`, and what the scripts share: user errors print one message and exit with status 2.
+
+It imports no JAX by itself, so that every --help is fast.
+"""
 
 import ast
-import codecs
-import importlib.metadata
 import io
 import logging
 import os
 import platform
+import re
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
-import jax
 import tyro
 
-from gravlens_jax.console import Stopped
+from gravlens_jax import __version__
 from gravlens_jax.errors import InputError, check
-from gravlens_jax.run_dir import cache_folder
+from gravlens_jax.files import cache_folder
+from gravlens_jax.progress import Stopped
 
 HELP = "directory made by train.py or import_torch.py, .npz made by export.py, or the word pretrained"
-Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=HELP)]
+Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=HELP)]
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 CPU_FLAGS = (  # the first moves convolutions to oneDNN, the second keeps another library from taking them before
     "--xla_cpu_experimental_onednn_custom_call=true --xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
 )
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED|out of memory|Failed to determine best cudnn convolution algorithm"
+LOST_CONNECTION = "UNAVAILABLE|DEADLINE_EXCEEDED|gloo|heartbeat|connection|socket|coordination service|barrier|peer"
 
 
 def main() -> None:
@@ -45,7 +51,7 @@ def main() -> None:
 def _run_script(path: Path, name: str) -> None:
     """Runs a script in this process as Python does, with `name` in its usage (runpy would replace it by the path)."""
     sys.argv[:2] = [name]
-    sys.path.insert(0, str(path.parent))  # for `import bench`
+    sys.path.append(str(path.parent))  # for `import bench`; last, so that no script hides a package of its name
     script = ModuleType("__main__")
     script.__file__ = str(path)  # where the processes of benchmarks, and tyro's help, find it
     sys.modules["__main__"] = script
@@ -54,7 +60,7 @@ def _run_script(path: Path, name: str) -> None:
 
 def _print_commands(word: str, scripts: dict[str, Path]) -> None:
     if word == "--version":
-        print(f"gravlens_jax {importlib.metadata.version('gravlens_jax')}")
+        print(f"gravlens_jax {__version__}")
         return
     check(word in ("-h", "--help"), f"gravlens {word}: no such command; expected one of {', '.join(scripts)}")
     print("usage: gravlens COMMAND ... (gravlens COMMAND --help shows its options; gravlens --version)\n")
@@ -63,17 +69,17 @@ def _print_commands(word: str, scripts: dict[str, Path]) -> None:
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Calls `main`; turns expected errors and signals into one paragraph and an exit status.
+    """Calls `main`; turns expected errors and signals into one message and an exit status.
 
-    InputError, a file or an output that cannot be read or written, or a missing device: 2; FloatingPointError (a loss
-    or a parameter is not finite), or a lost connection to another process of the run: 1; SIGINT (Ctrl-C): 130;
-    SIGTERM: 143.
+    InputError, a file or an output that cannot be read or written, a missing device or too little memory: 2;
+    FloatingPointError (a loss or a parameter is not finite), or a lost connection to another process of the run: 1;
+    SIGINT (Ctrl-C): 130; SIGTERM: 143; SIGHUP: 129.
     """
-    codecs.register_error("gravlens_jax", _encode_anyway)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="gravlens_jax")
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is printed as \\xe9, for example
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # by default, temporary files would stay
+    os.environ.pop("MPLBACKEND", None)  # figures need none, and a notebook's may not be installed here
     silence_orbax()
     try:
         main()
@@ -82,17 +88,11 @@ def run(main: Callable[[], Any]) -> None:
         _stop(f"error: {error}", 2)
     except FloatingPointError as error:
         _stop(f"error: {error}", 1)
-    except (jax.errors.JaxRuntimeError, ValueError) as error:  # a lost connection raises either of them
-        if not jax.distributed.is_initialized():
+    except (AssertionError, RuntimeError, ValueError) as error:
+        explained = _explain(error)
+        if explained is None:
             raise
-        message = "another process of this run has ended or cannot be reached; saved checkpoints are intact"
-        reason = " ".join(str(error).split())[:200]
-        _stop(f"error: {message}. Start all processes again with --resume ({reason})", 1)
-    except (AssertionError, RuntimeError) as error:
-        message = _explain_missing_device(error)
-        if not message:
-            raise
-        _stop(f"error: {message}", 2)
+        _stop(*explained)
     except Stopped as stopped:
         _stop(str(stopped), 128 + stopped.number)
     except KeyboardInterrupt:
@@ -102,6 +102,28 @@ def run(main: Callable[[], Any]) -> None:
     except OSError as error:
         _discard_output()  # the output itself may be what fills a disk
         _stop(f"error: {error}; free disk space, fix the permissions or choose another place", 2)
+
+
+def _explain(error: Exception) -> tuple[str, int] | None:
+    """Returns message and status for a known error of JAX; None for any other error."""
+    text = " ".join(str(error).split())
+    reason, asked = text.partition(" (set JAX_PLATFORMS")[0], os.environ.get("JAX_PLATFORMS")
+    in_backend = traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py")
+    if text.startswith("Unable to initialize backend") or (in_backend and isinstance(error, AssertionError)):
+        advice = 'unset it to use any device, or install its driver and "gravlens_jax[cuda12]", [cuda13] or [tpu]'
+        return f"error: JAX_PLATFORMS={asked}: this device cannot be used ({reason or 'none found'}); {advice}", 2
+    if re.search(OUT_OF_MEMORY, text, re.IGNORECASE):
+        advice = "give a smaller --batch-size, leave --device-data out, or set XLA_PYTHON_CLIENT_PREALLOCATE=false"
+        return f"error: the device has too little memory ({text[:200]}); {advice}", 2
+    if _several_processes() and re.search(LOST_CONNECTION, text, re.IGNORECASE):
+        message = "another process of this run has ended or cannot be reached; saved checkpoints are intact"
+        return f"error: {message}. Start all processes again with --resume ({text[:200]})", 1
+    return None
+
+
+def _several_processes() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def set_environment() -> None:
@@ -130,7 +152,8 @@ def fast_environment() -> dict[str, str]:
         wanted["GLIBC_TUNABLES"] = HUGE_PAGES
     if "XLA_FLAGS" not in os.environ and has_cpu_flags():
         wanted["XLA_FLAGS"] = CPU_FLAGS
-    if (0, 9, 1) <= jax.__version_info__ <= (0, 10, 1) and os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # JAX set it
+    numbers = tuple(int(number) for number in version("jax").split(".")[:3])
+    if (0, 9, 1) <= numbers <= (0, 10, 1) and os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # JAX sets it to 1
         wanted["TF_CPP_MIN_LOG_LEVEL"] = "3"
     return wanted
 
@@ -138,11 +161,13 @@ def fast_environment() -> dict[str, str]:
 def has_cpu_flags() -> bool:
     """Whether this is the jaxlib that CPU_FLAGS were measured with; others may abort at unknown flags."""
     linux = sys.platform == "linux" and platform.machine() == "x86_64"
-    return linux and importlib.metadata.version("jaxlib").startswith("0.12.0")
+    return linux and version("jaxlib").startswith("0.12.0")
 
 
 def use_compile_cache() -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR is set."""
+    import jax
+
     if os.environ.get("XLA_FLAGS") == CPU_FLAGS and jax.default_backend() == "cpu":  # see `fast_environment`
         warnings.filterwarnings("ignore", "Error writing persistent compilation cache", UserWarning)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -154,18 +179,13 @@ def run_function(function: Callable[..., Any]) -> None:
     run(lambda: tyro.cli(function))
 
 
-def split_names(text: str) -> tuple[str, ...]:
-    """Returns the class names of a comma-separated list: at least two, all different."""
-    return tuple(parse_classes(text))
-
-
 def parse_classes(text: str) -> dict[str, str]:
     """Returns the classes of a --classes option: name in the network -> name in the data (of a folder, for example).
 
     `no,sphere` means that both are the same; `no=no_sub,sphere=cdm` gives both. At least two, all different.
     """
     pairs = [name.partition("=") for name in text.split(",")]
-    classes = {own.strip(): (theirs if equals else own).strip() for own, equals, theirs in pairs}
+    classes = {name.strip(): (in_data if equals else name).strip() for name, equals, in_data in pairs}
     right = len(classes) == len(set(classes.values())) == len(pairs) >= 2 and all(classes) and all(classes.values())
     expected = "at least two different names separated by commas, such as no,sphere,vort or no=no_sub,sphere=cdm"
     check(right, f"--classes {text}: expected {expected}")
@@ -185,37 +205,13 @@ def silence_orbax() -> None:
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
-def _encode_anyway(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Encodes what a stream that is not UTF-8 cannot: bytes of file names as they are, other text with backslashes."""
-    try:
-        return codecs.lookup_error("surrogateescape")(error)
-    except UnicodeError:
-        return codecs.backslashreplace_errors(error)
-
-
-def _explain_missing_device(error: Exception) -> str:
-    """Returns what to do if JAX cannot use the device that is asked for; "" for any other error."""
-    reason, asked = " ".join(str(error).split()), os.environ.get("JAX_PLATFORMS")
-    missing = reason.startswith(("Unable to initialize backend", "Unknown backend"))
-    if isinstance(error, AssertionError):  # of JAX, without a message, for cuda without a GPU; or of anybody else
-        try:
-            jax.devices()
-        except AssertionError:
-            missing = True
-    if not missing or not asked:
-        return reason if missing else ""
-    reason = reason.partition(" (set JAX_PLATFORMS")[0] or "no GPU found"
-    advice = 'unset it to use any device, or install its driver and "gravlens_jax[cuda12]", [cuda13] or [tpu]'
-    return f"JAX_PLATFORMS={asked}: this device cannot be used ({reason}); {advice}"
-
-
 def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _stop(message: str, status: int) -> None:
     print(message, file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized():  # a normal exit would wait for processes that wait for this one
+    if _several_processes():  # a normal exit would wait for processes that wait for this one
         sys.stdout.flush()
         os._exit(status)
     raise SystemExit(status)

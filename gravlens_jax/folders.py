@@ -1,23 +1,76 @@
-"""Images in files of their own: .npy and FITS, of one image or of several, and folders of them, one for each class."""
+"""Images from elsewhere: .npy, FITS and other .npz, of one image or of several, and folders of them, one per class."""
 
 import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from gravlens_jax import npz
 from gravlens_jax.errors import InputError, check, check_installed
-from gravlens_jax.npz import MAX_RATIO, MEMORY_BYTES, Dataset, is_visible, open_npz
-from gravlens_jax.pixels import as_stack, map_images, read_image_header, read_rows, scale
+from gravlens_jax.files import is_visible
+from gravlens_jax.npz import Dataset, MappedImages, read_rows, scale
 
 FITS = (".fits", ".fit", ".fts", ".fits.gz")
 SUFFIXES = (".npy", *FITS)  # in any case
-Classes = tuple[str, ...] | Mapping[str, str]  # names, or name -> name in the data
+LABELS = ("labels", "label", "y", "targets", "target")
+PAIRS = [(images, labels) for images in ("images", "image", "x", "data") for labels in LABELS]
+PAIRS += [("x_train", "y_train"), ("arr_0", "arr_1")]  # names of the arrays in an .npz from elsewhere, in lower case
+FOREIGN_BYTES = 2**30  # limit for images from elsewhere that are read into memory
+Classes = Mapping[str, str]  # name in the network -> name in the data
+
+
+def load_npz(path: Path, label_names: Sequence[str] | None = None, need_labels: bool = True) -> Dataset:
+    """Opens an .npz of this project, or reads one from elsewhere into memory and prints which arrays are used.
+
+    Args:
+      path: the file. One from elsewhere may be compressed, have other usual names of arrays (PAIRS), or no class names.
+      label_names: names of labels 0, 1, ... for a file that does not name its classes.
+      need_labels: see `open_npz`.
+
+    Raises:
+      InputError: as `open_npz`; unknown names of the classes; more than 1 GiB to be read into memory.
+    """
+    path = Path(path)
+    with npz.open_archive(path) as (archive, members):
+        if npz.is_packed(members):
+            return npz.open_npz(path, need_labels)
+        images, labels = find_names(path, members, need_labels)
+        if members[images].file_size > FOREIGN_BYTES:
+            return npz.open_npz(path)  # raises InputError with the command that converts the file
+        arrays = npz.read_members(archive, members, {labels: "ui", "classes": "U"} if need_labels else {})
+        with archive.open(members[images]) as file:
+            shape = npz.read_image_header(file, members[images].file_size, f"{path}: {images}").shape
+        pixels = npz.read_members(archive, members, {images: "uif"}, FOREIGN_BYTES)[images].reshape(shape)
+    if not need_labels:
+        return Dataset(pixels, np.zeros(len(pixels), np.int32), (), {})
+    classes = tuple(arrays["classes"].ravel().tolist() if "classes" in arrays else label_names or ())
+    unnamed = f"{path} does not name its classes; give --classes with the names of labels 0, 1, ... in this order"
+    check(bool(classes), unnamed)
+    return Dataset(pixels, npz.check_labels(arrays[labels], len(pixels), classes, path), classes, {})
+
+
+def find_names(path: Path, members: npz.Members, need_labels: bool = True) -> tuple[str, str]:
+    """Returns the names of the arrays of images and of labels in an .npz from elsewhere: the first complete of PAIRS.
+
+    Names other than images and labels, and what is left out, are printed; InputError if there are none.
+    """
+    names = {name.lower(): name for name in members}
+    known = [pair for pair in PAIRS if pair[0] in names]
+    images, labels = min(known, key=lambda pair: pair[1] not in names, default=PAIRS[0])
+    found = names.get(images, images), names.get(labels, labels)
+    for name in found if need_labels else found[:1]:
+        check(name in members, f"{path}: has no {name!r}, only {', '.join(sorted(members)) or 'nothing':.200}")
+    if found != PAIRS[0]:
+        others = sorted(members.keys() - {*found, "classes", "info"})
+        text = f"{path}: images are {found[0]!r}" + f", labels are {found[1]!r}" * (found[1] in members)
+        print(text + f"; left out: {', '.join(others):.400}" * bool(others), file=sys.stderr)
+    return found
 
 
 def is_image_file(path: Path) -> bool:
@@ -25,8 +78,8 @@ def is_image_file(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES) and is_visible(path.name)
 
 
-def open_images(path: Path) -> np.ndarray:
-    """Returns the images of a file, (n, height, width); those of .npy are a memory map, read by `read_rows`.
+def open_images(path: Path) -> np.ndarray | MappedImages:
+    """Returns the images of a file, (n, height, width); those of .npy are not read yet: see `read_rows`.
 
     Args:
       path: a file whose name ends in one of SUFFIXES: (height, width) or (n, height, width), perhaps with an axis of
@@ -41,9 +94,9 @@ def open_images(path: Path) -> np.ndarray:
         return _open_fits(path)
     try:
         with open(path, "rb") as file:
-            header = read_image_header(file, os.stat(path).st_size, str(path))
+            header = npz.read_image_header(file, os.stat(path).st_size, str(path))
             if not header.fortran_order:
-                return map_images(file, header.dtype, header.offset, header.shape)
+                return npz.map_images(file, header.dtype, header.offset, header.shape)
         return np.ascontiguousarray(np.load(path, allow_pickle=False)).reshape(header.shape)
     except OSError as error:
         raise InputError(f"{path}: not a readable .npy ({error})") from error
@@ -75,35 +128,33 @@ def named(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: {error}") from error
 
 
-def list_classes(folder: Path) -> tuple[str, ...]:
-    """Returns the names of the folders in `folder`, sorted."""
-    return tuple(sorted(f.name for f in Path(folder).iterdir() if f.is_dir() and is_visible(f.name)))
+def list_classes(path: Path) -> tuple[str, ...]:
+    """Returns the names of the folders in a folder, sorted; or of the classes that an .npz names, () for none."""
+    path = Path(path)
+    if path.is_dir():
+        return tuple(sorted(f.name for f in path.iterdir() if f.is_dir() and is_visible(f.name)))
+    with npz.open_archive(path) as (archive, members):
+        return tuple(npz.read_members(archive, members, {"classes": "U"}).get("classes", np.zeros(0)).ravel().tolist())
 
 
-def list_folder(folder: Path, classes: Classes) -> tuple[list[Path], np.ndarray]:
-    """Returns the image files of `folder/<class>/`, numbers in numerical order, and the label of each, int32 (files,).
+def list_folder(folder: Path, names: Sequence[str]) -> tuple[list[Path], np.ndarray]:
+    """Returns the image files of `folder/<name>/`, numbers in numerical order, and the label of each, int32 (files,).
 
     Other visible files there, and other folders, are named on stderr.
     """
-    names = names_in_data(classes)
     files, labels, unread = [], [], [Path(folder) / name for name in list_classes(folder) if name not in names]
     check(bool(names), f"{folder}: no folders there; expected one folder of images for each class")
     for label, name in enumerate(names):
-        own = Path(folder) / name
-        found = [f for f in own.iterdir() if is_visible(f.name)] if own.is_dir() else []
+        class_folder = Path(folder) / name
+        found = [f for f in class_folder.iterdir() if is_visible(f.name)] if class_folder.is_dir() else []
         images = sorted(filter(is_image_file, found), key=_number)
         expected = f"one folder for each of the classes {', '.join(names)} (name other ones with --classes)"
-        check(bool(images), f"{own}: no {', '.join(SUFFIXES)} files there; expected {expected}")
+        check(bool(images), f"{class_folder}: no {', '.join(SUFFIXES)} files there; expected {expected}")
         files += images
         labels += [label] * len(images)
         unread += sorted(set(found) - set(images))
     show_unread(unread)
     return files, np.array(labels, np.int32)
-
-
-def names_in_data(classes: Classes) -> tuple[str, ...]:
-    """Returns the names that the data have for classes."""
-    return tuple(classes.values() if isinstance(classes, Mapping) else classes)
 
 
 def show_unread(files: Iterable[Path]) -> None:
@@ -112,30 +163,35 @@ def show_unread(files: Iterable[Path]) -> None:
         print(f"not read: {text}", file=sys.stderr)
 
 
-def load_folder(folder: Path, classes: Classes) -> Dataset:
-    """Reads all images of `folder/<class>/` into memory, float32, each scaled to [0, 1]."""
-    files, of_file = list_folder(folder, classes)
-    shape = open_images(files[0]).shape[1:]
-    images, labels, names = [], [], []
-    for file, label in zip(files, of_file, strict=True):
-        own = [scale(image) for image in read_images(file, shape)]
-        images += own
-        labels += [label] * len(own)
-        names += [f"{file.parent.name}/{file.name}" + (f"[{i}]" if len(own) > 1 else "") for i in range(len(own))]
-    return Dataset(np.stack(images), np.array(labels, np.int32), tuple(classes), {"files": names})
+def load_labelled(path: Path, classes: Classes, label_names: Sequence[str] | None = None) -> Dataset:
+    """Opens an .npz, or reads a folder with one folder of images for each class into memory, scaled to [0, 1].
 
-
-def load_labelled(path: Path, classes: Classes) -> Dataset:
-    """Opens an .npz, or a folder with one for each class; labels index `classes`, InputError if it has others."""
-    path, names = Path(path), names_in_data(classes)
+    Args:
+      path: the .npz or the folder.
+      classes: the labels of the result index its keys. Other folders are not read; an .npz must have just these names.
+      label_names: see `load_npz`.
+    """
+    path, names = Path(path), tuple(classes.values())
     if path.is_dir():
-        return load_folder(path, classes)
-    dataset = open_npz(path)
+        return _load_folder(path, classes)
+    dataset = load_npz(path, label_names)
     found, expected = ", ".join(dataset.classes), ", ".join(names)
-    hint = "give --classes a name for each of the file's classes (own=theirs where they differ)"
+    hint = "give --classes a name for each of the file's classes (name=name in the file where they differ)"
     check(sorted(dataset.classes) == sorted(names), f"{path} has the classes {found}; expected {expected}: {hint}")
     order = np.array([names.index(name) for name in dataset.classes], np.int32)
     return dataset._replace(labels=order[dataset.labels], classes=tuple(classes))
+
+
+def _load_folder(folder: Path, classes: Classes) -> Dataset:
+    files, file_labels = list_folder(folder, tuple(classes.values()))
+    shape = open_images(files[0]).shape[1:]
+    images, labels, names = [], [], []
+    for file, label in zip(files, file_labels, strict=True):
+        stack = [scale(image) for image in read_images(file, shape)]
+        images += stack
+        labels += [label] * len(stack)
+        names += [f"{file.parent.name}/{file.name}" + f"[{i}]" * (len(stack) > 1) for i in range(len(stack))]
+    return Dataset(np.stack(images), np.array(labels, np.int32), tuple(classes), {"files": names})
 
 
 def _number(path: Path) -> tuple:
@@ -148,13 +204,14 @@ def _open_fits(path: Path) -> np.ndarray:
     check_installed("astropy", str(path), '"gravlens_jax[fits]"')
     from astropy.io import fits
 
-    limit = max(MEMORY_BYTES, MAX_RATIO * path.stat().st_size)
     try:
         with warnings.catch_warnings(action="ignore"), open(path, "rb") as file:
             for hdu in islice(fits.open(file, memmap=False), 100):  # damaged files can seem endless
                 if isinstance(hdu, fits.PrimaryHDU | fits.ImageHDU | fits.CompImageHDU) and 2 <= len(hdu.shape) <= 4:
-                    shape, size = as_stack(hdu.shape, str(path)), math.prod(hdu.shape) * abs(hdu.header["BITPIX"]) // 8
-                    check(size <= limit, f"{path} would unpack to {size:,} bytes, expected at most {limit:,}")
+                    shape = npz.as_stack(hdu.shape, str(path))
+                    size = math.prod(shape) * abs(hdu.header["BITPIX"]) // 8
+                    expected = f"expected at most {FOREIGN_BYTES:,}"
+                    check(size <= FOREIGN_BYTES, f"{path} would unpack to {size:,} bytes, {expected}")
                     return np.asarray(hdu.data).reshape(shape)
     except InputError:
         raise

@@ -1,6 +1,6 @@
 """Predictions of a trained network: probabilities, logits, outlier scores, features and saliency maps.
 
-Pixels are read batch by batch through `pixels.read_rows`, which checks them on the host.
+Pixels are read batch by batch through `npz.read_rows`, which checks them on the host.
 """
 
 from collections.abc import Iterator
@@ -12,49 +12,44 @@ import jax.numpy as jnp
 import numpy as np
 
 from gravlens_jax.errors import check
-from gravlens_jax.lensing.profiles import blur
 from gravlens_jax.metrics import outlier_scores
-from gravlens_jax.model import AFTER_STAGE_2, HEAD, TO_STAGE_2, ResNet, forward
-from gravlens_jax.pixels import read_rows
+from gravlens_jax.model import ResNet
+from gravlens_jax.npz import MappedImages, read_rows
 from gravlens_jax.preprocess import check_images, prepare, to_unit
+
+Images = np.ndarray | MappedImages
 
 
 @partial(jax.jit, static_argnames=("model", "tta"))
 def _outputs(variables, images: jax.Array, *, model: ResNet, tta: bool) -> tuple[jax.Array, jax.Array]:
     """Returns the logits and the channel means: see `outputs`."""
     x = prepare(to_unit(images), model.input)
-    means = []
-    for part in range(4):
-        x = forward(model, variables, x, slice(part, part + 1))
-        means.append(x.astype(jnp.float32).mean((1, 2)))
-    logits = forward(model, variables, means[-1], HEAD)
+    logits, feature_maps = model.apply(variables, x)
     if tta:
-        x = prepare(to_unit(images), model.input)
         mirrored = (x[:, ::-1], x[:, :, ::-1], x[:, ::-1, ::-1])
-        logits = jnp.stack([logits, *(forward(model, variables, some) for some in mirrored)]).mean(0)
-    return logits, jnp.concatenate(means, 1)
+        logits = jnp.stack([logits, *(model.apply(variables, image)[0] for image in mirrored)]).mean(0)
+    return logits, jnp.concatenate([x.astype(jnp.float32).mean((1, 2)) for x in feature_maps], 1)
 
 
 @partial(jax.jit, static_argnames="model")
 def _maps(variables, images: jax.Array, labels: jax.Array | None, *, model: ResNet) -> jax.Array:
     n, height, width = images.shape
-    crop, pool = model.input.crop, model.input.pool
-    activations = forward(model, variables, prepare(to_unit(images), model.input), TO_STAGE_2)
-    logits, pull_back = jax.vjp(lambda a: forward(model, variables, a, AFTER_STAGE_2), activations)
+    crop, cell = model.input.crop, model.input.cell
+    logits, feature_maps = model.apply(variables, prepare(to_unit(images), model.input))
     labels = logits.argmax(-1) if labels is None else labels
-    (gradient,) = pull_back(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype))
-    coarse = jnp.sum(activations * jax.nn.relu(gradient), axis=-1, dtype=jnp.float32)
-    # The centre of pixel j of stage 2 is pooled pixel 2 j, because of its stride of 2 and padding of 1.
-    scale = jnp.float32([2 * pool, 2 * pool])
-    shift = jnp.float32([(height - crop) // 2, (width - crop) // 2]) - pool / 2
-    maps = jax.image.scale_and_translate(coarse, (n, height, width), (1, 2), scale, shift, "linear")
-    return jax.vmap(partial(blur, sigma=2 * pool, size=8 * pool + 1))(maps)  # the resolution of stage 2
+    # The head takes the mean over the pixels, so the gradient of a logit is the same everywhere.
+    gradient = jax.nn.relu(variables["params"]["head"]["kernel"].T[labels])
+    coarse = jnp.einsum("nrsc,nc->nrs", feature_maps[-1].astype(jnp.float32), gradient)
+    # The centre of pixel j of the last feature map is pooled pixel 4 j, because of its strides and padding.
+    scale = jnp.float32([cell, cell])
+    shift = jnp.float32([(height - crop) // 2, (width - crop) // 2]) + (model.input.pool - cell) / 2
+    return jax.image.scale_and_translate(coarse, (n, height, width), (1, 2), scale, shift, "linear")
 
 
 def predict(
     model: ResNet,
     variables: Any,
-    images: np.ndarray,
+    images: Images,
     batch_size: int = 128,
     tta: bool = False,
     return_outlier: bool = False,
@@ -71,7 +66,7 @@ def predict(
 
 
 def predict_logits(
-    model: ResNet, variables: Any, images: np.ndarray, batch_size: int = 128, tta: bool = False
+    model: ResNet, variables: Any, images: Images, batch_size: int = 128, tta: bool = False
 ) -> np.ndarray:
     """Returns the logits of `images`, float32 (n, len(model.classes)).
 
@@ -89,13 +84,13 @@ def predict_logits(
     return outputs(model, variables, images, batch_size, tta)[0]
 
 
-def embed(model: ResNet, variables: Any, images: np.ndarray, batch_size: int = 128) -> np.ndarray:
+def embed(model: ResNet, variables: Any, images: Images, batch_size: int = 128) -> np.ndarray:
     """Returns the features before the head, float32 (n, 4 * model.width); arguments as in `predict_logits`."""
     return outputs(model, variables, images, batch_size)[1][:, -4 * model.width :]
 
 
 def outputs(
-    model: ResNet, variables: Any, images: np.ndarray, batch_size: int = 128, tta: bool = False
+    model: ResNet, variables: Any, images: Images, batch_size: int = 128, tta: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the logits, and the channel means: the mean over all pixels of each channel after the first convolution
     and after each stage, float32 (n, 8 * model.width). The last half of them are the features of `embed`.
@@ -105,19 +100,18 @@ def outputs(
     logits = np.empty((len(images), len(model.classes)), np.float32)
     means = np.empty((len(images), 8 * model.width), np.float32)
     for rows, batch in _batches(images, model, batch_size):
-        own = _outputs(variables, batch, model=model, tta=tta)
-        logits[rows], means[rows] = (array[: rows.stop - rows.start] for array in own)
+        results = _outputs(variables, batch, model=model, tta=tta)
+        logits[rows], means[rows] = (array[: rows.stop - rows.start] for array in results)
     return logits, means
 
 
 def saliency(
-    model: ResNet, variables: Any, images: np.ndarray, labels: np.ndarray | None = None, batch_size: int = 64
+    model: ResNet, variables: Any, images: Images, labels: np.ndarray | None = None, batch_size: int = 64
 ) -> np.ndarray:
     """Returns saliency maps (LayerCAM) of `images`, float32 (n, height, width), not negative.
 
-    LayerCAM (Jiang et al. 2021, IEEE Trans. Image Process. 30, 5875) after stage 2: activations times the positive part
-    of the logit's gradient with respect to them, summed over channels. On simulated lenses its maps peak at the
-    substructure more often than those of Grad-CAM.
+    LayerCAM (Jiang et al. 2021, IEEE Trans. Image Process. 30, 5875) of the last feature map: activations times the
+    positive part of the logit's gradient with respect to them, summed over channels.
 
     Args:
       model, variables, images: as in `predict_logits`.
@@ -130,31 +124,20 @@ def saliency(
     if labels is not None:
         expected = (len(images),)
         check(np.shape(labels) == expected, f"labels have shape {np.shape(labels)}, expected {expected}: one per image")
-    maps = np.empty(np.shape(images), np.float32)
+        known = np.isin(labels, range(len(model.classes))).all()
+        check(known, f"labels are {np.unique(labels)}, expected 0 to {len(model.classes) - 1}")
+    maps = np.empty(images.shape if isinstance(images, MappedImages) else np.shape(images), np.float32)
     for rows, batch in _batches(images, model, batch_size):
         n = rows.stop - rows.start
-        own = None if labels is None else np.pad(labels[rows], (0, len(batch) - n))
-        maps[rows] = _maps(variables, batch, own, model=model)[:n]
+        explained = None if labels is None else np.pad(labels[rows], (0, len(batch) - n))
+        maps[rows] = _maps(variables, batch, explained, model=model)[:n]
     return maps
 
 
-def export_program(model: ResNet, variables: Any, image_shape: tuple[int, int]) -> bytes:
-    """Returns `predict` as a serialized StableHLO program for CPU, CUDA and TPU, which needs JAX but not this package.
-
-    `jax.export.deserialize(program).call(images)` takes float32 (n, *image_shape) for any n, pixels as on disk, and
-    returns the probabilities, float32 (n, len(model.classes)).
-    """
-    from jax import export  # jax does not import it by itself
-
-    (n,) = export.symbolic_shape("n")
-    function = jax.jit(lambda images: jax.nn.softmax(_outputs(variables, images, model=model, tta=False)[0]))
-    images = jax.ShapeDtypeStruct((n, *image_shape), jnp.float32)
-    return bytes(export.export(function, platforms=("cpu", "cuda", "tpu"))(images).serialize())
-
-
-def _batches(images: np.ndarray, model: ResNet, batch_size: int) -> Iterator[tuple[slice, np.ndarray]]:
+def _batches(images: Images, model: ResNet, batch_size: int) -> Iterator[tuple[slice, np.ndarray]]:
     """Yields (rows, images[rows]); the last batch is padded with zeros, so that all have one shape and compile once."""
-    images = np.asanyarray(images)  # keeps a memory map
+    if not isinstance(images, MappedImages):
+        images = np.asarray(images)
     check_images(images.shape, model.input)
     check(batch_size >= 1, f"batch_size={batch_size}: expected at least 1")
     batch_size = max(1, min(batch_size, len(images)))

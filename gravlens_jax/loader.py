@@ -1,38 +1,26 @@
 """Batches of a run: a pure function of config and step, read ahead in a thread.
 
-A source yields the batches of an epoch from any step on. There are three: `FileSource`, `DeviceSource` and
-`StreamSource`.
+Training images are `FileData`, `DeviceData` or `stream.StreamData`. Each has `size`, the images of an epoch, and
+`batches(epoch, skip)`, which yields (number of steps, batch for `train_step.train_steps`) of an epoch without its first
+`skip` steps.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import NamedTuple, Protocol
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from gravlens_jax.lensing.images import labels_of, render_batch, render_deflections, simulate_images
-from gravlens_jax.lensing.priors import Priors
-from gravlens_jax.npz import Dataset
-from gravlens_jax.pixels import read_rows
+from gravlens_jax.npz import Dataset, read_rows
 from gravlens_jax.sharding import local_rows, replicate, shard_batch, shard_rows
-from gravlens_jax.train_step import Batch
 
-STEPS_PER_CALL = 64  # of `DeviceSource`
+STEPS_PER_CALL = 64  # of `DeviceData`; also those of which the deflection maps are rendered together
 
-
-class Source(Protocol):
-    """Training images as batches on the devices."""
-
-    @property
-    def size(self) -> int:
-        """Images of an epoch."""
-
-    def batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Batch]]:
-        """Yields (number of steps, batch for `train_step.train_steps`) of an epoch, without its first `skip` steps."""
+Batch = dict[str, jax.Array]  # see `train_step`
 
 
 class Plan(NamedTuple):
@@ -55,18 +43,23 @@ class Plan(NamedTuple):
         """Returns the epoch that the step after `step` belongs to."""
         return -1 if step < self.easy_steps else (step - self.easy_steps) // self.steps_per_epoch
 
+    def name_epoch(self, step: int) -> str:
+        """Returns the name of the epoch that `step` steps end or are in, such as epoch 1/3."""
+        epoch = self.epoch_after(step - 1) + 1
+        return f"epoch {epoch}/{self.epochs}" if epoch else "easy images"
+
     def ends_epoch(self, step: int) -> bool:
         """Whether an epoch, or the pass over the easy images, is complete after `step` steps."""
         return step == self.first_step(self.epoch_after(step))
 
 
-def train_batches(train: Source, easy: Source | None, plan: Plan, start: int) -> Iterator[tuple[int, Batch]]:
-    """Yields (steps done after it, batch) from step `start` to the end of the run."""
+def train_batches(train: Any, easy: Any, plan: Plan, start: int) -> Iterator[tuple[int, Batch]]:
+    """Yields (steps done after it, batch) of training images, easy ones first, from step `start` to the run's end."""
     step = start
     while step < plan.total_steps:
         epoch = plan.epoch_after(step)
-        source, index = (easy, 0) if easy is not None and epoch < 0 else (train, epoch)
-        for steps, batch in source.batches(index, step - plan.first_step(epoch)):
+        data, index = (easy, 0) if epoch < 0 else (train, epoch)
+        for steps, batch in data.batches(index, step - plan.first_step(epoch)):
             step += steps
             yield step, batch
 
@@ -88,13 +81,15 @@ def prefetch(items: Iterable, depth: int = 2) -> Iterator:
 
 
 @dataclass(frozen=True)
-class FileSource:
+class FileData:
     """Images of a memory-mapped file, read when they are needed; each process reads its own rows."""
 
     dataset: Dataset
     batch_size: int  # over all devices
     seed: int  # of the order
     mesh: Mesh
+    # rows int (k,) -> deflection maps float32 (k, cells, cells, 2): see `lensing.render.deflection_map`
+    render_maps: Callable[[np.ndarray], np.ndarray] | None = None
 
     @property
     def size(self) -> int:
@@ -102,95 +97,45 @@ class FileSource:
         return self.dataset.size
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Batch]]:
-        """See `Source`."""
+        """Yields one step at a time: see the module."""
         rows = local_rows(epoch_rows(self.size, self.batch_size, self.seed, epoch)[skip:])
-        for batch in prefetch(map(partial(_read, self.dataset), rows)):
+        for batch in prefetch(self._read_batches(rows)):
             yield 1, shard_batch(batch, self.mesh)
 
+    def _read_batches(self, rows: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+        for first in range(0, len(rows), STEPS_PER_CALL):
+            group = rows[first : first + STEPS_PER_CALL]
+            maps = self._maps(group.ravel())
+            for i, batch_rows in enumerate(group):
+                part = slice(i * len(batch_rows), (i + 1) * len(batch_rows))
+                yield _read(self.dataset, batch_rows) | {name: x[part] for name, x in maps.items()}
 
-class DeviceSource(FileSource):
+    def _maps(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        return {"deflections": self.render_maps(rows)} if self.render_maps else {}
+
+
+class DeviceData(FileData):
     """The same batches from a copy of all images in each device's memory; many steps per call."""
 
     @cached_property
     def _held(self) -> Batch:
-        return replicate(_read(self.dataset, np.arange(self.size)), self.mesh)
+        rows = np.arange(self.size)
+        return replicate(_read(self.dataset, rows) | self._maps(rows), self.mesh)
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Batch]]:
-        """See `Source`."""
+        """Yields many steps at a time: see the module."""
         rows = epoch_rows(self.size, self.batch_size, self.seed, epoch)[skip:]
-        for some in np.array_split(rows, -(-len(rows) // STEPS_PER_CALL)):
-            yield len(some), self._held | {"rows": shard_rows(some, self.mesh)}
-
-
-@dataclass(frozen=True)
-class StreamSource:
-    """Simulated images, each used once: epoch 0, 1, ... are the images 0, 1, 2, ... of `lensing.simulate_images`.
-
-    On CPUs all cores simulate ahead; each accelerator renders its own share of a batch, with noise.
-    """
-
-    size: int  # images of an epoch
-    priors: Priors
-    split: int  # see `simulate_images`
-    batch_size: int  # over all devices
-    seed: int  # of the images
-    mesh: Mesh
-    grid: tuple[int, float] | None  # cells and width of the maps of deflections, see `render_deflections`
-
-    def batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Batch]]:
-        """See `Source`."""
-        steps = self.size // self.batch_size
-        first, stop = ((epoch * steps + step) * self.batch_size for step in (skip, steps))
-        simulate = self._on_host if jax.default_backend() == "cpu" else self._on_devices
-        for batch in simulate(first, stop):
-            yield 1, batch
-
-    def _on_host(self, first: int, stop: int) -> Iterator[Batch]:
-        own = local_rows(np.arange(self.batch_size)[None])[0]  # each process simulates all and keeps its share
-        ready = np.empty((0, self.priors.num_pixels, self.priors.num_pixels), np.uint16)
-        chunks = simulate_images(stop - first, self.seed, self.split, self.priors, start=first)
-        for start in range(first, stop, self.batch_size):
-            while len(ready) < self.batch_size:
-                ready = np.concatenate([ready, next(chunks)])
-            batch = {"images": ready[own], "labels": labels_of(self.batch_size, start)[own]}
-            ready = ready[self.batch_size :]
-            if self.grid:
-                batch["deflections"] = np.asarray(self._deflections(start, self.seed, self.split, self.batch_size))[own]
-            yield shard_batch(batch, self.mesh)
-
-    def _on_devices(self, first: int, stop: int) -> Iterator[Batch]:
-        for start in range(first, stop, self.batch_size):
-            yield self.render(start, self.seed, self.split)
-
-    def _deflections(self, first, seed, split, n: int) -> jax.Array:
-        assert self.grid is not None
-        return render_deflections(first, seed, split, n=n, priors=self.priors, grid=self.grid)
-
-    @cached_property
-    def render(self):
-        """The jitted (first, seed, split) -> batch, of which each device renders its share."""
-        share = self.batch_size // self.mesh.size
-
-        def render_share(first, seed, split):
-            own = first + share * jax.lax.axis_index("data")
-            batch = render_batch(own, seed, split, priors=self.priors, batch_size=share)
-            if self.grid:
-                batch["deflections"] = self._deflections(own, seed, split, share)
-            return batch
-
-        # check_vma=False: jax.random.poisson has loops that the check of shard_map does not support.
-        whole, shares = PartitionSpec(), PartitionSpec("data")
-        return jax.jit(jax.shard_map(render_share, mesh=self.mesh, in_specs=whole, out_specs=shares, check_vma=False))
+        for group in np.array_split(rows, -(-len(rows) // STEPS_PER_CALL)):
+            yield len(group), self._held | {"rows": shard_rows(group, self.mesh)}
 
 
 def _read(dataset: Dataset, rows: np.ndarray) -> dict[str, np.ndarray]:
-    batch = {"images": read_rows(dataset.images, rows), "labels": dataset.labels[rows]}
-    return batch if dataset.deflections is None else batch | {"deflections": dataset.deflections[rows]}
+    return {"images": read_rows(dataset.images, rows), "labels": dataset.labels[rows]}
 
 
 def eval_batches(dataset: Dataset, batch_size: int, mesh: Mesh) -> Iterator[Batch]:
-    """Yields all images in order; the last batch repeats the last image, with `mask`, bool (batch,), False there."""
+    """Yields all images in order. `mask`, bool (batch,), is False for padding of the last batch."""
     n = dataset.size
     rows = local_rows(np.arange(-(-n // batch_size) * batch_size).reshape(-1, batch_size))
-    for batch in prefetch(_read(dataset, np.minimum(some, n - 1)) | {"mask": some < n} for some in rows):
+    for batch in prefetch(_read(dataset, np.minimum(group, n - 1)) | {"mask": group < n} for group in rows):
         yield shard_batch(batch, mesh)

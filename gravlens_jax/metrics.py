@@ -3,9 +3,57 @@
 Pure functions of arrays.
 """
 
+import math
+import time
 from typing import Any
 
 import numpy as np
+
+ADVICE = "saved checkpoints are intact; start again with a lower learning rate"
+
+
+def mean_metrics(sums: dict[str, Any]) -> tuple[float, float]:
+    """Returns the mean loss and the accuracy of the sums of `train_step`."""
+    return float(sums["loss"]) / float(sums["count"]), float(sums["correct"]) / float(sums["count"])
+
+
+def training_metrics(step: int, sums: dict[str, Any], started: float, count: int) -> dict[str, float]:
+    """Returns train_loss, train_accuracy and images_per_second of an epoch up to `step`.
+
+    `started` is the time and `count` the number of images when the epoch, or its continuation, began.
+    FloatingPointError if the loss is not finite.
+    """
+    check_finite(float(sums["loss"]), "training loss", step)
+    loss, accuracy = mean_metrics(sums)
+    rate = (int(sums["count"]) - count) / (time.perf_counter() - started)
+    return {"train_loss": loss, "train_accuracy": accuracy, "images_per_second": rate}
+
+
+def check_finite(loss: float, name: str, step: int) -> None:
+    """Raises FloatingPointError unless the loss is finite."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"{name} is {loss} at step {step}; {ADVICE}")
+
+
+def check_state(state: Any) -> None:
+    """Raises FloatingPointError if a parameter is not finite, or no gradient reached the first layer in this epoch.
+
+    The loss alone does not show it: compiled CPU programs may drop NaN, and the loss of a dead network is ln(classes).
+    `state` is a `train_step.TrainState`.
+    """
+    step = int(state.step)
+    if name := find_not_finite({"params": state.params, "batch_stats": state.batch_stats}):
+        raise FloatingPointError(f"{name} is not finite at step {step}; {ADVICE}")
+    if int(state.sums["count"]) and not float(state.sums["gradient"]) > 0:
+        raise FloatingPointError(f"all gradients of the epoch are 0 at step {step}: dead network; {ADVICE}")
+
+
+def find_not_finite(variables: Any, name: str = "") -> str | None:
+    """Returns the name of the first array that is not finite, in nested dicts of arrays; None for none."""
+    if not isinstance(variables, dict):  # NumPy, because XLA drops NaN
+        return None if np.isfinite(np.asarray(variables)).all() else name
+    found = (find_not_finite(value, f"{name}/{key}".lstrip("/")) for key, value in variables.items())
+    return next(filter(None, found), None)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -26,15 +74,21 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the temperature, by which logits should be divided, with the lowest cross-entropy.
+    """Returns the temperature, by which logits should be divided: 1 without evidence for another one.
 
-    Guo et al., section 4.2. `logits` are float (n, classes), n >= 1, of images that the network was not trained on,
-    `labels` int (n,). The temperature changes the confidence of predictions, not their classes.
+    Guo et al., section 4.2: it minimizes the summed cross-entropy, here with a normal prior: plus (ln T / 0.2)^2 / 2.
+    Otherwise a few images that are all right, or one that is wrong, would give T = 0 or infinity.
+
+    Args:
+      logits: float (n, classes), n >= 1, of images that the network was not trained on.
+      labels: int (n,).
     """
     from scipy.optimize import minimize_scalar  # slow to import, as scikit-learn is
 
-    found = minimize_scalar(lambda log: _loss(softmax(logits / np.exp(log)), labels), bounds=(-3, 3), method="bounded")
-    return float(np.exp(found.x))
+    def loss(log):
+        return len(labels) * _loss(softmax(logits / np.exp(log)), labels) + (log / 0.2) ** 2 / 2
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
 def fit_population(
@@ -43,7 +97,7 @@ def fit_population(
     """Returns the population from which `outlier_scores` measures; None for fewer than 20 images, which are too few.
 
     A Gaussian for each class, with a common covariance (Lee et al. 2018, arXiv 1807.03888, eq. 1 and 2, with channels
-    of all stages as in their section 2.2), scaled so that 1 % of images like these have a score above 1. This quantile
+    of all stages as in their section 2.2), scaled so that 1 % of ordinary images exceed 1. This quantile
     is found by cross-validation, because distances of images that a covariance was estimated from are too short.
 
     Args:
@@ -70,8 +124,8 @@ def _fit_gaussians(means: np.ndarray, labels: np.ndarray, num_classes: int) -> d
     from sklearn.covariance import LedoitWolf
 
     means = means.astype(np.float64)
-    own = [means[labels == k] for k in range(num_classes)]
-    centres = np.stack([(some if len(some) else means).mean(0) for some in own])
+    classes = [means[labels == k] for k in range(num_classes)]
+    centres = np.stack([(images if len(images) else means).mean(0) for images in classes])
     covariance = LedoitWolf(assume_centered=True).fit(means - centres[labels]).covariance_
     # Channels that are always 0 in these images, but perhaps not in others, get a small variance.
     covariance += np.eye(len(covariance)) * (1e-4 * np.trace(covariance) / len(covariance) + 1e-12)
@@ -92,27 +146,42 @@ def outlier_scores(population: dict[str, np.ndarray] | None, means: np.ndarray) 
 
 
 def _loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    own = probabilities[np.arange(len(labels)), labels]
-    return float(-np.mean(np.log(np.maximum(own, np.finfo(np.float64).tiny))))
+    true = probabilities[np.arange(len(labels)), labels]
+    return float(-np.mean(np.log(np.maximum(true, np.finfo(np.float64).tiny))))
+
+
+def wilson_interval(successes: int, n: int) -> list[float]:
+    """Returns the 95 % interval [low, high] of a probability, from `successes` of `n` trials (Wilson 1927)."""
+    z, p = 1.959964, successes / n
+    half = z * math.sqrt(p * (1 - p) / n + (z / n) ** 2 / 4)
+    return [(p + z**2 / n / 2 + sign * half) / (1 + z**2 / n) for sign in (-1, 1)]
 
 
 def intervals(
     logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], resamples: int = 300, seed: int = 0
 ) -> dict[str, Any]:
-    """Returns 95 % intervals by bootstrap over the images: [low, high] for accuracy, macro_auc and each class's auc.
+    """Returns 95 % intervals: [low, high] for accuracy, each class's recall, macro_auc and each class's auc.
 
-    None for an AUC that is undefined in one of the resamples, which are sets of n images drawn with replacement. The
-    percentiles reflect the choice of test images alone, not the scatter between trainings. Arguments as in `evaluate`.
+    Accuracy and recall have Wilson intervals, AUCs the percentiles of a bootstrap over the images. None for the recall
+    of an absent class, and for an AUC that is undefined in a resample or does not vary, as of separated classes. The
+    intervals reflect the choice of test images alone, not the scatter between trainings. Arguments as in `evaluate`.
     """
     probabilities, rng, values = softmax(logits), np.random.default_rng(seed), []
     correct = probabilities.argmax(1) == labels
+    members = [correct[labels == k] for k in range(len(classes))]
+    recall = [wilson_interval(int(found.sum()), len(found)) if len(found) else None for found in members]
     for _ in range(resamples):
         rows = rng.integers(len(labels), size=len(labels))
         areas = roc_areas(probabilities[rows], labels[rows])
-        values.append([correct[rows].mean(), areas.mean(), *areas])
+        values.append([areas.mean(), *areas])
     lows, highs = np.quantile(values, [0.025, 0.975], axis=0).tolist()
-    pairs = [None if np.isnan(low) else [low, high] for low, high in zip(lows, highs, strict=True)]
-    return {"accuracy": pairs[0], "macro_auc": pairs[1], "auc": dict(zip(classes, pairs[2:], strict=True))}
+    macro_auc, *auc = ([low, high] if low < high else None for low, high in zip(lows, highs, strict=True))
+    return {
+        "accuracy": wilson_interval(int(correct.sum()), len(labels)),
+        "recall": dict(zip(classes, recall, strict=True)),
+        "macro_auc": macro_auc,
+        "auc": dict(zip(classes, auc, strict=True)),
+    }
 
 
 def roc_areas(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -124,9 +193,9 @@ def roc_areas(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """
     areas = np.full(probabilities.shape[1], np.nan)
     for k, scores in enumerate(probabilities.T):
-        own, others = scores[labels == k], np.sort(scores[labels != k])
-        if len(own) and len(others):
-            wins = np.searchsorted(others, own, "left") + np.searchsorted(others, own, "right")
+        members, others = scores[labels == k], np.sort(scores[labels != k])
+        if len(members) and len(others):
+            wins = np.searchsorted(others, members, "left") + np.searchsorted(others, members, "right")
             areas[k] = wins.mean() / (2 * len(others))
     return areas
 
@@ -143,9 +212,9 @@ def evaluate(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -
       n, accuracy, loss (mean cross-entropy), auc (class -> value, None where undefined), macro_auc (None unless all
       are defined), ece (expected calibration error), confusion (rows are the true classes), classes.
     """
-    from sklearn.metrics import confusion_matrix
-
     probabilities = softmax(logits)
+    confusion = np.zeros((len(classes), len(classes)), int)
+    np.add.at(confusion, (labels, probabilities.argmax(1)), 1)
     areas = roc_areas(probabilities, labels)
     *auc, macro_auc = (None if np.isnan(area) else float(area) for area in (*areas, areas.mean()))
     return {
@@ -155,6 +224,6 @@ def evaluate(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -
         "auc": dict(zip(classes, auc, strict=True)),
         "macro_auc": macro_auc,
         "ece": calibration_error(probabilities, labels),
-        "confusion": confusion_matrix(labels, probabilities.argmax(1), labels=range(len(classes))).tolist(),
+        "confusion": confusion.tolist(),
         "classes": list(classes),
     }

@@ -4,7 +4,6 @@ It is written in Flax Linen rather than NNX: `init` and `apply` are pure functio
 maintained; and every layer is named explicitly, so that a port changes this file and `layers.py` alone.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -14,12 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gravlens_jax.config import CLASSES, InputConfig, ModelConfig
-from gravlens_jax.layers import BatchNorm, Conv
-
-# Parts of the network, for `ResNet.__call__`: all; up to stage 2 and the rest; up to the last feature map and the rest;
-# the last layer.
-ALL, TO_STAGE_2, AFTER_STAGE_2 = slice(None), slice(3), slice(3, None)
-FEATURES, AFTER_FEATURES, HEAD = slice(4), slice(4, None), slice(5, None)
+from gravlens_jax.layers import Conv
 
 
 class ResNet(nn.Module):
@@ -43,22 +37,22 @@ class ResNet(nn.Module):
     input: InputConfig = InputConfig()
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False, parts: slice = ALL) -> jax.Array:
-        """Returns logits, float32 (n, len(classes)).
+    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Returns the logits and the four feature maps: after the first convolution and after each stage.
 
         Args:
           x: float (n, height, width, 1), prepared images.
           train: normalize by the batch and update the running statistics (then pass mutable=["batch_stats"]).
-          parts: which of the six parts to run: first convolution, stages 1 to 3, mean over the pixels, head. `x` is
-            the input of the first of them, the result the output of the last.
+
+        Returns:
+          logits, float32 (n, len(classes)); and maps of `dtype`, of width, width, 2 width and 4 width channels, the
+          last two with a half and a quarter of the pixels along each axis.
         """
-        conv = partial(Conv, dtype=self.dtype)
-        norm = partial(BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype)
-
-        def first(x):
-            return nn.relu(norm(name="norm0")(conv(self.width, name="conv0")(x)))
-
-        def run_stage(stage, x):
+        conv = partial(Conv, dtype=self.dtype, train=train)
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype)
+        x = nn.relu(norm(name="norm0")(conv(self.width, name="conv0")(x)))
+        feature_maps = [x]
+        for stage in range(3):
             filters = self.width * 2**stage
             for block in range((self.depth - 2) // 6):
                 name = f"stage{stage + 1}_block{block + 1}"
@@ -73,17 +67,9 @@ class ResNet(nn.Module):
                     extra = filters - x.shape[-1]
                     x = jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
                 x = nn.relu(x + y)
-            return x
-
-        def mean(x):
-            return x.astype(jnp.float32).mean((1, 2))
-
-        head = nn.Dense(len(self.classes), dtype=jnp.float32, name="head")
-        stages = (partial(run_stage, stage) for stage in range(3))
-        every: list[Callable[[jax.Array], jax.Array]] = [first, *stages, mean, head]
-        for part in every[parts]:
-            x = part(x)
-        return x
+            feature_maps.append(x)
+        features = x.astype(jnp.float32).mean((1, 2))
+        return nn.Dense(len(self.classes), dtype=jnp.float32, name="head")(features), tuple(feature_maps)
 
 
 ResNet20 = partial(ResNet, depth=20)
@@ -93,13 +79,6 @@ def make_model(config: ModelConfig, input_config: InputConfig, classes: tuple[st
     """Returns the network that a run's config describes."""
     fields = asdict(config) | {"dtype": jnp.dtype(config.dtype)}
     return ResNet(**fields, classes=classes, input=input_config.resolve())
-
-
-def forward(model: ResNet, variables: Any, x: jax.Array, parts: slice = ALL) -> jax.Array:
-    """Returns the output of `parts` of the network for their input `x`, normalized by the running statistics."""
-    y = model.apply(variables, x, parts=parts)
-    assert not isinstance(y, tuple)  # it is one if variables may change
-    return y
 
 
 def variable_shapes(model: ResNet) -> Any:

@@ -1,49 +1,77 @@
 """The file format: uncompressed .npz, written as a stream and read by memory map.
 
-An .npz of this project holds images (n, height, width), labels int32 (n,), classes (names of the labels) and info (JSON
-text: the source of the images). Files may come from anywhere: sizes are checked before memory is allocated, and nothing
-is unpickled.
+An .npz of this project holds images (n, height, width), labels int32 (n,), classes (names of the labels), info (JSON
+text: the origin of the images) and, of simulated images, parameters/<name> of the lenses. Files are untrusted input:
+sizes are checked before memory is allocated, and nothing is unpickled. `folders` reads files of other forms.
 """
 
-import hashlib
+import io
 import json
 import math
+import mmap
 import os
+import shlex
 import shutil
 import struct
-import sys
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
-from gravlens_jax.config import CLASSES
 from gravlens_jax.errors import InputError, check, parse_json
-from gravlens_jax.pixels import CHUNK_BYTES, Header, map_images, read_header, read_image_header
-from gravlens_jax.run_dir import cache_folder, temporary_name, writing
+from gravlens_jax.files import catch_write_errors, is_visible, temporary_name
 
-COPY = ".unpacked.npz"  # ends the name of an unpacked copy
-EXPECTED = "an .npz made by scripts/pack.py or scripts/simulate.py"
-LABELS = ("labels", "label", "y", "targets", "target")
-PAIRS = [(images, labels) for images in ("images", "image", "x", "data") for labels in LABELS]
-PAIRS += [("x_train", "y_train"), ("arr_0", "arr_1")]  # names of the two arrays, in lower case
-MAX_RATIO = 200  # of unpacked to compressed images; photon counts have about 3, a decompression bomb 1000
+CHUNK_BYTES = 2**25  # read at a time
+HEADER_BYTES = 2**14  # NumPy accepts headers of up to 10,000
 MEMORY_BYTES = 2**26  # limit for arrays that are larger than their file
+KINDS = {"f": "floating-point numbers", "ui": "integers", "uif": "real numbers", "U": "text"}
+EXPECTED = "an .npz made by scripts/pack.py or scripts/simulate.py"
+PARAMETERS = "parameters/"  # begins the names of arrays of lens parameters
 DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, OSError, RuntimeError, ValueError, OverflowError, EOFError)
+
+Members = dict[str, zipfile.ZipInfo]  # of an .npz, by their names without .npy
+
+
+class Header(NamedTuple):  # of an .npy; its shape agrees with the number of bytes
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype
+    offset: int  # of the first element, from the start of the header
+
+
+@dataclass(frozen=True)
+class MappedImages:
+    """Images in a file, not read yet: `read_rows`, or an index, maps the file and reads some of them."""
+
+    path: Path
+    offset: int  # bytes before the first image
+    dtype: np.dtype
+    shape: tuple[int, ...]  # (n, height, width)
+    identity: tuple[int, ...]  # of the file when it was opened: see `_identity`
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: int | slice | np.ndarray) -> np.ndarray:
+        if isinstance(rows, tuple):
+            raise IndexError("images in a file have one index: their rows")
+        chosen = np.arange(len(self))[rows]
+        return read_rows(self, chosen.ravel()).reshape(*chosen.shape, *self.shape[1:])
 
 
 class Dataset(NamedTuple):
-    """Labelled images; `images` is usually a view of a memory-mapped file."""
+    """Labelled images."""
 
-    images: np.ndarray  # (n, height, width), uint8 to float64
+    images: np.ndarray | MappedImages  # (n, height, width), uint8 to float64
     labels: np.ndarray  # int32 (n,)
     classes: tuple[str, ...]
     info: dict
-    deflections: np.ndarray | None = None  # by the substructure, float32 (n, cells, cells, 2); of simulated images
+    lens_params: dict[str, np.ndarray] | None = None  # name -> float32 (n, ...), of simulated images
 
     @property
     def size(self) -> int:
@@ -53,7 +81,8 @@ class Dataset(NamedTuple):
     @property
     def image_shape(self) -> tuple[int, int]:
         """Height and width."""
-        return self.images.shape[1:]
+        _, height, width = self.images.shape
+        return height, width
 
 
 def write_npz(
@@ -78,12 +107,12 @@ def write_npz(
       info: a JSON object.
       arrays: more to store, name -> array.
     """
-    path = Path(path).resolve()
+    path = Path(path).absolute()
     temporary = temporary_name(path)
-    small = {"classes": np.array(classes), "info": np.array(json.dumps(info))} | (arrays or {})
+    small = {"classes": np.array(classes, str), "info": np.array(json.dumps(info))} | (arrays or {})
     if labels is not None:
         small["labels"] = np.asarray(labels, np.int32)
-    with writing(path):
+    with catch_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         needed, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
         check(needed <= free, f"{path} needs {needed:,} bytes, {free:,} are free; free space or choose another folder")
@@ -107,112 +136,65 @@ def write_npz(
 
 
 def open_npz(path: str | Path, need_labels: bool = True) -> Dataset:
-    """Opens an .npz of images without reading them: `images` is a read-only memory map.
-
-    A compressed file is unpacked once, to `<name>.unpacked.npz` beside it or, on a read-only disk, in the user's cache
-    folder. The arrays may have other usual names, see PAIRS. A file without `classes` is assumed to label no, sphere,
-    vort as 0, 1, 2.
+    """Opens an .npz of this project; of its images only the header is read.
 
     Args:
       path: the file.
-      need_labels: whether labels, classes and info are read; otherwise they are 0, no, sphere, vort and {}.
+      need_labels: whether labels, classes, info and lens parameters are read; otherwise they are 0, (), {} and None.
 
     Raises:
-      InputError: the file is missing, damaged, has no images or labels, labels outside its classes, or more
-        than 64 bits a pixel.
+      InputError: the file is missing, damaged, of another form, or has labels outside of its classes.
     """
-    path = Path(path).resolve()
-    with _open_archive(path, EXPECTED) as (archive, members):
-        name, _ = _find_names(members)
-        if name not in members or members[name].compress_type == zipfile.ZIP_STORED:
-            images, header, labels, classes, info = _read_small(archive, members, need_labels)
-            return Dataset(_map_images(archive, images, header), labels, classes, info)
-    return open_npz(unpack_npz(path, need_labels=need_labels), need_labels)
+    path = Path(path).absolute()
+    with open_archive(path) as (archive, members):
+        command = f"python scripts/pack.py {shlex.quote(str(path))} {shlex.quote(f'packed/{path.name}')}"
+        command += " --classes ..." * ("classes" not in members)
+        has = f"has {', '.join(sorted(members)) or 'nothing':.200}"
+        expected = "expected uncompressed images, and labels with the names of their classes"
+        check(is_packed(members), f"{path} {has}; {expected}; convert it: {command}")
+        images = _locate_images(archive, members["images"])
+        if not need_labels:
+            return Dataset(images, np.zeros(len(images), np.int32), (), {})
+        check("labels" in members, f"{path} {has}; expected labels")
+        kinds = {name: "f" for name in members if name.startswith(PARAMETERS)}
+        arrays = read_members(archive, members, {"labels": "ui", "classes": "U", "info": "U"} | kinds)
+    classes = tuple(arrays["classes"].ravel().tolist())
+    info = parse_json(arrays["info"].item(), f"{path}: info") if arrays.get("info", np.zeros(0)).size == 1 else {}
+    check(isinstance(info, dict), f"{path}: info is not a JSON object")
+    lens_params = {name.removeprefix(PARAMETERS): arrays[name] for name in kinds}
+    for name, array in lens_params.items():
+        check(array.shape[:1] == (len(images),), f"{path}: {len(images)} images but {name} of shape {array.shape}")
+    labels = check_labels(arrays["labels"], len(images), classes, path)
+    return Dataset(images, labels, classes, info, lens_params or None)
 
 
-def is_copy(path: Path) -> bool:
-    """Returns whether `open_npz` made this file from a compressed one beside it."""
-    originals = (path.with_name(path.name.removesuffix(COPY) + suffix) for suffix in (".npz", ".NPZ"))
-    return path.name.endswith(COPY) and any(original.exists() for original in originals)
+def check_labels(labels: np.ndarray, n: int, classes: tuple[str, ...], path: Path) -> np.ndarray:
+    """Returns the labels as int32; InputError unless they are one of `classes` for each of `n` images."""
+    check(labels.shape == (n,), f"{path}: {n} images but labels of shape {labels.shape}")
+    low, high, known = labels.min(), labels.max(), ", ".join(classes)
+    expected = f"expected 0 to {len(classes) - 1} for {known}"
+    check(low >= 0 and high < len(classes), f"{path}: labels run from {low} to {high}, {expected}")
+    return labels.astype(np.int32)
 
 
-def unpack_npz(
-    path: Path,
-    out: Path | None = None,
-    classes: tuple[str, ...] | Mapping[str, str] | None = None,
-    need_labels: bool = True,
-) -> Path:
-    """Copies a compressed .npz to an uncompressed one in this project's format, once; returns the copy's path.
-
-    Args:
-      path: an .npz that `open_npz` reads.
-      out: the copy, a new file; if not given see `open_npz`, and a copy that is newer than `path` is used again.
-      classes: names of the labels, or name -> name in the file, which renames; if not given those that the file itself
-        names, or no, sphere, vort.
-      need_labels: as in `open_npz`; otherwise the copy has no labels either.
-
-    Raises:
-      InputError: as `open_npz`; the file names other classes than `classes`; `out` exists.
-    """
-    path = Path(path).resolve()
-    if out is None:
-        beside, cached = copies = _copies(path)
-        for copy in copies:
-            if copy.exists() and copy.stat().st_mtime >= path.stat().st_mtime:
-                with _open_archive(copy, EXPECTED) as (_, members):
-                    if "labels" in members or not need_labels:
-                        return copy
-        out = beside if os.access(path.parent, os.W_OK) else cached
-    else:
-        check(not out.exists(), f"{out} exists; give the name of a new file")
-    with _open_archive(path, EXPECTED) as (archive, members):
-        images, header, labels, names, _ = _read_small(archive, members, need_labels, tuple(classes or CLASSES))
-        text = ", ".join(names)
-        if classes and "classes" in members:
-            pairs = classes if isinstance(classes, Mapping) else {name: name for name in classes}
-            new = {theirs: own for own, theirs in pairs.items()}
-            same = tuple(new) == names or (sorted(new) == sorted(names) and any(a != b for a, b in new.items()))
-            check(same, f"{path} names its classes itself, {text}; leave --classes {','.join(new)} out, or rename each")
-            names = tuple(new[name] for name in names)
-        if images.compress_type != zipfile.ZIP_STORED:
-            print(f"{path} is compressed and cannot be memory-mapped: unpacking it once to {out}", file=sys.stderr)
-        if need_labels and "classes" not in members:
-            print(f"{path.name} does not name its classes: labels 0, 1, ... are taken as {text}", file=sys.stderr)
-        chunks, known = _unpack(archive, images, header), labels if need_labels else None
-        write_npz(out, chunks, header.shape, header.dtype, known, names, {"source": path.name})
-    return out
+def is_packed(members: Members) -> bool:
+    """Returns whether an .npz has this project's form: uncompressed `images`, and `classes` if there are `labels`."""
+    stored = "images" in members and members["images"].compress_type == zipfile.ZIP_STORED
+    return stored and ("labels" not in members or "classes" in members)
 
 
 def load_arrays(path: Path, expected: str, kinds: str) -> dict[str, np.ndarray]:
     """Reads all arrays of a small .npz, name -> array; InputError if it is missing, damaged or too large.
 
-    `expected` describes the file in errors; `kinds`, one of `pixels.KINDS`, are the dtypes that are not an InputError.
+    `expected` describes the file in errors; `kinds`, a key of KINDS, are the accepted dtype kinds.
     """
-    with _open_archive(path, expected) as (archive, members):
-        return _read_members(archive, members, dict.fromkeys(members, kinds))
-
-
-def _map_images(archive: zipfile.ZipFile, info: zipfile.ZipInfo, header: Header) -> np.ndarray:
-    """Maps the stored images of an archive; their data must lie between the start of the file and its directory."""
-    file = archive.fp
-    assert file is not None  # it is open
-    file.seek(info.header_offset)
-    name_bytes, extra_bytes = struct.unpack("<26xHH", file.read(30))
-    start = info.header_offset + 30 + name_bytes + extra_bytes
-    check(
-        start + info.file_size <= archive.start_dir, f"{archive.filename}: {info.filename} is incomplete; make it again"
-    )
-    return map_images(file, header.dtype, start + header.offset, header.shape)
-
-
-def is_visible(name: str) -> bool:
-    """Returns whether no part of a path is hidden (.DS_Store, ._1.npy) or made by a system (__MACOSX): not images."""
-    return not any(part.startswith((".", "__")) for part in name.split("/"))
+    with open_archive(path, expected) as (archive, members):
+        return read_members(archive, members, dict.fromkeys(members, kinds))
 
 
 @contextmanager
-def _open_archive(path: Path, expected: str) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]]:
-    """Yields an .npz and its members by name, without .npy; errors of damaged files become InputError."""
+def open_archive(path: Path, expected: str = EXPECTED) -> Iterator[tuple[zipfile.ZipFile, Members]]:
+    """Yields an .npz and its members; errors of damaged files become InputError."""
     check(path.is_file(), f"{path}: no such file; expected {expected}")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -228,19 +210,18 @@ def _open_archive(path: Path, expected: str) -> Iterator[tuple[zipfile.ZipFile, 
         raise InputError(f"{path}: not a readable .npz ({str(error) or 'truncated'}); expected {expected}") from error
 
 
-def _member_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, kinds: str) -> Header:
-    with archive.open(info) as file:
-        return read_header(file, info.file_size, kinds, f"{archive.filename}: {info.filename}")
-
-
-def _read_members(
-    archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], kinds: dict[str, str]
+def read_members(
+    archive: zipfile.ZipFile, members: Members, kinds: dict[str, str], memory_bytes: int = MEMORY_BYTES
 ) -> dict[str, np.ndarray]:
-    """Reads the members named in `kinds`, name -> kinds of dtype that are accepted; first checks all their headers."""
+    """Reads the members named in `kinds`, name -> accepted dtype kinds; first checks all their headers.
+
+    InputError if they are larger than `memory_bytes` and than the file.
+    """
     infos = {name: info for name, info in members.items() if name in kinds}
     for name, info in infos.items():
-        _member_header(archive, info, kinds[name])
-    total, most = sum(i.file_size for i in infos.values()), max(MEMORY_BYTES, os.path.getsize(str(archive.filename)))
+        with archive.open(info) as file:
+            read_header(file, info.file_size, kinds[name], f"{archive.filename}: {info.filename}")
+    total, most = sum(i.file_size for i in infos.values()), max(memory_bytes, os.path.getsize(str(archive.filename)))
     check(total <= most, f"{archive.filename}: {', '.join(infos):.80} unpack to {total:,} bytes, expected {most:,}")
     arrays = {}
     for name, info in infos.items():
@@ -251,66 +232,138 @@ def _read_members(
     return arrays
 
 
-def _copies(path: Path) -> tuple[Path, Path]:
-    """Returns the possible uncompressed copies of a file: beside it and in the cache folder."""
-    digest = hashlib.sha256(str(path).encode()).hexdigest()[:16]
-    return path.with_suffix(COPY), cache_folder() / "unpacked" / f"{digest}-{path.stem}{COPY}"
-
-
-def _find_names(members: dict[str, zipfile.ZipInfo]) -> tuple[str, str]:
-    """Returns the names of the arrays of images and of labels, which may be missing: the first complete of PAIRS."""
-    names = {name.lower(): name for name in members}
-    known = [pair for pair in PAIRS if pair[0] in names]
-    images, labels = min(known, key=lambda pair: pair[1] not in names, default=PAIRS[0])
-    return names.get(images, images), names.get(labels, labels)
-
-
-def _read_small(
-    archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], need_labels: bool, classes: tuple[str, ...] = CLASSES
-) -> tuple[zipfile.ZipInfo, Header, np.ndarray, tuple[str, ...], dict]:
-    """Reads all but the images: their member, and header with shape (n, height, width); labels, classes and info."""
-    path, names = archive.filename, _find_names(members)
-    for name in names if need_labels else names[:1]:
-        check(name in members, f"{path}: has no {name!r}, only {', '.join(sorted(members)) or 'nothing':.200}")
-    if names != PAIRS[0]:
-        used = f"{path}: images are {names[0]!r}" + f", labels are {names[1]!r}" * need_labels
-        own = {*names, "classes", "info"}
-        others = sorted(name for name in members if name not in own and not name.startswith("parameters/"))
-        print(used + f"; left out: {', '.join(others):.400}" * bool(others), file=sys.stderr)
-    images = members[names[0]]
-    with archive.open(images) as file:
-        header = read_image_header(file, images.file_size, f"{path}: {images.filename}")
-    n = header.shape[0]
-    check(not header.fortran_order, f"{path}: images are in Fortran order, expected C order")
-    if not need_labels:
-        return images, header, np.zeros(n, np.int32), classes, {}
-    arrays = _read_members(archive, members, {names[1]: "ui", "classes": "U", "info": "U"})
-    labels = arrays[names[1]]
-    check(labels.shape == (n,), f"{path}: {n} images but labels of shape {labels.shape}")
-    if "classes" in arrays:
-        classes = tuple(arrays["classes"].ravel().tolist())
-    info = parse_json(arrays["info"].item(), f"{path}: info") if "info" in arrays else {}
-    check(isinstance(info, dict), f"{path}: info is not a JSON object")
-    low, high = labels.min(), labels.max()
+def read_header(file: IO[bytes], size: int, kinds: str, where: str) -> Header:
+    """Reads the header of an .npy of `size` bytes, whose dtype must be one of KINDS; `where` is its name in errors."""
+    head = io.BytesIO(file.read(HEADER_BYTES))
+    try:
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, fortran_order, dtype = readers[np.lib.format.read_magic(head)](head)
+    except Exception as error:  # NumPy evaluates the header as a Python literal, which may fail in many ways
+        raise InputError(f"{where} is not an array of numbers or text ({error!r:.200})") from error
+    allowed = "(but scripts/pack.py reads [image, mass] of .npy files)"
+    check(not dtype.hasobject, f"{where} holds Python objects, which are never unpickled {allowed}")
+    right = dtype.kind in kinds and dtype.itemsize > 0
+    check(right, f"{where} has dtype {dtype}, expected {KINDS.get(kinds, 'numbers or text')}")
     check(
-        low >= 0 and high < len(classes),
-        f"{path}: labels run from {low} to {high}, expected 0 to {len(classes) - 1} for {', '.join(classes)}",
+        len(shape) <= 32
+        and all(0 < length < 2**31 for length in shape)
+        and head.tell() + math.prod(shape) * dtype.itemsize == size,
+        f"{where} announces shape {shape!s:.80} of {dtype}, but header and data have {size} bytes; make it again",
     )
-    return images, header, labels.astype(np.int32), classes, info
+    return Header(shape, fortran_order, dtype, head.tell())
 
 
-def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, header: Header) -> Iterator[np.ndarray]:
-    """Yields the images in chunks, unless they are a decompression bomb."""
-    n, *shape = header.shape
-    image_bytes = math.prod(shape) * header.dtype.itemsize
-    check(
-        image_bytes <= CHUNK_BYTES and info.file_size <= max(MEMORY_BYTES, MAX_RATIO * info.compress_size),
-        f"{archive.filename}: {info.compress_size:,} bytes would unpack to images {header.shape} of {header.dtype}, "
-        f"more than images can be compressed; if you trust the file, save it with numpy.savez",
-    )
-    rows = CHUNK_BYTES // image_bytes
-    with archive.open(info) as file:
-        file.read(header.offset)
-        for start in range(0, n, rows):
-            count = min(rows, n - start)
-            yield np.frombuffer(file.read(count * image_bytes), header.dtype).reshape(count, *shape)
+def read_image_header(file: IO[bytes], size: int, where: str) -> Header:
+    """Reads the header of an .npy of images, see `read_header`; its shape becomes (n, height, width)."""
+    header = read_header(file, size, "uif", where)
+    check(header.dtype.itemsize <= 8, f"{where}: images are {header.dtype}, expected at most 64 bits a pixel")
+    return header._replace(shape=as_stack(header.shape, where))
+
+
+def as_stack(shape: tuple[int, ...], where: str) -> tuple[int, ...]:
+    """Returns (n, height, width) for the shape of one or more images, which may have an axis for one channel."""
+    expected = "(height, width) or (n, height, width), perhaps with an axis of length 1 for the channel"
+    check(2 <= len(shape) <= 4 and 0 not in shape, f"{where}: images have shape {shape}, expected {expected}")
+    if len(shape) == 4:
+        check(1 in (shape[1], shape[3]), f"{where}: images have shape {shape}, expected {expected}")
+        return (shape[0], *shape[2:]) if shape[1] == 1 else shape[:3]
+    return shape if len(shape) == 3 and shape[2] > 1 else (1, *shape[:2])
+
+
+def map_images(file: IO[bytes], dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> MappedImages:
+    """Returns images (n, height, width) of an open file, from byte `offset` on, without reading them."""
+    return MappedImages(Path(file.name).absolute(), offset, dtype, shape, _identity(file))
+
+
+def _locate_images(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> MappedImages:
+    """Finds the images of an archive; their data must lie between the start of the file and its directory."""
+    where = f"{archive.filename}: {info.filename}"
+    with archive.open(info) as member:
+        header = read_image_header(member, info.file_size, where)
+    check(not header.fortran_order, f"{where} is in Fortran order, expected C order")
+    file = archive.fp
+    assert file is not None  # it is open
+    file.seek(info.header_offset)
+    name_bytes, extra_bytes = struct.unpack("<26xHH", file.read(30))
+    start = info.header_offset + 30 + name_bytes + extra_bytes
+    check(start + info.file_size <= archive.start_dir, f"{where} is incomplete; make it again")
+    return map_images(file, header.dtype, start + header.offset, header.shape)
+
+
+def read_rows(images: np.ndarray | MappedImages, rows: np.ndarray | slice) -> np.ndarray:
+    """Returns images[rows] as a new array in native byte order: 8 and 16 bits a pixel as they are, others by `scale`.
+
+    All pixels of the project are read here. A file is mapped again for each call, because the pages of a map count as
+    memory of the process while the map lives.
+
+    Args:
+      images: (n, height, width), from `open_npz` or in memory.
+      rows: int (k,), or a slice.
+
+    Raises:
+      InputError: an image has NaN or infinite pixels; or the file was truncated or replaced since it was opened.
+    """
+    rows = np.arange(*rows.indices(len(images))) if isinstance(rows, slice) else np.asarray(rows)
+    if len(rows) and not 0 <= rows.min() <= rows.max() < len(images):
+        raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(images)} images")
+    pixels = _map_again(images, rows) if isinstance(images, MappedImages) else images
+    short = images.dtype.itemsize <= 2
+    batch = np.empty((len(rows), *images.shape[1:]), images.dtype.newbyteorder("=") if short else np.float32)
+    for image, row in zip(batch, rows.tolist(), strict=True):
+        image[...] = pixels[row] if short else scale(pixels[row])
+        if not _all_finite(image):
+            file = f"{images.path}: " if isinstance(images, MappedImages) else ""
+            raise InputError(f"{file}images[{row}] has NaN or infinite pixels; fix or remove this image")
+    return batch
+
+
+def scale(image: np.ndarray) -> np.ndarray:
+    """Returns an image (height, width), of any real dtype, scaled to [0, 1] by its own minimum and maximum, in float32.
+
+    Computed in float64 unless it is float32 already, so that neither a large offset nor a range beyond float32 loses
+    precision. A constant image becomes 0; one with NaN or infinite pixels has NaN.
+    """
+    with np.errstate(invalid="ignore"):
+        image = image.astype(np.float32 if image.dtype == np.float32 else np.float64)
+        image /= 2  # so that its range is finite
+        image -= image.min()
+        image /= image.max() or 1
+        return image.astype(np.float32, copy=False)
+
+
+def check_pixels(images: np.ndarray | MappedImages) -> None:
+    """Reads all images with `read_rows`, which raises InputError for pixels that are not finite."""
+    if images.dtype.kind != "f":
+        return
+    count = max(1, CHUNK_BYTES // (math.prod(images.shape[1:]) * images.dtype.itemsize))
+    for start in range(0, len(images), count):
+        read_rows(images, slice(start, start + count))
+
+
+def _identity(file: IO[bytes]) -> tuple[int, ...]:
+    """Returns numbers that change when the file is replaced or written to."""
+    stat = os.fstat(file.fileno())
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _map_again(images: MappedImages, rows: np.ndarray) -> np.ndarray:
+    """Returns the images in a new map of the file, unless it has changed: reading a truncated file would be fatal."""
+    try:
+        with open(images.path, "rb") as file:
+            same = _identity(file) == images.identity
+            check(same, f"{images.path} has changed since it was opened (truncated or replaced); start again")
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise InputError(f"{images.path} cannot be read any more ({error.strerror}); start again") from error
+    row_bytes = math.prod(images.shape[1:]) * images.dtype.itemsize
+    for first in (images.offset + rows * row_bytes).tolist():  # read from the disk all at once, not page by page
+        page = first // mmap.PAGESIZE * mmap.PAGESIZE
+        pages.madvise(mmap.MADV_WILLNEED, page, first - page + row_bytes)
+    return np.ndarray(images.shape, images.dtype, pages, images.offset)
+
+
+def _all_finite(image: np.ndarray) -> bool:
+    """Returns whether all pixels are finite."""
+    if image.dtype == np.float16:  # NumPy's isfinite is slow for it; the exponent of infinity and NaN is all ones
+        return int((image.view(np.uint16) & 0x7C00).max()) < 0x7C00
+    return image.dtype.kind != "f" or bool(np.isfinite(image).all())

@@ -62,7 +62,7 @@ def _plateau(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
         atol=0.0,
         cooldown=0,
         accumulation_size=1,
-        min_scale=1e-8 / config.learning_rate,
+        min_scale=min(1.0, 1e-8 / config.learning_rate),
     )
 
 

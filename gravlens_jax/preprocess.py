@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.scipy.ndimage import map_coordinates
 
 from gravlens_jax.config import AugmentConfig, InputConfig
 from gravlens_jax.errors import check
@@ -19,11 +20,17 @@ def check_images(shape: tuple[int, ...], config: InputConfig) -> None:
     )
 
 
+def check_image_shape(shape: tuple[int, ...], expected: tuple[int, int], where: str) -> None:
+    """Raises InputError unless images have the (height, width) that a network was trained on."""
+    trained = f"the network was trained on {expected[0]} x {expected[1]}; give images of that size and pixel scale"
+    check(tuple(shape) == expected, f"{where}: {shape[0]} x {shape[1]} pixels, but {trained}")
+
+
 def to_unit(images: jax.Array) -> jax.Array:
     """Returns float32 images (n, height, width, 1), each scaled to [0, 1] by its own minimum and maximum.
 
     The public images were scaled so too, so that predictions do not depend on units or an offset. A constant image
-    becomes 0. `pixels.read_rows` has already done this, in float64, for more than 16 bits a pixel.
+    becomes 0. `npz.read_rows` has already done this, in float64, for more than 16 bits a pixel.
 
     Args:
       images: any real dtype, (n, height, width).
@@ -72,10 +79,8 @@ def rotate_and_shift(images: jax.Array, key: jax.Array, max_rotation: float, max
     def one(image, angle, shift):
         cos, sin = jnp.cos(angle), jnp.sin(angle)
         r, c = rows - shift[0] * height, columns - shift[1] * width
-        source_rows = jnp.round(cos * r - sin * c + (height - 1) / 2).astype(jnp.int32)
-        source_columns = jnp.round(sin * r + cos * c + (width - 1) / 2).astype(jnp.int32)
-        inside = (source_rows >= 0) & (source_rows < height) & (source_columns >= 0) & (source_columns < width)
-        return jnp.where(inside[..., None], image[source_rows % height, source_columns % width], 0)
+        places = [cos * r - sin * c + (height - 1) / 2, sin * r + cos * c + (width - 1) / 2]
+        return map_coordinates(image[..., 0], places, order=0, mode="constant", cval=0)[..., None]
 
     return jax.vmap(one)(images, angles, shifts)
 

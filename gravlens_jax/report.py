@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from gravlens_jax.checkpoint import Which
-from gravlens_jax.errors import check
+from gravlens_jax.config import Checkpoint
+from gravlens_jax.files import catch_write_errors, write_arrays, write_atomically
 from gravlens_jax.inference import outputs, saliency
 from gravlens_jax.metrics import calibration_error, evaluate, intervals, outlier_scores, roc_areas, softmax
-from gravlens_jax.npz import Dataset
-from gravlens_jax.pixels import read_rows
-from gravlens_jax.run_dir import write_arrays, write_atomically, writing
-from gravlens_jax.weights import Network
+from gravlens_jax.network import Network
+from gravlens_jax.npz import Dataset, read_rows
+from gravlens_jax.preprocess import check_image_shape
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito: safe for colour-blind eyes
 WRONG = "#C00000"  # of a wrong prediction
@@ -26,7 +25,7 @@ def evaluate_network(
     network: Network,
     dataset: Dataset,
     *,
-    checkpoint: Which = "best",
+    checkpoint: Checkpoint = "best",
     out: Path | None = None,
     tta: bool = False,
     history: Sequence[dict[str, Any]] = (),
@@ -64,7 +63,7 @@ def evaluate_network(
     correct = logits.argmax(1) == labels
     rows = np.concatenate([np.flatnonzero(correct & (labels == k))[:3] for k in range(len(model.classes))])
     arrays = {"logits": logits, "outlier": outlier, "labels": labels, "classes": np.array(model.classes)}
-    with writing(out):
+    with catch_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "metrics.json", json.dumps(values, indent=2) + "\n")
         write_arrays(out / "predictions.npz", arrays)
@@ -78,12 +77,6 @@ def evaluate_network(
             maps = saliency(model, variables, images)
             draw_saliency(out / "saliency.png", images, maps, labels[rows], model.classes)
     return values
-
-
-def check_image_shape(shape: tuple[int, ...], expected: tuple[int, int], where: str) -> None:
-    """Raises InputError unless images have the (height, width) that a network was trained on."""
-    trained = f"the network was trained on {expected[0]} x {expected[1]}; give images of that size and pixel scale"
-    check(tuple(shape) == expected, f"{where}: {shape[0]} x {shape[1]} pixels, but {trained}")
 
 
 def table(values: dict[str, Any], where: Path) -> str:
@@ -143,17 +136,17 @@ def draw_history(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 def draw_roc(path: Path, logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> None:
     """One ROC curve for each class against the rest."""
-    from sklearn.metrics import roc_curve
+    from sklearn.metrics import RocCurveDisplay
 
     figure = new_figure(4.2, 4)
     axes = figure.subplots()
     probabilities = softmax(logits)
     for k, area in enumerate(roc_areas(probabilities, labels)):
         if not np.isnan(area):
-            false, true, _ = roc_curve(labels == k, probabilities[:, k])
-            axes.plot(false, true, color=COLOURS[k % len(COLOURS)], label=f"{classes[k]}: AUC {area:.3f}")
+            style = {"color": COLOURS[k % len(COLOURS)], "label": f"{classes[k]}: AUC {area:.3f}"}
+            RocCurveDisplay.from_predictions(labels == k, probabilities[:, k], ax=axes, curve_kwargs=style)
     axes.plot([0, 1], [0, 1], ":", color="0.6", label="chance")
-    axes.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{len(labels):,} images", aspect="equal")
+    axes.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{len(labels):,} images")
     axes.legend(loc="lower right", frameon=False)
     axes.grid(alpha=0.3)
     save_figure(figure, path)
@@ -161,20 +154,17 @@ def draw_roc(path: Path, logits: np.ndarray, labels: np.ndarray, classes: tuple[
 
 def draw_confusion(path: Path, values: dict[str, Any]) -> None:
     """The confusion matrix of `metrics.evaluate`: counts, and colours by the fraction of the true class."""
-    counts, classes = np.array(values["confusion"]), values["classes"]
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    counts = np.array(values["confusion"])
     fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     figure = new_figure(4.2, 3.8)
     axes = figure.subplots()
-    shown = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), count in np.ndenumerate(counts):
-        fraction = fractions[row, column]
-        colour = "white" if fraction > 0.6 else "black"
-        share = f"{fraction:.1%}" if counts[row].any() else "no images"
-        axes.text(column, row, f"{count:,}\n{share}", ha="center", va="center", color=colour)
-    ticks = range(len(classes))
-    axes.set(xticks=ticks, yticks=ticks, xticklabels=classes, yticklabels=classes, xlabel="predicted", ylabel="true")
-    axes.set_title(f"accuracy {values['accuracy']:.1%}")
-    figure.colorbar(shown, ax=axes, label="fraction of the true class", shrink=0.85)
+    shown = ConfusionMatrixDisplay(fractions, display_labels=values["classes"]).plot(cmap="Blues", ax=axes)
+    for (row, column), text in np.ndenumerate(shown.text_):
+        fraction = f"{fractions[row, column]:.1%}" if counts[row].any() else "no images"
+        text.set_text(f"{counts[row, column]:,}\n{fraction}")
+    axes.set(xlabel="predicted", ylabel="true", title=f"accuracy {values['accuracy']:.1%}")
     save_figure(figure, path)
 
 

@@ -3,7 +3,6 @@
 Every process runs the same program on batches of the same order, and reads only its own rows of each.
 """
 
-import os
 from typing import Any
 
 import jax
@@ -14,22 +13,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from gravlens_jax.errors import InputError, check
 
 DEAD_SECONDS = 60  # a process without a heartbeat for so long is considered dead, and the others end
-EXPLICIT = "give --coordinator HOST:PORT --num-processes N --process-id I"
 
 
 def join_processes(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Joins the processes of one run; does nothing if this is the only one. Call it before anything touches a device.
+    """Joins the processes of one run, if there are several. Call it before anything touches a device.
 
     Args:
-      coordinator: HOST:PORT of process 0; or "auto" for what JAX knows of the cluster (SLURM, Open MPI, Cloud TPU,
-        Kubernetes), the default for several SLURM or Open MPI tasks or TPU workers.
+      coordinator: HOST:PORT of process 0; or "auto" to let JAX detect the cluster (SLURM, Open MPI, Cloud TPU,
+        Kubernetes); None for a single process.
       num_processes: of the run; with HOST:PORT only.
       process_id: 0, 1, ... of this one; with HOST:PORT only.
 
     Raises:
-      InputError: arguments that do not belong together, or an incomplete or unknown cluster.
+      InputError: arguments that do not belong together, or JAX detects no complete cluster.
     """
     given = coordinator not in (None, "auto")
     check(
@@ -51,31 +49,14 @@ def join_processes(
             heartbeat_timeout_seconds=DEAD_SECONDS,
             cluster_detection_method="deactivate",
         )
-    elif cause := "--coordinator auto" if coordinator else _find_cluster():
-        _join_cluster(cause)
-
-
-def _find_cluster() -> str | None:
-    """Returns the environment variable, NAME=VALUE, that tells of several processes; None for a single one."""
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-        tasks = os.environ.get(name) or "1"
-        check(tasks.isdecimal(), f"{name}={tasks}: expected a number of processes; unset {name}, or {EXPLICIT}")
-        if int(tasks) > 1:
-            return f"{name}={tasks}"
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return f"TPU_WORKER_HOSTNAMES={hosts}" if "," in hosts else None
-
-
-def _join_cluster(cause: str) -> None:
-    """Joins the processes that JAX detects; InputError that names `cause`, why it should, if it cannot."""
-    try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=DEAD_SECONDS)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # what JAX raises for missing or bad variables
-        if jax.distributed.is_initialized():  # complete, but a process cannot be reached
-            raise
-        name, alone = cause.partition("=")[0], "if this is the only process"
-        undo = f"leave it out {alone}" if cause.startswith("--") else f"unset {name} {alone}"
-        raise InputError(f"{cause}: JAX detects no complete cluster ({error}); {undo}, or {EXPLICIT}") from error
+    elif coordinator is not None:
+        try:
+            jax.distributed.initialize(heartbeat_timeout_seconds=DEAD_SECONDS)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:  # JAX raises these for an incomplete cluster
+            if jax.distributed.is_initialized():  # complete, but a process cannot be reached
+                raise
+            explicit = "leave it out for a single process, or give HOST:PORT, --num-processes and --process-id"
+            raise InputError(f"--coordinator auto: JAX detects no complete cluster ({error}); {explicit}") from error
 
 
 def data_mesh(devices: int | None = None) -> Mesh:
@@ -101,12 +82,12 @@ def is_main() -> bool:
 
 
 def wait_for_all(where: str) -> None:
-    """Returns when every process has come here; `where` is in words, the same in all."""
+    """Waits until every process has called it; `where` is in words, the same in all."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
 
-def agree(value: int) -> int:
+def max_over_processes(value: int) -> int:
     """Returns the largest of the values that the processes give; all must call, at the same point."""
     if jax.process_count() == 1:
         return value
@@ -114,14 +95,15 @@ def agree(value: int) -> int:
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns a batch on the devices, split evenly, from each process's share of it: new arrays, which JAX may keep."""
+    """Returns a batch on the devices, split evenly, from each process's share of it (new arrays: JAX may keep them)."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
 def shard_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
     """Returns the rows (steps, batch) of many batches on the devices, the second axis split evenly."""
-    return jax.device_put(rows, NamedSharding(mesh, PartitionSpec(None, "data")))
+    sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
+    return jax.make_array_from_process_local_data(sharding, local_rows(rows), rows.shape)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
@@ -131,5 +113,10 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Returns the tree of arrays, the same in every process, with a copy on every device."""
-    return jax.device_put(jax.tree.map(np.asarray, tree), replicated(mesh))
+    """Returns the tree of arrays, which must be the same in every process, with a copy on every device."""
+
+    def copy(x):  # `jax.device_put` would gather and compare the arrays of all processes
+        x = np.asarray(x)
+        return jax.make_array_from_process_local_data(replicated(mesh), x, x.shape)
+
+    return jax.tree.map(copy, tree)

@@ -1,15 +1,13 @@
 """The training state and the steps that change it. Pure functions; `training` jits them."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from gravlens_jax.config import Config, OptimConfig
-from gravlens_jax.model import AFTER_FEATURES, FEATURES, ResNet, forward
+from gravlens_jax.model import ResNet
 from gravlens_jax.optim import init_plateau, update_plateau
 from gravlens_jax.preprocess import augment, augment_vectors, cell_means, prepare, to_unit
 
@@ -19,9 +17,7 @@ Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]  # over images: loss float32, correct int32, count int32; over steps: gradient float32
 
 DEFLECTION_UNIT = 0.03  # arcsec, of the auxiliary head's output; about the deflection by the heaviest subhalos
-VISIBLE = 0.05  # mean pixel of a cell, of images in [0, 1], from which on its deflection counts in full
-
-ADVICE = "saved checkpoints are intact; start again with a lower learning rate"
+VISIBLE = 0.05  # cells at least this bright (mean pixel, of images in [0, 1]) get full weight
 
 
 class TrainState(NamedTuple):
@@ -44,11 +40,6 @@ def zero_sums() -> Sums:
         "count": jnp.zeros((), jnp.int32),
         "gradient": jnp.zeros((), jnp.float32),
     }
-
-
-def mean_metrics(sums: dict[str, Any]) -> tuple[float, float]:
-    """Returns the mean loss and the accuracy."""
-    return float(sums["loss"]) / float(sums["count"]), float(sums["correct"]) / float(sums["count"])
 
 
 def init_state(
@@ -88,7 +79,7 @@ def train_step(
     tx: optax.GradientTransformation,
     config: Config,
 ) -> tuple[TrainState, Sums]:
-    """Returns the state after one optimizer update on `batch`, and a copy of its sums, which stays when it is donated.
+    """Returns the state after one optimizer update on `batch`, and a copy of the sums that survives donation.
 
     The sums are those of the network before the update. Augmentation is a function of (config.seed, state.step). If the
     state has an auxiliary head, it predicts the batch's deflections from the last feature map, and the mean squared
@@ -102,12 +93,12 @@ def train_step(
     def loss_fn(trained):
         params, head = trained
         variables = {"params": params, "batch_stats": state.batch_stats}
-        features, updated = model.apply(variables, x, train=True, parts=FEATURES, mutable=["batch_stats"])
-        sums = _batch_sums(forward(model, variables, features, AFTER_FEATURES), labels, jnp.ones(labels.shape, bool))
+        (logits, feature_maps), updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
+        sums = _batch_sums(logits, labels, jnp.ones(labels.shape, bool))
         loss = sums["loss"] / labels.shape[0]
         if head:
             deflections = augment_vectors(batch["deflections"] / DEFLECTION_UNIT, key, config.augment)
-            predicted = features.astype(jnp.float32) @ head["kernel"] + head["bias"][None, None, None]
+            predicted = feature_maps[-1].astype(jnp.float32) @ head["kernel"] + head["bias"][None, None, None]
             visible = jnp.minimum(1, cell_means(images, model.input) / VISIBLE)
             loss += config.deflection_weight * jnp.mean(visible * (predicted - deflections) ** 2)
         return loss, (sums, updated["batch_stats"])
@@ -145,7 +136,7 @@ def train_steps(state: TrainState, batch: Batch, **options: Any) -> tuple[TrainS
 def eval_step(state: TrainState, batch: Batch, *, model: ResNet) -> Sums:
     """Returns loss, correct and count of the examples that batch["mask"], bool (batch,), marks."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    logits = forward(model, variables, prepare(to_unit(batch["images"]), model.input))
+    logits, _ = model.apply(variables, prepare(to_unit(batch["images"]), model.input))
     return _batch_sums(logits, batch["labels"], batch["mask"])
 
 
@@ -154,21 +145,3 @@ def end_epoch(state: TrainState, val_loss: jax.Array | None, *, config: OptimCon
     if val_loss is not None:
         state = state._replace(plateau=update_plateau(state.plateau, val_loss, config))
     return state._replace(sums=zero_sums())
-
-
-def check_finite(loss: float, name: str, step: int) -> None:
-    """Raises FloatingPointError unless the loss is finite."""
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"{name} is {loss} at step {step}; {ADVICE}")
-
-
-def check_alive(state: TrainState) -> None:
-    """Raises FloatingPointError if a parameter is not finite, or no gradient reached the first layer in this epoch.
-
-    The loss alone does not show it: compiled CPU programs may drop NaN, and the loss of a dead network is ln(classes).
-    """
-    for path, array in jax.tree.leaves_with_path({"params": state.params, "batch_stats": state.batch_stats}):
-        if not np.isfinite(np.asarray(array)).all():
-            raise FloatingPointError(f"{jax.tree_util.keystr(path)} is not finite at step {int(state.step)}; {ADVICE}")
-    if int(state.sums["count"]) and not float(state.sums["gradient"]) > 0:
-        raise FloatingPointError(f"all gradients of the epoch are 0 at step {int(state.step)}: dead network; {ADVICE}")

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import jax
 import tyro
+from gravlens_jax.run_dir import check_folder
 
 from bench.accelerator import measure_accelerator
 from bench.accuracy import HEADER as ACCURACY_HEADER
@@ -24,7 +25,6 @@ from bench.topology import HEADER, compile_for, line, programs, topology_mesh
 from gravlens_jax import cli
 from gravlens_jax.config import PRESETS, Config, ModelConfig
 from gravlens_jax.errors import check, check_installed
-from gravlens_jax.run_dir import check_folder
 from gravlens_jax.sharding import is_main, join_processes
 
 

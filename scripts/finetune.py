@@ -4,36 +4,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import jax
-import jax.numpy as jnp
 import tyro
 
 from gravlens_jax import cli
 from gravlens_jax.config import Config, OptimConfig
 from gravlens_jax.errors import check
+from gravlens_jax.files import check_folder
 from gravlens_jax.folders import list_classes, load_labelled
-from gravlens_jax.loader import FileSource
-from gravlens_jax.npz import Dataset, open_npz
-from gravlens_jax.optim import make_optimizer
-from gravlens_jax.pixels import check_pixels
-from gravlens_jax.preprocess import check_images
-from gravlens_jax.sharding import data_mesh, replicated
-from gravlens_jax.train_step import check_alive, init_state, mean_metrics, train_step, zero_sums
-from gravlens_jax.weights import (
-    Network,
-    calibrate,
-    calibrated,
-    check_output,
-    describe,
-    load_network,
-    write_network,
-)
+from gravlens_jax.metrics import check_state, mean_metrics
+from gravlens_jax.npz import Dataset, check_pixels
+
+if TYPE_CHECKING:
+    from gravlens_jax.network import Network
 
 
 def finetune(
-    network: Network,
+    network: "Network",
     dataset: Dataset,
     *,
     crop: int | None = None,
@@ -43,7 +31,7 @@ def finetune(
     batch_size: int = 32,
     seed: int = 0,
     show: Callable[[str], None] = print,
-) -> Network:
+) -> "Network":
     """Returns a network for the classes of a data set, trained from the parameters of `network` and a new head.
 
     Args:
@@ -60,6 +48,16 @@ def finetune(
       InputError: images smaller than the crop, NaN or infinite pixels, fewer than two classes, or a bad option.
       FloatingPointError: a parameter is not finite, or the network no longer learns (no gradient).
     """
+    import jax
+    import jax.numpy as jnp
+
+    from gravlens_jax.loader import FileData
+    from gravlens_jax.network import Network, calibrate, calibrated
+    from gravlens_jax.optim import make_optimizer
+    from gravlens_jax.preprocess import check_images
+    from gravlens_jax.sharding import data_mesh, replicated
+    from gravlens_jax.train_step import init_state, train_step, zero_sums
+
     given: dict[str, Any] = {name: x for name, x in (("crop", crop), ("pool", pool)) if x is not None}
     model = network.model.clone(classes=dataset.classes, input=replace(network.model.input, **given))
     check(epochs >= 1 and batch_size >= 1, f"epochs={epochs}, batch_size={batch_size}: both must be at least 1")
@@ -68,7 +66,7 @@ def finetune(
     check_pixels(dataset.images)
     batch_size = min(batch_size, dataset.size)
     steps = dataset.size // batch_size
-    config = OptimConfig(learning_rate=learning_rate, warmup_steps=steps)
+    config = OptimConfig(learning_rate=learning_rate, warmup_steps=min(steps, epochs * steps // 5))
     tx = make_optimizer(config, epochs * steps)
     mesh = data_mesh(1)
     jit = partial(jax.jit, out_shardings=replicated(mesh))
@@ -78,12 +76,12 @@ def finetune(
     state = state._replace(params={**old["params"], "head": state.params["head"]}, batch_stats=old["batch_stats"])
     step = partial(train_step, model=model, tx=tx, config=Config(seed=seed))
     step_fn, zero_fn = jit(step, donate_argnums=0), jit(zero_sums)
-    source = FileSource(dataset, batch_size, seed, mesh)
+    data = FileData(dataset, batch_size, seed, mesh)
     for epoch in range(epochs):
         state = state._replace(sums=zero_fn())
-        for _, batch in source.batches(epoch):
+        for _, batch in data.batches(epoch):
             state, _ = step_fn(state, batch)
-        check_alive(state)
+        check_state(state)
         loss, accuracy = mean_metrics(state.sums)
         show(f"epoch {epoch + 1}/{epochs}: train loss {loss:.3f} acc {accuracy:.3f}")
     variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -93,7 +91,7 @@ def finetune(
 
 
 def main(
-    run: cli.Source,
+    run: cli.Run,
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")],
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     classes: str | None = None,
@@ -111,10 +109,10 @@ def main(
       python scripts/finetune.py pretrained small_images mine.npz --input.crop 64 --input.pool 1
 
     Args:
-        data: .npz made by pack.py, or a folder with one folder of .npy images for each class.
-        out: .npz to write, which evaluate.py and predict.py accept in place of a run, or another format of export.py.
+        data: .npz, or a folder with one folder of images for each class.
+        out: .npz to write, which evaluate.py, predict.py and export.py accept in place of a run.
         classes: names, separated by commas, in the order of the network's outputs; by default those of DATA. Give
-            name=folder where the network is to call a class by another name than DATA.
+            name=name in DATA where they are to differ.
         crop: central pixels kept, height and width; by default as in RUN.
         pool: side of the pixel blocks that are averaged; by default as in RUN.
         epochs: passes over the images.
@@ -123,13 +121,16 @@ def main(
         seed: of the new head, the order and the flips.
     """
     cli.set_environment()
-    check_output(out)
-    found = list_classes(data) if data.is_dir() else open_npz(data).classes
+    from gravlens_jax.network import describe, load_network, write_network
+
+    check(out.suffix == ".npz", f"{out}: expected a name that ends in .npz; export.py writes other formats")
+    check_folder(out)
+    found = list_classes(data)
     names = cli.parse_classes(classes) if classes else dict(zip(found, found, strict=True))
-    theirs = tuple(names.values())
-    right = set(theirs) <= set(found) if data.is_dir() else sorted(theirs) == sorted(found)
+    chosen = tuple(names.values())
+    right = set(chosen) <= set(found) if data.is_dir() else not found or sorted(chosen) == sorted(found)
     check(right, f"--classes {classes}: {data} has the classes {', '.join(found)}; expected these names")
-    dataset = load_labelled(data, theirs)._replace(classes=tuple(names))
+    dataset = load_labelled(data, names, chosen)
     options: dict[str, Any] = {"crop": crop, "pool": pool, "epochs": epochs, "learning_rate": learning_rate}
     options |= {"batch_size": batch_size, "seed": seed}
     cli.use_compile_cache()

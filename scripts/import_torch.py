@@ -8,11 +8,9 @@ import numpy as np
 import tyro
 
 from gravlens_jax import cli
-from gravlens_jax.checkpoint import save_variables
 from gravlens_jax.config import PRESETS, Config, ModelConfig
 from gravlens_jax.errors import InputError, check, check_installed
 from gravlens_jax.npz import load_arrays
-from gravlens_jax.run_dir import RunInfo, check_unused, create_run
 
 
 def load_state_dict(path: Path) -> dict[str, np.ndarray]:
@@ -49,15 +47,15 @@ def to_variables(state_dict: dict[str, np.ndarray], depth: int, order: list[int]
 
     layers = {"conv0": "conv0", "norm0": "bn0"}
     for stage, block, i in product((1, 2, 3), range((depth - 2) // 6), (1, 2)):
-        ours, theirs = f"stage{stage}_block{block + 1}", f"block{stage}.{block}.features"
-        layers |= {f"{ours}_conv{i}": f"{theirs}.conv_{i}", f"{ours}_norm{i}": f"{theirs}.bn_{i}"}
+        flax, torch = f"stage{stage}_block{block + 1}", f"block{stage}.{block}.features"
+        layers |= {f"{flax}_conv{i}": f"{torch}.conv_{i}", f"{flax}_norm{i}": f"{torch}.bn_{i}"}
     params, batch_stats = {}, {}
-    for ours, theirs in layers.items():
-        if "conv" in ours:
-            params[ours] = {"kernel": take(f"{theirs}.weight").transpose(2, 3, 1, 0)}
+    for flax, torch in layers.items():
+        if "conv" in flax:
+            params[flax] = {"kernel": take(f"{torch}.weight").transpose(2, 3, 1, 0)}
         else:
-            params[ours] = {"scale": take(f"{theirs}.weight"), "bias": take(f"{theirs}.bias")}
-            batch_stats[ours] = {"mean": take(f"{theirs}.running_mean"), "var": take(f"{theirs}.running_var")}
+            params[flax] = {"scale": take(f"{torch}.weight"), "bias": take(f"{torch}.bias")}
+            batch_stats[flax] = {"mean": take(f"{torch}.running_mean"), "var": take(f"{torch}.running_var")}
     weight, bias = take("linear.weight"), take("linear.bias")
     check(len(bias) == len(order), f"the head has {len(bias)} classes, --classes names {len(order)}")
     params["head"] = {"kernel": weight[order].T, "bias": bias[order]}
@@ -82,8 +80,11 @@ def main(
         depth: 6n + 2 layers; GravLensNet's published run has 32, its first one 20.
         classes: names of its outputs, in their order; the run has them in alphabetical order.
     """
+    from gravlens_jax.checkpoint import save_variables
+    from gravlens_jax.run_files import RunInfo, check_unused, create_run
+
     check_unused(run)
-    names = cli.split_names(classes)
+    names = tuple(cli.parse_classes(classes))
     ordered = tuple(sorted(names))
     published = PRESETS["published"].input
     config = Config(run_dir=str(run), input=published, model=ModelConfig(depth=depth))

@@ -9,9 +9,7 @@ import tyro
 
 from gravlens_jax import cli
 from gravlens_jax.errors import InputError, check
-from gravlens_jax.report import COLOURS, new_figure, save_figure
-from gravlens_jax.run_dir import check_folder, read_config, read_history
-from gravlens_jax.weights import read_file, resolve
+from gravlens_jax.files import check_folder
 
 # Validation accuracy of GravLensNet's published run after each of its epochs of 30,000 real images, from the record in
 # its repository, https://github.com/harish-jhr/GravLensNet.
@@ -21,9 +19,15 @@ GRAVLENSNET = (
 )
 
 
-def load_history(source: str | Path) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl, with `image_steps` added, of a `load_network` source; InputError if none."""
-    path = resolve(source)
+def load_history(run: str | Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl, with `image_steps` (steps times batch size) added; InputError if none.
+
+    `run` is as in `load_network`.
+    """
+    from gravlens_jax.network import find_network, read_file
+    from gravlens_jax.run_files import read_config, read_history
+
+    path = find_network(run)
     if path.suffix == ".npz":
         about, _ = read_file(path)
     else:
@@ -49,6 +53,8 @@ def draw_learning_curves(path: Path, histories: dict[str, list[dict]]) -> None:
       path: where to write the PNG.
       histories: name -> lines as in metrics.jsonl.
     """
+    from gravlens_jax.report import COLOURS, new_figure, save_figure
+
     figure = new_figure(6.5, 4, dpi=100)
     axes = figure.subplots()
     ends = []

@@ -10,19 +10,18 @@ import shutil
 from collections.abc import Callable, Iterator
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import IO, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
 
-from gravlens_jax import cli
+from gravlens_jax import cli, npz
 from gravlens_jax.config import CLASSES
-from gravlens_jax.console import track
 from gravlens_jax.errors import InputError, check
-from gravlens_jax.folders import Classes, list_folder, named, names_in_data, open_images
-from gravlens_jax.npz import unpack_npz, write_npz
-from gravlens_jax.pixels import as_stack, read_rows, scale
-from gravlens_jax.run_dir import temporary_name
+from gravlens_jax.files import temporary_name
+from gravlens_jax.folders import Classes, find_names, list_folder, named, open_images
+from gravlens_jax.npz import read_rows, scale, write_npz
+from gravlens_jax.progress import show_progress
 
 # All that NumPy writes for [image, mass], and Python for bytes in protocol 2; NumPy 1 names numpy._core numpy.core.
 FUNCTIONS = {"dtype": "numpy", "ndarray": "numpy", "encode": "_codecs"}
@@ -31,6 +30,7 @@ OPCODES = re.compile(
     "PROTO|FRAME|STOP|(STACK_)?GLOBAL|REDUCE|BUILD|MARK|NONE|NEWTRUE|NEWFALSE|BININT[12]?|BINFLOAT|BINGET|BINPUT|"
     "MEMOIZE|(SHORT_)?BIN(STRING|BYTES|UNICODE)|EMPTY_LIST|APPENDS?|(EMPTY_)?TUPLE|TUPLE[123]"
 )
+DEFAULT_CLASSES = {name: name for name in CLASSES}
 MAX_OPCODES = 200  # NumPy writes about 100
 
 
@@ -124,7 +124,7 @@ def open_file(path: Path) -> tuple[np.ndarray, float]:
             raise
     try:
         image, mass = read_pair(data)
-        images = image.reshape(as_stack(image.shape, str(path)))
+        images = image.reshape(npz.as_stack(image.shape, str(path)))
         check(len(images) == 1, f"{len(images)} images")
         return images, mass
     except Exception as error:  # damaged pickles fail in many ways
@@ -147,7 +147,7 @@ def list_images(folder: Path, classes: Classes, shape: tuple[int, ...] | None = 
     """Finds the images of `folder/<class>/` and checks their headers and, if given, their shape (height, width)."""
     places: list[tuple[Path, int | None]] = []
     labels, masses = [], []
-    for file, label in zip(*list_folder(folder, classes), strict=True):
+    for file, label in zip(*list_folder(folder, tuple(classes.values())), strict=True):
         images, mass = open_file(file)
         n, height, width = images.shape
         shape = shape or (height, width)
@@ -178,7 +178,7 @@ def find_folders(source: Path, classes: Classes, val_fraction: float | None) -> 
     if val_fraction is not None:
         check("val" not in folders, f"{source / 'val'} exists and is the validation split; leave --val-fraction out")
         return folders or {"train": source}
-    first = next(iter(names_in_data(classes)))
+    first = next(iter(classes.values()))
     expected = f"expected {source}/train/{first}/1.npy and so on, or {source}/{first}/1.npy and --val-fraction 0.2"
     check(bool(folders), f"{source}: has neither train/ nor val/; {expected}")
     return folders
@@ -188,7 +188,7 @@ def pack(
     source: Path,
     out: Path,
     dtype: str = "float32",
-    classes: Classes = CLASSES,
+    classes: Classes = DEFAULT_CLASSES,
     test_fraction: float = 0.5,
     seed: int = 0,
     val_fraction: float | None = None,
@@ -202,7 +202,7 @@ def pack(
       source: holds train/, val/, or both; or, with `val_fraction`, a folder for each class.
       out: folder of the .npz files; existing ones are refused.
       dtype: "float32" or "float16", of the stored images.
-      classes: names in the order of the labels, or name -> name of its folder.
+      classes: name -> name of its folder, in the order of the labels.
       test_fraction: of val that becomes test, in [0, 1).
       seed: of the splits.
       val_fraction: of train, or of `source` without train, that becomes val, in (0, 1); an error if there is val.
@@ -243,7 +243,7 @@ def write_splits(
             files = [f.relative_to(source).as_posix() + ("" if i is None else f"[{i}]") for f, i in images.places]
             info = {"source": source.name, "files": files, "split": split}
             masses = {} if np.isnan(images.masses).all() else {"mass": images.masses}
-            chunks, shape = track(read_scaled(images.places), name, len(files)), (len(files), *images.shape)
+            chunks, shape = show_progress(read_scaled(images.places), name, len(files)), (len(files), *images.shape)
             write_npz(temporary / f"{name}.npz", chunks, shape, dtype, images.labels, classes, info, masses)
         for name in splits:
             os.replace(temporary / f"{name}.npz", out / f"{name}.npz")
@@ -259,6 +259,50 @@ def read_scaled(places: list[tuple[Path, int | None]]) -> Iterator[np.ndarray]:
             with named(file):
                 (image,) = read_rows(images, np.array([row or 0]))
             yield scale(image)[None]
+
+
+def convert(path: Path, out: Path, classes: Classes | None = None) -> None:
+    """Copies an .npz from elsewhere to the new file `out`, uncompressed and with the names of its classes.
+
+    Args:
+      path: see `folders.load_npz`; of any size.
+      out: the copy.
+      classes: names of labels 0, 1, ... if the file does not name them itself; or name -> name in the file, to rename.
+    """
+    check(not out.exists(), f"{out} exists; give the name of a new file")
+    with npz.open_archive(path) as (archive, members):
+        images, labels = find_names(path, members, need_labels=False)
+        arrays = npz.read_members(archive, members, {labels: "ui", "classes": "U"})
+        names = tuple(arrays["classes"].ravel().tolist()) if "classes" in arrays else None
+        if names and classes:
+            new = {in_data: name for name, in_data in classes.items()}
+            renamed = new.keys() == set(names) and any(old != name for old, name in new.items())
+            text = f"{path} names its classes {', '.join(names)}; leave --classes {','.join(new)} out, or rename each"
+            check(renamed or tuple(new) == names, text)
+            names = tuple(new[name] for name in names)
+        names = names or tuple(classes or ())
+        unnamed = f"{path} does not name its classes; give --classes with the names of labels 0, 1, ... in this order"
+        check(bool(names) or labels not in arrays, unnamed)
+        with archive.open(members[images]) as member:
+            header = npz.read_image_header(member, members[images].file_size, f"{path}: {images}")
+        check(not header.fortran_order, f"{path}: {images} is in Fortran order, expected C order")
+        known = npz.check_labels(arrays[labels], header.shape[0], names, path) if labels in arrays else None
+        with archive.open(members[images]) as member:
+            member.read(header.offset)
+            chunks = read_chunks(member, header.shape, header.dtype)
+            write_npz(out, chunks, header.shape, header.dtype, known, names, {"source": path.name})
+
+
+def read_chunks(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
+    """Yields arrays of a few images each, of images (n, height, width) that follow in a file."""
+    image_bytes = math.prod(shape[1:]) * dtype.itemsize
+    check(
+        image_bytes <= npz.CHUNK_BYTES, f"images have {image_bytes:,} bytes each, expected at most {npz.CHUNK_BYTES:,}"
+    )
+    rows = npz.CHUNK_BYTES // image_bytes
+    for start in range(0, shape[0], rows):
+        count = min(rows, shape[0] - start)
+        yield np.frombuffer(file.read(count * image_bytes), dtype).reshape(count, *shape[1:])
 
 
 def main(
@@ -295,9 +339,10 @@ def main(
     names = cli.parse_classes(classes) if classes else None
     if source.suffix.lower() == ".npz":
         check(val_fraction is None, f"{source} is copied to one file; leave --val-fraction out")
-        print(unpack_npz(source, out, names))
+        convert(source, out, names)
+        print(out)
     else:
-        counts = pack(source, out, dtype, names or CLASSES, test_fraction, seed, val_fraction)
+        counts = pack(source, out, dtype, names or DEFAULT_CLASSES, test_fraction, seed, val_fraction)
         print(f"{out}: " + ", ".join(f"{split}.npz {n:,} images" for split, n in counts.items()))
 
 

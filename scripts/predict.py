@@ -5,25 +5,26 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import tyro
 
 from gravlens_jax import cli
 from gravlens_jax.errors import InputError, check
-from gravlens_jax.folders import SUFFIXES, named, open_images, show_unread
-from gravlens_jax.inference import predict
-from gravlens_jax.npz import is_copy, is_visible, open_npz
-from gravlens_jax.pixels import read_rows
-from gravlens_jax.report import check_image_shape
-from gravlens_jax.weights import Network, load_network
+from gravlens_jax.files import is_visible
+from gravlens_jax.folders import SUFFIXES, load_npz, named, open_images, show_unread
+from gravlens_jax.npz import MappedImages, read_rows
 
-FILES = (*SUFFIXES, ".npz")
+if TYPE_CHECKING:
+    from gravlens_jax.network import Network
+
+IMAGE_SUFFIXES = (*SUFFIXES, ".npz")
+BATCH = 128  # images that are read and predicted together
 
 
 def predict_files(
-    network: Network, files: Iterable[Path], tta: bool = False, skip_bad: bool = False
+    network: "Network", files: Iterable[Path], tta: bool = False, skip_bad: bool = False
 ) -> Iterator[tuple[str, tuple[np.ndarray, float] | InputError]]:
     """Yields (name, (probabilities (classes,), outlier score)) for each image, and (file, error) for what is unusable.
 
@@ -33,25 +34,30 @@ def predict_files(
       tta: average over mirror images: see `predict_logits`.
       skip_bad: whether an image with bad pixels is left out alone, instead of its file.
     """
-    model, variables = network
+    from gravlens_jax.inference import predict
+    from gravlens_jax.preprocess import check_image_shape
+
     for path in files:
         try:
             with named(path):
-                images = open_npz(path, need_labels=False).images if _is_npz(path) else open_images(path)
+                images = load_npz(path, need_labels=False).images if _is_npz(path) else open_images(path)
                 check_image_shape(images.shape[1:], network.image_shape, str(path))
                 bad = find_bad(path, images) if skip_bad else {}
-                good = [row for row in range(len(images)) if row not in bad]
-                used = images[good] if bad else images
-                results = predict(model, variables, used, tta=tta, return_outlier=True)
+                good = np.setdiff1d(np.arange(len(images)), list(bad))
+                results = []
+                for start in range(0, len(good), BATCH):
+                    batch = read_rows(images, good[start : start + BATCH])
+                    results += zip(*predict(*network, batch, BATCH, tta, return_outlier=True), strict=True)
         except InputError as error:
             yield str(path), error
             continue
         yield from ((str(path), error) for error in bad.values())
-        for row, own, outlier in zip(good, *results, strict=True):
-            yield f"{path}[{row}]" if _is_npz(path) or len(images) > 1 else str(path), (own, float(outlier))
+        for row, (probabilities, outlier) in zip(good, results, strict=True):
+            name = f"{path}[{row}]" if _is_npz(path) or len(images) > 1 else str(path)
+            yield name, (probabilities, float(outlier))
 
 
-def find_bad(path: Path, images: np.ndarray) -> dict[int, InputError]:
+def find_bad(path: Path, images: np.ndarray | MappedImages) -> dict[int, InputError]:
     """Returns the images of a file that `read_rows` refuses: row -> error."""
     bad = {}
     for row in range(len(images)):
@@ -66,18 +72,18 @@ def find_bad(path: Path, images: np.ndarray) -> dict[int, InputError]:
 def find_images(paths: Iterable[Path]) -> list[Path]:
     """Returns the files of images among the paths and in folders among them, also linked ones; names others on stderr.
 
-    Hidden files, and copies that `open_npz` made, are ignored in folders.
+    Hidden files are ignored in folders.
     """
     files, unread = [], []
     for path in paths:
         check(path.exists(), f"{path}: no such file or folder")
         if not path.is_dir():
-            check(_is_image(path), f"{path}: expected a file that ends in {', '.join(FILES)} or a folder")
+            check(_is_image(path), f"{path}: expected a file that ends in {', '.join(IMAGE_SUFFIXES)} or a folder")
             files.append(path)
             continue
-        visible = sorted(file for file in _walk(path) if not is_copy(file))
+        visible = sorted(_walk(path))
         found = [file for file in visible if _is_image(file)]
-        check(bool(found), f"{path}: contains no files that end in {', '.join(FILES)}")
+        check(bool(found), f"{path}: contains no files that end in {', '.join(IMAGE_SUFFIXES)}")
         files += found
         unread += [file for file in visible if not _is_image(file)]
     show_unread(unread)
@@ -102,7 +108,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    return path.name.lower().endswith(FILES)
+    return path.name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _is_npz(path: Path) -> bool:
@@ -110,7 +116,7 @@ def _is_npz(path: Path) -> bool:
 
 
 def main(
-    run: cli.Source,
+    run: cli.Run,
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH...")],
     tta: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     skip_bad: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
@@ -129,6 +135,8 @@ def main(
         tta: average the logits over each image and its three mirror images.
         skip_bad: leave out files, and single images, that cannot be used, name them, and exit with status 3.
     """
+    from gravlens_jax.network import load_network
+
     check(bool(paths), "no PATH given; name at least one file of images or folder of them")
     network = load_network(run)
     classes, errors, scores = network.model.classes, [], []

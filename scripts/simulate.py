@@ -6,23 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from gravlens_jax import cli
-from gravlens_jax.config import CLASSES, FILES, PriorPreset, SimulationConfig
-from gravlens_jax.console import track
-from gravlens_jax.datasets import simulate_dataset
+from gravlens_jax.config import CLASSES, SPLITS, PriorPreset, SimulationConfig
 from gravlens_jax.errors import check
-from gravlens_jax.inference import predict
-from gravlens_jax.lensing.images import lens_key, simulate_images
-from gravlens_jax.lensing.priors import PRESETS, Priors
-from gravlens_jax.lensing.profiles import pixel_grid
-from gravlens_jax.lensing.render import deflect_substructure, sample_lens
-from gravlens_jax.report import WRONG, new_figure, save_figure
-from gravlens_jax.run_dir import check_folder
-from gravlens_jax.weights import load_pretrained
+from gravlens_jax.files import check_folder
+from gravlens_jax.lensing.priors import PRIORS, Priors
+from gravlens_jax.progress import show_progress
 
 DEFAULT = SimulationConfig()
 
@@ -31,9 +23,11 @@ DEFAULT = SimulationConfig()
 class Arguments:
     """Simulates labelled lens images into OUT/train.npz, OUT/val.npz, OUT/test.npz and OUT/easy.npz.
 
+    Each file also has the parameters of the lenses, as arrays parameters/<name>.
+
     examples:
       python scripts/simulate.py data/mine --train 3000 --val 300 --test 300 --prior.shear-max 0.1
-      python scripts/simulate.py data/few --train 9 --val 0 --test 0 --parameters --figure few.png
+      python scripts/simulate.py data/few --train 9 --val 0 --test 0 --figure few.png
     """
 
     # folder to write to; existing files from the same arguments are kept
@@ -46,7 +40,6 @@ class Arguments:
     val: int = DEFAULT.val  # number of validation images
     test: int = DEFAULT.test  # number of test images
     seed: int = DEFAULT.seed  # of the images
-    parameters: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # store the parameters of each lens too
     figure: Path | None = None  # PNG to write: examples of each class, predictions, deflection of the substructure
 
 
@@ -62,7 +55,13 @@ def example_lenses(seed: int, priors: Priors, columns: int) -> tuple[np.ndarray,
       images: uint16 (3, columns, num_pixels, num_pixels) photon counts.
       deflections: float32, same shape, length of the deflection by the substructure alone, arcsec; 0 for `no`.
     """
-    n, train = len(CLASSES) * columns, FILES.index("train")
+    import jax.numpy as jnp
+
+    from gravlens_jax.lensing.images import lens_key, simulate_images
+    from gravlens_jax.lensing.profiles import pixel_grid
+    from gravlens_jax.lensing.render import deflect_substructure, sample_lens
+
+    n, train = len(CLASSES) * columns, SPLITS.index("train")
     images = np.concatenate(list(simulate_images(n, seed, train, priors)))
     x, y = pixel_grid(priors.num_pixels, priors.pixel_scale)
     deflections = np.empty(images.shape, np.float32)
@@ -86,6 +85,8 @@ def draw_population(
     """
     from matplotlib.colors import LogNorm
 
+    from gravlens_jax.report import WRONG, new_figure, save_figure
+
     rows, columns = images.shape[:2]
     figure = new_figure(3.1 * columns + 0.9, 1.75 * rows + 0.3, dpi=75)
     grid = figure.subplots(rows, 2 * columns, squeeze=False)
@@ -97,9 +98,9 @@ def draw_population(
         left.imshow(np.sqrt(images[row, column]), cmap="inferno", extent=extent)
         title, colour = "image", "black"
         if probabilities is not None:
-            own = probabilities[row, column]
-            title = f"predicted: {CLASSES[own.argmax()]} {own.max():.2f}"
-            colour = "black" if own.argmax() == row else WRONG
+            p = probabilities[row, column]
+            title = f"predicted: {CLASSES[p.argmax()]} {p.max():.2f}"
+            colour = "black" if p.argmax() == row else WRONG
         left.set_title(title, fontsize=9, color=colour)
         deflection = np.maximum(deflections[row, column], 1e-6)
         shown = right.imshow(deflection, cmap="viridis", extent=extent, norm=LogNorm(0.01, 0.3))
@@ -113,18 +114,23 @@ def draw_population(
 def main() -> None:
     """Runs the command line."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=PRESETS, default=DEFAULT.preset)
+    first.add_argument("--preset", choices=PRIORS, default=DEFAULT.preset)
     preset = first.parse_known_args()[0].preset
     # tyro takes the defaults of the chosen preset; `out` has none and must be given.
-    default = Arguments(out=tyro.MISSING, prior=PRESETS[preset], preset=preset)
+    default = Arguments(out=tyro.MISSING, prior=PRIORS[preset], preset=preset)
     a = tyro.cli(Arguments, default=default, args=sys.argv[1:])
     config = SimulationConfig(a.preset, a.train, a.easy, a.val, a.test, a.seed)
     check(a.train + a.easy + a.val + a.test > 0 or a.figure is not None, "0 images asked for: nothing to do")
     if a.figure is not None:
         check_folder(a.figure)
-    simulate_dataset(a.out, config, track, a.prior, a.parameters)
+    from gravlens_jax.datasets import simulate_dataset
+
+    simulate_dataset(a.out, config, show_progress, a.prior)
     print(a.out)
     if a.figure is not None:
+        from gravlens_jax.inference import predict
+        from gravlens_jax.network import load_pretrained
+
         images, deflections = example_lenses(a.seed, a.prior, columns=3)
         network, probabilities = load_pretrained(), None
         if images.shape[2:] == network.image_shape:

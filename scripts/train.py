@@ -12,10 +12,7 @@ import tyro
 from gravlens_jax import cli
 from gravlens_jax.config import PRESETS, Config
 from gravlens_jax.errors import check_installed
-from gravlens_jax.report import table
-from gravlens_jax.run_dir import read_history, read_run, writing
-from gravlens_jax.sharding import is_main, join_processes
-from gravlens_jax.training import fit
+from gravlens_jax.files import catch_write_errors
 
 # field of metrics.jsonl -> tag of TensorBoard
 TAGS = {
@@ -45,10 +42,10 @@ class Arguments:
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # continue the run in --run-dir from its last save
     save_minutes: float = 10.0  # time between saves within an epoch; 0 for none; the end of an epoch is always saved
     tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # write event files to RUN/tensorboard too
-    coordinator: str | None = None  # HOST:PORT of process 0 of several, or auto if JAX finds it out by itself
+    coordinator: str | None = None  # for several processes: HOST:PORT of process 0, or auto (JAX detects the cluster)
     num_processes: int | None = None  # of the run
     process_id: int | None = None  # of this process: 0, 1, ...
-    compile_cache: bool = True  # keep compiled programs (but oneDNN's) in ~/.cache/gravlens_jax, to start faster
+    compile_cache: bool = True  # keep compiled programs (but oneDNN's) in ~/.cache/gravlens_jax, for a faster start
 
 
 def parse_arguments(arguments: list[str]) -> Arguments:
@@ -60,6 +57,8 @@ def parse_arguments(arguments: list[str]) -> Arguments:
     known, _ = first.parse_known_args(arguments)
     config = PRESETS[known.preset]
     if known.resume:
+        from gravlens_jax.run_files import read_run
+
         run_dir = known.run_dir or config.run_dir
         config = replace(read_run(Path(run_dir)).config, run_dir=run_dir)
     return tyro.cli(Arguments, default=Arguments(config, known.preset), args=arguments)
@@ -83,7 +82,7 @@ def write_scalars(run_dir: Path, step: int, scalars: dict[str, float], **options
     from tensorboardX import SummaryWriter
 
     folder = run_dir / "tensorboard"
-    with writing(folder), SummaryWriter(str(folder), **options) as writer:
+    with catch_write_errors(folder), SummaryWriter(str(folder), **options) as writer:
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, step)
 
@@ -92,6 +91,11 @@ def main() -> None:
     """Runs the command line."""
     arguments = parse_arguments(sys.argv[1:])
     cli.set_environment()
+    from gravlens_jax.report import table
+    from gravlens_jax.run_files import read_history
+    from gravlens_jax.sharding import is_main, join_processes
+    from gravlens_jax.training import fit
+
     if arguments.tensorboard:
         check_installed("tensorboardX", "--tensorboard", '"gravlens_jax[tensorboard]"')
     join_processes(arguments.coordinator, arguments.num_processes, arguments.process_id)

@@ -1,20 +1,22 @@
 """A simulator of strong gravitational lenses in pure JAX, usable alone; see README.md in this folder.
 
 `profiles` has deflections and light, `priors` populations of lenses, `render` one lens from its parameters to its
-expected image, `images` sets of images with photon noise.
+expected image, `images` sets of images with photon noise. Names are imported when they are first used.
 """
 
-from gravlens_jax.lensing.images import render_images, simulate_images, simulate_parameters
-from gravlens_jax.lensing.priors import PRESETS, Priors
-from gravlens_jax.lensing.render import render_lens, render_lenses, sample_lens
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "PRESETS",
-    "Priors",
-    "render_images",
-    "render_lens",
-    "render_lenses",
-    "sample_lens",
-    "simulate_images",
-    "simulate_parameters",
-]
+_NAMES = {
+    "images": ("render_images", "simulate_images", "simulate_parameters"),
+    "priors": ("PRIORS", "Priors"),
+    "render": ("render_lens", "render_lenses", "sample_lens"),
+}
+_MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

@@ -15,22 +15,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gravlens_jax.config import CLASSES
 from gravlens_jax.errors import check
-from gravlens_jax.lensing.priors import SUBSTRUCTURES, Priors
+from gravlens_jax.lensing.priors import Priors
 from gravlens_jax.lensing.render import LensParams, deflection_map, render_lenses, sample_lens
 
+SIMULATOR_VERSION = 1  # raised with every change of the images that a seed gives
 MAX_COUNTS = 60_000  # images are stored as uint16
+MAP_BLOCK = 2048  # lenses per compiled call of `deflection_maps`
 CPU_BLOCK, ACCELERATOR_BLOCK = 4, 128  # images of one class per compiled call
 
 
 def lens_key(seed: int, split: int, index: int | jax.Array) -> jax.Array:
     """Returns the random key of image `index` of a split: `sample_lens` draws the lens from it."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), split), index)
+    key = jax.random.key(seed, impl="threefry2x32")  # whatever JAX's default is
+    return jax.random.fold_in(jax.random.fold_in(key, split), index)
 
 
 def labels_of(n: int, start: int = 0) -> np.ndarray:
     """Returns int32 (n,), labels of images `start` and on: image i has class i mod 3, so every part is balanced."""
-    return np.arange(start, start + n, dtype=np.int32) % len(SUBSTRUCTURES)
+    return np.arange(start, start + n, dtype=np.int32) % len(CLASSES)
 
 
 @partial(jax.jit, static_argnames=("priors", "substructure", "noise"))
@@ -66,12 +70,13 @@ def _sample(keys: jax.Array, priors: Priors, substructure: str) -> LensParams:
 
 def _in_turn(make: Callable[[str, jax.Array], jax.Array], first: jax.Array, n: int) -> jax.Array:
     """Returns make(substructure, indices) of `n` consecutive images from `first` on, in their order."""
-    num_classes = len(SUBSTRUCTURES)
+    num_classes = len(CLASSES)
     images = first + jnp.arange(n, dtype=jnp.int32)
     made = []
-    for label, substructure in enumerate(SUBSTRUCTURES):
-        own = first + (label - first) % num_classes + num_classes * jnp.arange(-(-n // num_classes), dtype=jnp.int32)
-        made.append(make(substructure, own))
+    for label, substructure in enumerate(CLASSES):
+        start = first + (label - first) % num_classes
+        indices = start + num_classes * jnp.arange(-(-n // num_classes), dtype=jnp.int32)
+        made.append(make(substructure, indices))
     return jnp.stack(made)[images % num_classes, (images - first) // num_classes]
 
 
@@ -110,7 +115,7 @@ def render_batch(first, seed, split, *, priors: Priors, batch_size: int) -> dict
     def make(substructure, indices):
         return render_block(seed, split, indices, priors=priors, substructure=substructure, noise=True)
 
-    labels = (first + jnp.arange(batch_size, dtype=jnp.int32)) % len(SUBSTRUCTURES)
+    labels = (first + jnp.arange(batch_size, dtype=jnp.int32)) % len(CLASSES)
     return {"images": _in_turn(make, first, batch_size), "labels": labels}
 
 
@@ -136,7 +141,7 @@ def _simulate_chunk(
 
 
 def simulate_images(
-    n: int, seed: int, split: int, priors: Priors, classes: tuple[str, ...] = SUBSTRUCTURES, start: int = 0
+    n: int, seed: int, split: int, priors: Priors, classes: tuple[str, ...] = CLASSES, start: int = 0
 ) -> Iterator[np.ndarray]:
     """Yields `n` images in order, from image `start` on, in chunks of uint16 photon counts (chunk, height, width).
 
@@ -167,7 +172,7 @@ def simulate_images(
 
 
 def render_images(lens_params: LensParams, priors: Priors) -> np.ndarray:
-    """Returns the expected counts of any number of lenses of one class, float32 (n, num_pixels, num_pixels).
+    """Returns the expected counts of any number of lenses, float32 (n, num_pixels, num_pixels).
 
     The same as `render_lenses` to rounding, but not for use inside jit: on a CPU all cores work.
 
@@ -182,8 +187,8 @@ def render_images(lens_params: LensParams, priors: Priors) -> np.ndarray:
 
     def render(start):
         rows = np.minimum(np.arange(start, start + block), n - 1)  # always a whole block: one compiled program
-        own = {name: np.asarray(values)[rows] for name, values in lens_params.items()}
-        return np.asarray(_render(own, priors=priors))
+        lenses = {name: np.asarray(values)[rows] for name, values in lens_params.items()}
+        return np.asarray(_render(lenses, priors=priors))
 
     with ThreadPoolExecutor(_workers()) as pool:
         return np.concatenate(list(pool.map(render, range(0, n, block))))[:n]
@@ -207,10 +212,40 @@ def simulate_parameters(n: int, seed: int, split: int, priors: Priors) -> dict[s
     The names are those of `sample_lens`; a parameter that a class does not have is NaN there.
     """
     arrays: dict[str, np.ndarray] = {}
-    num_classes = len(SUBSTRUCTURES)
-    for label, substructure in enumerate(SUBSTRUCTURES):
+    num_classes = len(CLASSES)
+    for label, substructure in enumerate(CLASSES):
         keys = jax.vmap(partial(lens_key, seed, split))(jnp.arange(label, n, num_classes))
         for name, values in jax.jit(_sample, static_argnums=(1, 2))(keys, priors, substructure).items():
             array = arrays.setdefault(name, np.full((n, *values.shape[1:]), np.nan, np.float32))
             array[label::num_classes] = values
     return arrays
+
+
+def without_nan(lens_params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns parameters of lenses of all classes that can be rendered together: NaN becomes no mass, at the centre."""
+    return {
+        name: np.where(np.isnan(values), np.float32(name == "vortex_length"), values)
+        for name, values in lens_params.items()
+    }
+
+
+def deflection_maps(lens_params: dict[str, np.ndarray], priors: Priors, grid: tuple[int, float]) -> np.ndarray:
+    """Returns `deflection_map` of lenses of any class, float32 (n, cells, cells, 2), arcsec.
+
+    Args:
+      lens_params: as `simulate_parameters` returns them.
+      priors: the population.
+      grid: cells and width (arcsec) of the maps.
+    """
+    n, (cells, _) = len(lens_params["z_lens"]), grid
+    maps, block = np.empty((n, cells, cells, 2), np.float32), min(n, MAP_BLOCK)
+    for start in range(0, n, block):
+        rows = np.minimum(np.arange(start, start + block), n - 1)  # always a whole block: one compiled program
+        lenses = without_nan({name: values[rows] for name, values in lens_params.items()})
+        maps[start : start + block] = np.asarray(_map_block(lenses, priors=priors, grid=grid))[: n - start]
+    return maps
+
+
+@partial(jax.jit, static_argnames=("priors", "grid"))
+def _map_block(lens_params, *, priors: Priors, grid: tuple[int, float]) -> jax.Array:
+    return jax.vmap(partial(deflection_map, priors=priors, cells=grid[0], width=grid[1]))(lens_params)

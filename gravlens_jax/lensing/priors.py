@@ -1,15 +1,14 @@
 """Populations of lenses: the distributions of their parameters, and the camera.
 
-Make your own with `dataclasses.replace(PRESETS["ct1"], shear_max=0.1)`, or `scripts/simulate.py --prior.shear-max 0.1`.
+Make your own with `dataclasses.replace(PRIORS["ct1"], shear_max=0.1)`, or `scripts/simulate.py --prior.shear-max 0.1`.
 """
 
 from dataclasses import dataclass, replace
 from math import ceil, pi, radians, sqrt
 from typing import Any
 
+from gravlens_jax.config import PriorPreset, check_finite
 from gravlens_jax.errors import check
-
-SUBSTRUCTURES = ("no", "sphere", "vort")  # a label is an index into them
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ class Priors:
     vortex_centre_sigma: float = 0.5  # [P, M] arcsec, normal in x and in y
 
     def __post_init__(self):
+        check_finite(self)
         values = vars(self)
         for name, low in values.items():
             if name.endswith("_min"):
@@ -100,7 +100,7 @@ def _fixed(**values: float) -> dict[str, Any]:
     return {f"{name}_{bound}": value for name, value in values.items() for bound in ("min", "max")}
 
 
-PRESETS = {
+PRIORS: dict[PriorPreset, Priors] = {
     # Re-simulates the public "Common Test I" images.
     "ct1": Priors(),
     # The same at fixed redshifts, as in the papers' Model A.

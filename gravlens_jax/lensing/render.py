@@ -1,7 +1,7 @@
 """One lens: its parameters, drawn from priors, and its expected image. Pure functions.
 
-p = sample_lens(jax.random.key(0), PRESETS["ct1"], "vort")  # the parameters of one lens
-counts = render_lens(p, PRESETS["ct1"])                     # its expected photon counts, differentiable in p
+p = sample_lens(jax.random.key(0), PRIORS["ct1"], "vort")  # the parameters of one lens
+counts = render_lens(p, PRIORS["ct1"])                     # its expected photon counts, differentiable in p
 """
 
 from collections.abc import Iterator
@@ -11,9 +11,10 @@ from math import pi
 import jax
 import jax.numpy as jnp
 
+from gravlens_jax.config import CLASSES
 from gravlens_jax.errors import check
 from gravlens_jax.lensing import profiles
-from gravlens_jax.lensing.priors import SUBSTRUCTURES, Priors
+from gravlens_jax.lensing.priors import Priors
 
 LensParams = dict[str, jax.Array]
 
@@ -32,7 +33,7 @@ def sample_lens(key: jax.Array, priors: Priors, substructure: str) -> LensParams
       subhalo_masses (padding,), padded with 0; for "vort" also vortex_mass, vortex_angle, vortex_length and
       vortex_centre (2,). Arcsec, radians, solar masses.
     """
-    check(substructure in SUBSTRUCTURES, f"substructure={substructure!r}: expected one of {', '.join(SUBSTRUCTURES)}")
+    check(substructure in CLASSES, f"substructure={substructure!r}: expected one of {', '.join(CLASSES)}")
     *most_keys, last_key = jax.random.split(key, 16)
     keys = iter(most_keys)
     p = {name: _uniform(next(keys), priors, name) for name in ("z_lens", "z_source", "shear", "shear_angle")}
@@ -98,26 +99,28 @@ def _sample_vortex(keys: Iterator[jax.Array], priors: Priors) -> LensParams:
 def deflect_substructure(
     x: jax.Array, y: jax.Array, lens_params: LensParams, softening: float = profiles.SOFTENING
 ) -> profiles.Pair:
-    """Returns the deflection (arcsec) at `x`, `y` of the subhalos or the vortex alone; 0 for a lens without.
+    """Returns the deflection (arcsec) at `x`, `y` of the subhalos and the vortex alone; 0 for a lens with neither.
 
     `softening` (arcsec) is that of the point masses: see `profiles.deflect_points`.
     """
     p = lens_params
+    alpha = jnp.zeros_like(x), jnp.zeros_like(y)
     if "subhalo_masses" in p:
         strengths = profiles.einstein_radius_squared(p["subhalo_masses"], p["z_lens"], p["z_source"])
-        return profiles.deflect_points(x, y, p["subhalo_centres"], strengths, softening)
+        alpha = profiles.deflect_points(x, y, p["subhalo_centres"], strengths, softening)
     if "vortex_mass" in p:
         strength = profiles.einstein_radius_squared(p["vortex_mass"], p["z_lens"], p["z_source"])
         shape = (p["vortex_centre"], p["vortex_angle"], p["vortex_length"])
-        return profiles.deflect_string(x, y, *shape, strength, softening)
-    return jnp.zeros_like(x), jnp.zeros_like(y)
+        string = profiles.deflect_string(x, y, *shape, strength, softening)
+        alpha = alpha[0] + string[0], alpha[1] + string[1]
+    return alpha
 
 
 def deflection_map(lens_params: LensParams, priors: Priors, cells: int, width: float) -> jax.Array:
-    """Returns by how much the substructure changes the deflection, on a coarse grid: float32 (cells, cells, 2), arcsec.
+    """Returns the deflection minus that of a smooth lens of equal mass, on a coarse grid: float32 (cells, cells, 2).
 
-    It is compared with a lens of the same redshifts that has the whole `priors.mass` in its main halo, so it is 0 for
-    a lens without substructure. The last axis is x and y. Point masses are softened by 3/8 of a cell.
+    The smooth lens has the same redshifts and the whole `priors.mass` in its main halo, so the map is 0 for a lens
+    without substructure. Arcsec; the last axis is x and y. Point masses are softened by 3/8 of a cell.
 
     Args:
       lens_params: a result of `sample_lens`.

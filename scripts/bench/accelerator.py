@@ -11,17 +11,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from gravlens_jax.network import load_pretrained
 
 from bench.accuracy import minutes_to, our_run
 from bench.machine import time_calls
 from bench.steps import compile_step
-from gravlens_jax.config import FILES, PRESETS, STREAM
+from gravlens_jax.config import SPLITS, PRESETS, STREAM
 from gravlens_jax.inference import predict_logits
 from gravlens_jax.lensing.images import simulate_images
-from gravlens_jax.lensing.priors import PRESETS as PRIORS
-from gravlens_jax.loader import StreamSource
+from gravlens_jax.lensing.priors import PRIORS
+from gravlens_jax.stream import StreamData
 from gravlens_jax.sharding import data_mesh
-from gravlens_jax.weights import load_pretrained
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # recipe of config.PRESETS, and what is changed
     "default, images in files": ("default", {}),
@@ -60,7 +60,7 @@ def measure_accelerator(
         rates[name] = n / statistics.median(run(5, 20))
         show(_last(rates))
     for n in batch_sizes:
-        source = StreamSource(n, PRIORS["ct1"], FILES.index("train"), n, 0, data_mesh(1), None)
+        source = StreamData(n, PRIORS["ct1"], SPLITS.index("train"), n, 0, data_mesh(1), None)
         seconds = time_calls(partial(source.render, 0, 0, 0), 1, 5)
         rates[f"simulation, ct1 with noise, batch {n}"] = n / statistics.median(seconds)
         show(_last(rates))
@@ -88,7 +88,7 @@ def _last(rates: dict[str, float]) -> str:
 def compare_logits() -> dict[str, float]:
     """Returns how the pretrained network's logits differ between the default device and the CPU."""
     network = load_pretrained()
-    images = np.concatenate(list(simulate_images(300, 0, FILES.index("test"), PRIORS["ct1"])))
+    images = np.concatenate(list(simulate_images(300, 0, SPLITS.index("test"), PRIORS["ct1"])))
     here = predict_logits(network.model, network.variables, images)
     with jax.default_device(jax.devices("cpu")[0]):
         there = predict_logits(network.model, network.variables, images)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+
 from bench.machine import medians
 from gravlens_jax.config import CLASSES
 from gravlens_jax.npz import open_npz, write_npz
-from gravlens_jax.pixels import read_rows
 
 PIXELS = 150
 LOADER = "DataLoader"

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from bench.machine import time_calls
 from gravlens_jax.config import CLASSES, Config, InputConfig, OptimConfig
-from gravlens_jax.loader import FileSource
+from gravlens_jax.loader import FileData
 from gravlens_jax.model import ResNet
 from gravlens_jax.npz import open_npz, write_npz
 from gravlens_jax.optim import make_optimizer
@@ -109,7 +109,7 @@ def busy_fraction(batch_size: int, size: int, dtype: str, steps: int, repeats: i
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.npz"
         write_npz(path, [images], images.shape, images.dtype, labels, CLASSES, {})
-        source = FileSource(open_npz(path), batch_size, 0, mesh)
+        source = FileData(open_npz(path), batch_size, 0, mesh)
 
         def epoch(state: TrainState) -> TrainState:
             previous = None

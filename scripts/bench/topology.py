@@ -14,11 +14,11 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gravlens_jax.config import CLASSES, FILES, Config
+from gravlens_jax.config import CLASSES, SPLITS, Config
 from gravlens_jax.datasets import deflection_grid
 from gravlens_jax.errors import InputError
 from gravlens_jax.lensing.priors import PRESETS
-from gravlens_jax.loader import StreamSource
+from gravlens_jax.stream import StreamData
 from gravlens_jax.model import make_model
 from gravlens_jax.optim import make_optimizer
 from gravlens_jax.train_step import init_state, train_step
@@ -50,7 +50,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[tuple[str, jax.stages.Trace
     state = jax.tree.map(partial(_sharded, sharding=whole), jax.eval_shape(init, 0))
     priors = PRESETS["ct1"]
     grid = deflection_grid(config, priors)
-    source = StreamSource(config.batch_size, priors, FILES.index("train"), config.batch_size, 0, mesh, grid)
+    source = StreamData(config.batch_size, priors, SPLITS.index("train"), config.batch_size, 0, mesh, grid)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     simulate = source.render.trace(number, number, number)
     batch = jax.tree.map(partial(_sharded, sharding=shares), simulate.out_info)

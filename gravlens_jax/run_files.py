@@ -1,4 +1,4 @@
-"""The directory of a run: its config, lock, metrics and calibration; `checkpoint` saves the networks in it.
+"""The files in the directory of a run: config, metrics, calibration; `checkpoint` saves the networks.
 
 runs/<name>/config.json              the configuration; written before the first step
 runs/<name>/metrics.jsonl            one line per epoch
@@ -10,15 +10,7 @@ runs/<name>/report/                  figures, metrics and predictions on the tes
 All files are written atomically: under a temporary name, then renamed.
 """
 
-import fcntl
-import hashlib
-import io
 import json
-import os
-import sys
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,84 +20,18 @@ from flax.traverse_util import flatten_dict
 
 from gravlens_jax.config import Config, from_dict
 from gravlens_jax.errors import InputError, check, parse_json
+from gravlens_jax.files import catch_write_errors, write_arrays, write_atomically
 
-DIGESTS = "digests.json"
 MAY_DIFFER = ("run_dir", "device_data", "data", "simulation.folder", "epochs")  # between a run and its continuation
 
 
 class RunInfo(NamedTuple):
-    """The contents of config.json."""
+    """What config.json holds."""
 
     config: Config
     classes: tuple[str, ...]
     image_shape: tuple[int, int]  # height and width of the training images
     data: dict = {}  # noqa: RUF012 - never changed; see `datasets.Splits.record`
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns the OSError of a full disk or a read-only folder into InputError."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(
-            f"{path} could not be written: {reason}; existing files are unchanged. Free disk space or fix the "
-            f"permissions (and continue a run with --resume), or choose another folder"
-        ) from error
-
-
-def temporary_name(path: Path) -> Path:
-    """Returns a name beside `path` that no other process uses, on any host."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-
-
-def write_atomically(path: Path, data: str | bytes) -> None:
-    """Writes a file under a temporary name, then renames it."""
-    temporary = temporary_name(path)
-    try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes an .npz atomically."""
-    file = io.BytesIO()
-    np.savez(file, **arrays)  # type: ignore[arg-type]
-    write_atomically(path, file.getvalue())
-
-
-def check_folder(path: Path) -> None:
-    """Raises InputError unless the parent folder of `path`, a file to be written, exists."""
-    check(path.parent.is_dir(), f"{path}: there is no folder {path.parent}; create it or choose another one")
-
-
-def cache_folder() -> Path:
-    """Returns the folder for this package's files in the user's cache; it may not exist yet."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # the XDG specification ignores relative paths
-    return (base if base.is_absolute() else Path.home() / ".cache") / "gravlens_jax"
-
-
-def write_digests(folder: Path) -> None:
-    """Writes digests.json into a folder: the SHA-256 of every file in it."""
-    write_atomically(folder / DIGESTS, json.dumps(_digests(folder)))
-
-
-def verify_digests(folder: Path, part: str = "") -> None:
-    """Raises ValueError if a file whose name begins with `part` differs from digests.json, if there is one."""
-    if not (folder / DIGESTS).exists():  # killed before it was written
-        return
-    saved, found = json.loads((folder / DIGESTS).read_text()), _digests(folder)
-    for name, digest in saved.items():
-        if name.startswith(part) and found.get(name) != digest:
-            raise ValueError(f"{name} is {'not as it was saved' if name in found else 'missing'}")
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != DIGESTS)
-    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def saved_step(run_dir: Path) -> int | None:
@@ -119,31 +45,6 @@ def check_unused(run_dir: Path) -> None:
         saved_step(run_dir) is None,
         f"{run_dir} already holds a run; continue it with --resume, or give the new run another --run-dir",
     )
-
-
-@contextmanager
-def locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Locks a folder, which is created if needed, if its file system can.
-
-    If another process has locked it, waits for that one to end, with `wait`, or raises InputError.
-    """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+")  # noqa: SIM115 - closed below
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            used = f"{folder} is in use by another process ({file.read().strip()})"
-            check(wait, f"{used}; wait for it or stop it, or give this run another --run-dir")
-            print(f"{used}; waiting until it is done", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            print(f"{folder} cannot be locked ({error.strerror}): start only one process on it", file=sys.stderr)
-        file.truncate(0)
-        print(f"process {os.getpid()} on {os.uname().nodename}", file=file, flush=True)
-        yield
 
 
 def create_run(run_dir: Path, info: RunInfo) -> None:
@@ -162,7 +63,7 @@ def update_run(run_dir: Path, info: RunInfo) -> None:
 
 def _write_config(run_dir: Path, info: RunInfo) -> None:
     values = info._asdict() | {"config": asdict(info.config)}
-    with writing(run_dir):
+    with catch_write_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "config.json", json.dumps(values, indent=2) + "\n")
 
@@ -216,28 +117,34 @@ def check_same_images(run_dir: Path, info: RunInfo) -> None:
         check(saved.get(split) == found.get(split), f"{message} {differing}; give the folder of those as --data")
 
 
-def read_history(run_dir: Path, epochs: int | None = None) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl, or the first `epochs`; [] if there is no such file, InputError if damaged."""
+def read_history(run_dir: Path, step: int | None = None) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl, or those up to `step`; [] if there is no such file, InputError if damaged."""
     path = Path(run_dir) / "metrics.jsonl"
-    lines = path.read_bytes().splitlines()[:epochs] if path.exists() else []
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:  # also bad UTF-8
-        raise InputError(f"{path} has a damaged line ({error}); remove the file or that line") from error
+    history: list[dict[str, Any]] = []
+    for text in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+            if step is not None and line["step"] > step:  # of an epoch that was not saved; more may follow, cut
+                break
+        except (ValueError, TypeError, KeyError) as error:  # also bad UTF-8
+            raise InputError(f"{path} has a damaged line ({error!r}); remove the file or that line") from error
+        history.append(line)
+    return history
 
 
 def write_history(run_dir: Path, lines: list[dict[str, Any]]) -> None:
     """Replaces metrics.jsonl by `lines`."""
     path = run_dir / "metrics.jsonl"
-    with writing(path):
+    with catch_write_errors(path):
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_calibration(run_dir: Path, calibrations: dict[int, tuple[float, dict[str, np.ndarray] | None]]) -> None:
     """Writes calibration.json and population.npz: temperature and population for the checkpoint of each step."""
     temperatures = {step: temperature for step, (temperature, _) in calibrations.items()}
-    arrays = {f"{step}/{name}": x for step, (_, own) in calibrations.items() for name, x in (own or {}).items()}
-    with writing(run_dir):
+    populations = {step: population or {} for step, (_, population) in calibrations.items()}
+    arrays = {f"{step}/{name}": x for step, population in populations.items() for name, x in population.items()}
+    with catch_write_errors(run_dir):
         write_atomically(run_dir / "calibration.json", json.dumps(temperatures) + "\n")
         write_arrays(run_dir / "population.npz", arrays)
 
