@@ -67,7 +67,7 @@ def open_splits(config: Config, mesh: Mesh) -> Splits:
 
 def _open_files(config: Config, mesh: Mesh) -> Splits:
     files = load_splits(_simulate(config) if config.data is None else Path(config.data))
-    training = {split: files[split] for split in ("train", "easy") if split in files}
+    training = {split: dataset for split, dataset in files.items() if split in ("train", "easy")}
     maps = {split: _maps_of(dataset, config) for split, dataset in training.items()}
     has_deflections = None not in maps.values()
 

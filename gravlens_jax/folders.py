@@ -102,7 +102,7 @@ def open_images(path: Path) -> np.ndarray | MappedImages:
         raise InputError(f"{path}: not a readable .npy ({error})") from error
 
 
-def read_images(path: Path, shape: tuple[int, int] | None = None) -> Iterator[np.ndarray]:
+def read_images(path: Path, shape: tuple[int, ...] | None = None) -> Iterator[np.ndarray]:
     """Yields the images (height, width) of a file, as `read_rows` returns them: finite pixels of the stored order.
 
     Raises:

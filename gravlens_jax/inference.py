@@ -24,7 +24,8 @@ Images = np.ndarray | MappedImages
 def _outputs(variables, images: jax.Array, *, model: ResNet, tta: bool) -> tuple[jax.Array, jax.Array]:
     """Returns the logits and the channel means: see `outputs`."""
     x = prepare(to_unit(images), model.input)
-    logits, feature_maps = model.apply(variables, x)
+    outputs: Any = model.apply(variables, x)
+    logits, feature_maps = outputs
     if tta:
         mirrored = (x[:, ::-1], x[:, :, ::-1], x[:, ::-1, ::-1])
         logits = jnp.stack([logits, *(model.apply(variables, image)[0] for image in mirrored)]).mean(0)
@@ -35,7 +36,8 @@ def _outputs(variables, images: jax.Array, *, model: ResNet, tta: bool) -> tuple
 def _maps(variables, images: jax.Array, labels: jax.Array | None, *, model: ResNet) -> jax.Array:
     n, height, width = images.shape
     crop, cell = model.input.crop, model.input.cell
-    logits, feature_maps = model.apply(variables, prepare(to_unit(images), model.input))
+    outputs: Any = model.apply(variables, prepare(to_unit(images), model.input))
+    logits, feature_maps = outputs
     labels = logits.argmax(-1) if labels is None else labels
     # The head takes the mean over the pixels, so the gradient of a logit is the same everywhere.
     gradient = jax.nn.relu(variables["params"]["head"]["kernel"].T[labels])
@@ -124,7 +126,7 @@ def saliency(
     if labels is not None:
         expected = (len(images),)
         check(np.shape(labels) == expected, f"labels have shape {np.shape(labels)}, expected {expected}: one per image")
-        known = np.isin(labels, range(len(model.classes))).all()
+        known = bool(np.isin(labels, range(len(model.classes))).all())
         check(known, f"labels are {np.unique(labels)}, expected 0 to {len(model.classes) - 1}")
     maps = np.empty(images.shape if isinstance(images, MappedImages) else np.shape(images), np.float32)
     for rows, batch in _batches(images, model, batch_size):

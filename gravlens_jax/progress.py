@@ -66,8 +66,8 @@ def recorded_signals() -> Iterator[Callable[[], int]]:
     try:
         yield request
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+        for recorded, handler in previous.items():
+            signal.signal(recorded, handler or signal.SIG_DFL)
 
 
 def progress_bar(visible: bool = True) -> Progress:
@@ -90,7 +90,7 @@ def progress_bar(visible: bool = True) -> Progress:
 def describe_step(metrics: dict[str, float]) -> str:
     """Returns the result of `metrics.training_metrics` as text for the progress bar."""
     rate, loss, accuracy = (metrics[name] for name in ("images_per_second", "train_loss", "train_accuracy"))
-    return f"{rate:,.0f} images/s loss {loss:.3f} acc {accuracy:.3f}"
+    return f"{rate:,.0f} img/s loss {loss:.3f} acc {accuracy:.3f}"
 
 
 def describe_epoch(name: str, line: dict[str, Any]) -> str:
@@ -98,7 +98,7 @@ def describe_epoch(name: str, line: dict[str, Any]) -> str:
     text = f"{name}: train loss {line['train_loss']:.3f} acc {line['train_accuracy']:.3f}"
     if "val_loss" in line:
         text += f", val loss {line['val_loss']:.3f} acc {line['val_accuracy']:.3f}"
-        text += f", {line['images_per_second']:,.0f} images/s"
+        text += f", {line['images_per_second']:,.0f} img/s"
     return text
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from gravlens_jax.config import Checkpoint
 from gravlens_jax.files import catch_write_errors, write_arrays, write_atomically
-from gravlens_jax.inference import outputs, saliency
+from gravlens_jax.inference import Images, outputs, saliency
 from gravlens_jax.metrics import calibration_error, evaluate, intervals, outlier_scores, roc_areas, softmax
 from gravlens_jax.network import Network
 from gravlens_jax.npz import Dataset, read_rows
@@ -168,9 +168,7 @@ def draw_confusion(path: Path, values: dict[str, Any]) -> None:
     save_figure(figure, path)
 
 
-def draw_examples(
-    path: Path, images: np.ndarray, logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
-) -> None:
+def draw_examples(path: Path, images: Images, logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> None:
     """A row of images for each class, titled by true class, prediction and probability; wrong ones last, in red."""
     probabilities, columns = softmax(logits), 6
     predicted = probabilities.argmax(1)

@@ -48,15 +48,10 @@ def finetune(
       InputError: images smaller than the crop, NaN or infinite pixels, fewer than two classes, or a bad option.
       FloatingPointError: a parameter is not finite, or the network no longer learns (no gradient).
     """
-    import jax
-    import jax.numpy as jnp
-
     from gravlens_jax.loader import FileData
     from gravlens_jax.network import Network, calibrate, calibrated
-    from gravlens_jax.optim import make_optimizer
     from gravlens_jax.preprocess import check_images
-    from gravlens_jax.sharding import data_mesh, replicated
-    from gravlens_jax.train_step import init_state, train_step, zero_sums
+    from gravlens_jax.sharding import data_mesh
 
     given: dict[str, Any] = {name: x for name, x in (("crop", crop), ("pool", pool)) if x is not None}
     model = network.model.clone(classes=dataset.classes, input=replace(network.model.input, **given))
@@ -65,17 +60,9 @@ def finetune(
     check_images((dataset.size, *dataset.image_shape), model.input)
     check_pixels(dataset.images)
     batch_size = min(batch_size, dataset.size)
-    steps = dataset.size // batch_size
+    steps, mesh = dataset.size // batch_size, data_mesh(1)
     config = OptimConfig(learning_rate=learning_rate, warmup_steps=min(steps, epochs * steps // 5))
-    tx = make_optimizer(config, epochs * steps)
-    mesh = data_mesh(1)
-    jit = partial(jax.jit, out_shardings=replicated(mesh))
-    state = jit(partial(init_state, model=model, tx=tx, config=config))(seed)
-    # Copies, because the first step donates the state.
-    old = jax.device_put(jax.tree.map(jnp.copy, network.variables), replicated(mesh))
-    state = state._replace(params={**old["params"], "head": state.params["head"]}, batch_stats=old["batch_stats"])
-    step = partial(train_step, model=model, tx=tx, config=Config(seed=seed))
-    step_fn, zero_fn = jit(step, donate_argnums=0), jit(zero_sums)
+    state, step_fn, zero_fn = _compile(network, model, config, epochs * steps, seed, mesh)
     data = FileData(dataset, batch_size, seed, mesh)
     for epoch in range(epochs):
         state = state._replace(sums=zero_fn())
@@ -88,6 +75,24 @@ def finetune(
     # Not the temperature: the network was trained on these images. Of others, 1.2 % had an outlier score above 1.
     _, population = calibrate(model, variables, dataset)
     return Network(model, calibrated(variables, 1.0, population), dataset.image_shape)
+
+
+def _compile(network: "Network", model: Any, config: OptimConfig, steps: int, seed: int, mesh: Any) -> tuple:
+    """Returns the state before the first step, with the network's parameters, and the jitted step and `zero_sums`."""
+    import jax
+    import jax.numpy as jnp
+
+    from gravlens_jax.optim import make_optimizer
+    from gravlens_jax.sharding import replicated
+    from gravlens_jax.train_step import init_state, train_step, zero_sums
+
+    tx, jit = make_optimizer(config, steps), partial(jax.jit, out_shardings=replicated(mesh))
+    state = jit(partial(init_state, model=model, tx=tx, config=config))(seed)
+    # Copies, because the first step donates the state.
+    old = jax.device_put(jax.tree.map(jnp.copy, network.variables), replicated(mesh))
+    state = state._replace(params={**old["params"], "head": state.params["head"]}, batch_stats=old["batch_stats"])
+    step = partial(train_step, model=model, tx=tx, config=Config(seed=seed))
+    return state, jit(step, donate_argnums=0), jit(zero_sums)
 
 
 def main(

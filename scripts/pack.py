@@ -111,7 +111,7 @@ def _bytes(value: Any) -> bytes:
     return value.encode("latin1") if isinstance(value, str) else value
 
 
-def open_file(path: Path) -> tuple[np.ndarray, float]:
+def open_file(path: Path) -> tuple[np.ndarray | npz.MappedImages, float]:
     """Returns the images (n, height, width) of a file, and the mass of [image, mass], otherwise NaN.
 
     Raises:
@@ -271,7 +271,7 @@ def convert(path: Path, out: Path, classes: Classes | None = None) -> None:
     """
     check(not out.exists(), f"{out} exists; give the name of a new file")
     with npz.open_archive(path) as (archive, members):
-        images, labels = find_names(path, members, need_labels=False)
+        images, labels = find_names(path, members, need_labels=bool(classes))
         arrays = npz.read_members(archive, members, {labels: "ui", "classes": "U"})
         names = tuple(arrays["classes"].ravel().tolist()) if "classes" in arrays else None
         if names and classes:

@@ -37,6 +37,7 @@ def predict_files(
     from gravlens_jax.inference import predict
     from gravlens_jax.preprocess import check_image_shape
 
+    model, variables = network
     for path in files:
         try:
             with named(path):
@@ -44,10 +45,11 @@ def predict_files(
                 check_image_shape(images.shape[1:], network.image_shape, str(path))
                 bad = find_bad(path, images) if skip_bad else {}
                 good = np.setdiff1d(np.arange(len(images)), list(bad))
-                results = []
+                results: list[tuple[np.ndarray, float]] = []
                 for start in range(0, len(good), BATCH):
                     batch = read_rows(images, good[start : start + BATCH])
-                    results += zip(*predict(*network, batch, BATCH, tta, return_outlier=True), strict=True)
+                    scores = predict(model, variables, batch, batch_size=BATCH, tta=tta, return_outlier=True)
+                    results += zip(*scores, strict=True)
         except InputError as error:
             yield str(path), error
             continue

@@ -6,10 +6,11 @@ ML4SCI DeepLense "Common Test I" images, from published papers, public code and 
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -171,7 +172,7 @@ def simulate_images(
             pending.extend(islice(futures, 1))
 
 
-def render_images(lens_params: LensParams, priors: Priors) -> np.ndarray:
+def render_images(lens_params: Mapping[str, Any], priors: Priors) -> np.ndarray:
     """Returns the expected counts of any number of lenses, float32 (n, num_pixels, num_pixels).
 
     The same as `render_lenses` to rounding, but not for use inside jit: on a CPU all cores work.
