@@ -1,7 +1,6 @@
 """The checkpoints of a run, saved by Orbax: the latest state, and the epoch of lowest validation loss (`best`).
 
-    runs/<name>/checkpoints/<step>/      items `variables` (all that prediction needs) and `training` (the rest)
-
+Each has the items `variables` (all that prediction needs) and `training` (the rest of the state).
 Orbax writes a checkpoint under a temporary name and renames it. It does not notice a changed byte in the file that
 holds the arrays, so the SHA-256 of every file is kept in digests.json and checked before Orbax reads them. A checkpoint
 to be deleted is renamed first, so that it is either complete or absent.
@@ -10,6 +9,8 @@ to be deleted is renamed first, so that it is either complete or absent.
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ def open_checkpoints(run_dir: Path) -> ocp.CheckpointManager:
     """Returns the manager of a run's checkpoints; use it in a `with` statement."""
     folder = run_dir / "checkpoints"
     for step in folder.glob("[0-9]*"):
-        _verify(step, "metrics/")  # Orbax reads these of all checkpoints at once
+        with _catch_damage(step):
+            verify_digests(step, "metrics/")  # Orbax reads these of all checkpoints at once
     best = BestN(get_metric_fn=VAL_LOSS, reverse=True, n=1, keep_checkpoints_without_metrics=False)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=AnyPreservationPolicy([LatestN(1), best]),
@@ -55,8 +57,7 @@ def remove_leftovers(run_dir: Path) -> None:
 
 def save(manager: ocp.CheckpointManager, state: TrainState, val_loss: float | None = None) -> None:
     """Saves the state, a candidate for `best` if it has a (finite) `val_loss`; InputError if the disk is full."""
-    metrics = None if val_loss is None else {"val_loss": float(val_loss)}
-    _save(manager, int(state.step), _items(state), metrics)
+    _save(manager, int(state.step), _items(state), None if val_loss is None else {"val_loss": float(val_loss)})
 
 
 def save_variables(run_dir: Path, variables: Any) -> None:
@@ -67,8 +68,7 @@ def save_variables(run_dir: Path, variables: Any) -> None:
 
 def restore_latest(manager: ocp.CheckpointManager, like: TrainState) -> TrainState:
     """Returns the latest saved state, with the shapes and shardings of `like`; `like` itself if none was saved."""
-    step = manager.latest_step()
-    if step is None:
+    if (step := manager.latest_step()) is None:
         return like
     items = _restore(manager, step, _items(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)))
     return TrainState(**items["variables"], **items["training"])
@@ -77,13 +77,8 @@ def restore_latest(manager: ocp.CheckpointManager, like: TrainState) -> TrainSta
 def load_variables(run_dir: Path, model: ResNet, which: Checkpoint = "best") -> tuple[Any, int]:
     """Returns the variables of a run's network on one device, {"params", "batch_stats"}, and their step.
 
-    Args:
-      run_dir: directory of the run.
-      model: the run's network.
-      which: "best" (lowest validation loss) or "final" (the latest).
-
-    Raises:
-      InputError: no checkpoint yet, or a damaged one, or one of another network.
+    They are of the "best" (lowest validation loss) or the "final" (latest) checkpoint; InputError if there is none yet,
+    or if it is damaged or of another network than `model`.
     """
     check(which in ("best", "final"), f"checkpoint={which!r}: expected best or final")
     try:
@@ -126,8 +121,8 @@ def _save(manager: ocp.CheckpointManager, step: int, items: dict[str, Any], metr
 
 def _restore(manager: ocp.CheckpointManager, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     folder = Path(manager.directory) / str(step)
-    _verify(folder)
-    try:
+    with _catch_damage(folder):
+        verify_digests(folder)
         # Compared here, since Orbax casts another dtype silently and reports another shape in a page of text.
         found, expected = (_describe(tree) for tree in (dict(manager.item_metadata(step)), abstract))
         for name in expected.keys() | {name for name in found if name.partition("/")[0] in abstract}:
@@ -135,26 +130,21 @@ def _restore(manager: ocp.CheckpointManager, step: int, abstract: dict[str, Any]
                 raise ValueError(f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}")
         args = {name: ocp.args.StandardRestore(item) for name, item in abstract.items()}
         return dict(manager.restore(step, args=ocp.args.Composite(**args)))
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise _damaged(folder, " ".join(str(error).split())[:300]) from error
 
 
 def _describe(tree: Any) -> dict[str, tuple]:
     """Returns path -> (shape, dtype) of the arrays in a tree; names of fields, keys and positions look alike."""
-    leaves = ((path, x) for path, x in jax.tree.leaves_with_path(tree) if hasattr(x, "dtype"))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(x.shape), str(x.dtype)) for path, x in leaves
-    }
+    arrays = ((path, x) for path, x in jax.tree.leaves_with_path(tree) if hasattr(x, "dtype"))
+    keystr = jax.tree_util.keystr
+    return {keystr(path, simple=True, separator="/"): (tuple(x.shape), str(x.dtype)) for path, x in arrays}
 
 
-def _verify(folder: Path, part: str = "") -> None:
+@contextmanager
+def _catch_damage(folder: Path) -> Iterator[None]:
     try:
-        verify_digests(folder, part)
-    except (OSError, ValueError, AttributeError) as error:
-        raise _damaged(folder, str(error)) from error
-
-
-def _damaged(folder: Path, reason: str) -> InputError:
-    others = [other.name for other in folder.parent.iterdir() if other.name.isdecimal() and other != folder]
-    advice = f"Remove it to continue from step {' or '.join(others)}" if others else "There is no other one beside it"
-    return InputError(f"{folder} is damaged, or not of the network in config.json: {reason}. {advice}")
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        others = [other.name for other in folder.parent.iterdir() if other.name.isdecimal() and other != folder]
+        advice = f"Remove it to continue from step {' or '.join(others)}" if others else "There is no other one"
+        message = f"{folder} is damaged, or not of the network in config.json: {' '.join(str(error).split())[:300]}"
+        raise InputError(f"{message}. {advice}") from error

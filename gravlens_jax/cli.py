@@ -1,7 +1,4 @@
-"""The command `gravlens`, and what the scripts share: user errors print one message and exit with status 2.
-
-It imports no JAX by itself, so that every --help is fast.
-"""
+"""The command `gravlens`, and what the scripts share. It imports no JAX by itself, so that every --help is fast."""
 
 import ast
 import io
@@ -23,7 +20,6 @@ import tyro
 
 from gravlens_jax import __version__
 from gravlens_jax.errors import InputError, check
-from gravlens_jax.files import cache_folder
 from gravlens_jax.progress import Stopped
 
 HELP = "directory made by train.py or import_torch.py, .npz made by export.py, or the word pretrained"
@@ -42,19 +38,14 @@ def main() -> None:
     folders = package / "commands", package.parent / "scripts"  # of a wheel, and of a clone: see pyproject.toml
     scripts = {path.stem: path for path in sorted(next(f for f in folders if f.is_dir()).glob("*.py"))}
     word = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if word.replace("-", "_") in scripts:
-        _run_script(scripts[word.replace("-", "_")], f"gravlens {word}")
-    else:
+    path = scripts.get(word.replace("-", "_"))
+    if path is None:
         run(lambda: _print_commands(word, scripts))
-
-
-def _run_script(path: Path, name: str) -> None:
-    """Runs a script in this process as Python does, with `name` in its usage (runpy would replace it by the path)."""
-    sys.argv[:2] = [name]
+        return
+    sys.argv[:2] = [f"gravlens {word}"]  # the name in its usage; runpy would replace it by the path
     sys.path.append(str(path.parent))  # for `import bench`; last, so that no script hides a package of its name
-    script = ModuleType("__main__")
+    script = sys.modules["__main__"] = ModuleType("__main__")
     script.__file__ = str(path)  # where the processes of benchmarks, and tyro's help, find it
-    sys.modules["__main__"] = script
     exec(compile(path.read_bytes(), path, "exec"), vars(script))
 
 
@@ -84,15 +75,10 @@ def run(main: Callable[[], Any]) -> None:
     try:
         main()
         sys.stdout.flush()
-    except InputError as error:
-        _stop(f"error: {error}", 2)
-    except FloatingPointError as error:
-        _stop(f"error: {error}", 1)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        explained = _explain(error)
-        if explained is None:
+    except (AssertionError, FloatingPointError, RuntimeError, ValueError) as error:
+        if (explained := _explain(error)) is None:
             raise
-        _stop(*explained)
+        _stop(f"error: {explained[0]}", explained[1])
     except Stopped as stopped:
         _stop(str(stopped), 128 + stopped.number)
     except KeyboardInterrupt:
@@ -105,31 +91,31 @@ def run(main: Callable[[], Any]) -> None:
 
 
 def _explain(error: Exception) -> tuple[str, int] | None:
-    """Returns message and status for a known error of JAX; None for any other error."""
+    """Returns message and status for an error of the user's or a known one of JAX; None for any other error."""
+    if isinstance(error, InputError | FloatingPointError):
+        return str(error), 2 if isinstance(error, InputError) else 1
     text = " ".join(str(error).split())
-    reason, asked = text.partition(" (set JAX_PLATFORMS")[0], os.environ.get("JAX_PLATFORMS")
     in_backend = traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py")
     if text.startswith("Unable to initialize backend") or (in_backend and isinstance(error, AssertionError)):
+        reason = text.partition(" (set JAX_PLATFORMS")[0] or "none found"
         advice = 'unset it to use any device, or install its driver and "gravlens_jax[cuda12]", [cuda13] or [tpu]'
-        return f"error: JAX_PLATFORMS={asked}: this device cannot be used ({reason or 'none found'}); {advice}", 2
+        return f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: this device cannot be used ({reason}); {advice}", 2
     if re.search(OUT_OF_MEMORY, text, re.IGNORECASE):
         advice = "give a smaller --batch-size, leave --device-data out, or set XLA_PYTHON_CLIENT_PREALLOCATE=false"
-        return f"error: the device has too little memory ({text[:200]}); {advice}", 2
+        return f"the device has too little memory ({text[:200]}); {advice}", 2
     if _several_processes() and re.search(LOST_CONNECTION, text, re.IGNORECASE):
         message = "another process of this run has ended or cannot be reached; saved checkpoints are intact"
-        return f"error: {message}. Start all processes again with --resume ({text[:200]})", 1
+        return f"{message}. Start all processes again with --resume ({text[:200]})", 1
     return None
 
 
 def _several_processes() -> bool:
-    jax = sys.modules.get("jax")
-    return jax is not None and jax.distributed.is_initialized()
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
 def set_environment() -> None:
     """Restarts the program, once, with the `fast_environment` if it has another one."""
-    wanted = fast_environment()
-    if wanted:
+    if wanted := fast_environment():
         os.environ |= wanted
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
@@ -141,10 +127,9 @@ def fast_environment() -> dict[str, str]:
     arrays in every step; with huge pages a training step on a CPU takes a fifth less time.
     XLA_FLAGS, for the version of jaxlib where it was measured: convolutions by oneDNN, which is in that version but
     off. A training step on a CPU with AVX-512 takes a fifth less time; one with AVX2 as long as before. The compile
-    cache cannot keep such programs, so that each start compiles them, which takes some seconds.
+    cache cannot keep such programs: each start compiles them, which takes seconds.
     TF_CPP_MIN_LOG_LEVEL, for versions of jaxlib that print an error about each program from the compile cache on CPUs
-    with AVX-512, because they compare compiler preferences as if they were instructions: jax issue 38445.
-    Values that are already set are respected.
+    with AVX-512: jax issue 38445.
     """
     wanted = {}
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -160,8 +145,7 @@ def fast_environment() -> dict[str, str]:
 
 def has_cpu_flags() -> bool:
     """Whether this is the jaxlib that CPU_FLAGS were measured with; others may abort at unknown flags."""
-    linux = sys.platform == "linux" and platform.machine() == "x86_64"
-    return linux and version("jaxlib").startswith("0.12.0")
+    return (sys.platform, platform.machine()) == ("linux", "x86_64") and version("jaxlib").startswith("0.12.0")
 
 
 def use_compile_cache() -> None:
@@ -171,7 +155,9 @@ def use_compile_cache() -> None:
     if os.environ.get("XLA_FLAGS") == CPU_FLAGS and jax.default_backend() == "cpu":  # see `fast_environment`
         warnings.filterwarnings("ignore", "Error writing persistent compilation cache", UserWarning)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+        base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # the XDG specification ignores relative paths
+        base = base if base.is_absolute() else Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(base / "gravlens_jax"))
 
 
 def run_function(function: Callable[..., Any]) -> None:
@@ -196,12 +182,7 @@ def silence_orbax() -> None:
     """Hides what Orbax's threads and tasks print on a full disk, in addition to the error that we catch."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-
-    def show_others(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            sys.__unraisablehook__(unraisable)
-
-    sys.unraisablehook = show_others
+    sys.unraisablehook = lambda x: None if str(x.exc_value) == "Event loop is closed" else sys.__unraisablehook__(x)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 

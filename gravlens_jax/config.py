@@ -24,11 +24,12 @@ PriorPreset = Literal["ct1", "model_a", "paper", "deeplensesim_i"]
 PRIOR_PRESETS: tuple[PriorPreset, ...] = typing.get_args(PriorPreset)
 
 
-def check_finite(config: Any) -> None:
-    """Raises InputError if a number of a dataclass is NaN or infinite."""
+def check_finite(config: Any, **least: float) -> None:
+    """Raises InputError if a number of a dataclass is NaN or infinite, or lower than its bound in `least`."""
     for name, value in vars(config).items():
         finite = not isinstance(value, float) or math.isfinite(value)
         check(finite, f"{name}={value}: expected a finite number")
+        check(name not in least or value >= least[name], f"{name}={value}: expected at least {least.get(name)}")
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,7 @@ class SimulationConfig:
     folder: str = "data"  # where the files of each set of images have a folder
 
     def __post_init__(self):
-        for split in SPLITS:
-            check(getattr(self, split) >= 0, f"{split}={getattr(self, split)}: a number of images cannot be negative")
+        check_finite(self, train=0, easy=0, val=0, test=0)
         check(0 <= self.seed < 2**31, f"seed={self.seed}: expected 0 <= seed < 2^31")
 
 
@@ -60,8 +60,7 @@ class InputConfig:
     std: float | None = None  # divides the result; default: the standard deviation of simulated images
 
     def __post_init__(self):
-        check_finite(self)
-        check(self.crop >= 1 and self.pool >= 1, f"crop={self.crop}, pool={self.pool}: both must be at least 1")
+        check_finite(self, crop=1, pool=1)
         check(self.crop <= 2**14, f"crop={self.crop}: expected at most {2**14} pixels")
         check(self.crop % self.pool == 0, f"crop={self.crop} is not a multiple of pool={self.pool}")
         check(self.std is None or self.std > 0, f"std={self.std}: expected a positive number")
@@ -91,8 +90,7 @@ class AugmentConfig:
     max_shift: float = 0.0  # fraction of the image, in either direction
 
     def __post_init__(self):
-        check_finite(self)
-        check(self.max_rotation >= 0, f"max_rotation={self.max_rotation}: expected degrees >= 0")
+        check_finite(self, max_rotation=0)
         check(0 <= self.max_shift < 1, f"max_shift={self.max_shift}: expected a fraction in [0, 1)")
 
 
@@ -106,10 +104,8 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and statistics stay float32
 
     def __post_init__(self):
-        check(
-            8 <= self.depth <= 1202 and self.depth % 6 == 2,
-            f"depth={self.depth}: expected 6n + 2 layers, such as 8, 14, 20, 32, 44 or 56, at most 1202",
-        )
+        expected = "6n + 2 layers, such as 8, 14, 20, 32, 44 or 56, at most 1202"
+        check(8 <= self.depth <= 1202 and self.depth % 6 == 2, f"depth={self.depth}: expected {expected}")
         check(1 <= self.width <= 2**12, f"width={self.width}: expected 1 to {2**12} filters")
 
 
@@ -126,12 +122,9 @@ class OptimConfig:
     plateau_patience: int = 3  # epochs without improvement that are tolerated (PyTorch's meaning)
 
     def __post_init__(self):
-        check_finite(self)
+        check_finite(self, weight_decay=0, warmup_steps=0, plateau_patience=0)
         check(self.learning_rate > 0, f"learning_rate={self.learning_rate}: expected a positive number")
-        check(self.weight_decay >= 0, f"weight_decay={self.weight_decay}: expected a number >= 0")
-        check(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps}: expected a number >= 0")
         check(0 < self.plateau_factor < 1, f"plateau_factor={self.plateau_factor}: expected a number in (0, 1)")
-        check(self.plateau_patience >= 0, f"plateau_patience={self.plateau_patience}: expected a number >= 0")
 
 
 @dataclass(frozen=True)
@@ -156,14 +149,10 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self):
-        check_finite(self)
+        check_finite(self, epochs=1, batch_size=1, deflection_weight=0)
         check(0 <= self.seed < 2**31, f"seed={self.seed}: expected 0 <= seed < 2^31")
-        check(self.epochs >= 1, f"epochs={self.epochs}: expected at least 1")
-        check(self.batch_size >= 1, f"batch_size={self.batch_size}: expected at least 1")
-        check(self.deflection_weight >= 0, f"deflection_weight={self.deflection_weight}: expected a number >= 0")
         if self.data is not None and self.data.startswith(STREAM):
-            known = ", ".join(PRIOR_PRESETS)
-            check(self.stream is not None, f"data={self.data}: expected {STREAM} and one of {known}")
+            check(self.stream is not None, f"data={self.data}: expected {STREAM} and one of {', '.join(PRIOR_PRESETS)}")
             check(not self.device_data, f"data={self.data} holds no images that device_data could hold; leave one out")
 
     @property

@@ -1,4 +1,4 @@
-"""Files: atomic writes, locks, digests, the cache folder, visible names, and errors of full disks."""
+"""Files: atomic writes, locks, digests, visible names, and errors of full disks."""
 
 import fcntl
 import hashlib
@@ -24,11 +24,9 @@ def catch_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
-        raise InputError(
-            f"{path} could not be written: {reason}; existing files are unchanged. Free disk space or fix the "
-            f"permissions (and continue a run with --resume), or choose another folder"
-        ) from error
+        failed = f"{path} could not be written: {error.strerror or error}; existing files are unchanged"
+        advice = "Free disk space or fix the permissions (and continue a run with --resume), or choose another folder"
+        raise InputError(f"{failed}. {advice}") from error
 
 
 def temporary_name(path: Path) -> Path:
@@ -36,14 +34,21 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
-def write_atomically(path: Path, data: str | bytes) -> None:
-    """Writes a file under a temporary name, then renames it."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path` to write to, and renames that file to `path` unless there is an error."""
     temporary = temporary_name(path)
     try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Writes a file under a temporary name, then renames it."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -56,12 +61,6 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def check_folder(path: Path) -> None:
     """Raises InputError unless the parent folder of `path`, a file to be written, exists."""
     check(path.parent.is_dir(), f"{path}: there is no folder {path.parent}; create it or choose another one")
-
-
-def cache_folder() -> Path:
-    """Returns the folder for this package's files in the user's cache; it may not exist yet."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # the XDG specification ignores relative paths
-    return (base if base.is_absolute() else Path.home() / ".cache") / "gravlens_jax"
 
 
 def is_visible(name: str) -> bool:

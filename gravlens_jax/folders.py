@@ -28,17 +28,12 @@ Classes = Mapping[str, str]  # name in the network -> name in the data
 def load_npz(path: Path, label_names: Sequence[str] | None = None, need_labels: bool = True) -> Dataset:
     """Opens an .npz of this project, or reads one from elsewhere into memory and prints which arrays are used.
 
-    Args:
-      path: the file. One from elsewhere may be compressed, have other usual names of arrays (PAIRS), or no class names.
-      label_names: names of labels 0, 1, ... for a file that does not name its classes.
-      need_labels: see `open_npz`.
-
-    Raises:
-      InputError: as `open_npz`; unknown names of the classes; more than 1 GiB to be read into memory.
+    One from elsewhere may be compressed, have other usual names of arrays (PAIRS), or no names of its classes: then
+    `label_names` are those of labels 0, 1, ... `need_labels`: see `open_npz`. InputError as `open_npz`, and for unknown
+    names of the classes, or more than 1 GiB to be read into memory.
     """
-    path = Path(path)
     with npz.open_archive(path) as (archive, members):
-        if npz.is_packed(members):
+        if npz.is_packed(members) and ("labels" in members or not need_labels):
             return npz.open_npz(path, need_labels)
         images, labels = find_names(path, members, need_labels)
         if members[images].file_size > FOREIGN_BYTES:
@@ -73,22 +68,13 @@ def find_names(path: Path, members: npz.Members, need_labels: bool = True) -> tu
     return found
 
 
-def is_image_file(path: Path) -> bool:
-    """Returns whether `open_images` reads a file, by its name; hidden files are none."""
-    return path.name.lower().endswith(SUFFIXES) and is_visible(path.name)
-
-
 def open_images(path: Path) -> np.ndarray | MappedImages:
     """Returns the images of a file, (n, height, width); those of .npy are not read yet: see `read_rows`.
 
-    Args:
-      path: a file whose name ends in one of SUFFIXES: (height, width) or (n, height, width), perhaps with an axis of
-        length 1 for the channel. Of FITS, the first image of 2 to 4 axes.
-
-    Raises:
-      InputError: unreadable, Python objects, another shape, more than 64 bits a pixel.
+    The file's name ends in one of SUFFIXES; it holds (height, width) or (n, height, width), perhaps with an axis of
+    length 1 for the channel. Of FITS, the first image of 2 to 4 axes. InputError if it is unreadable, or has Python
+    objects, another shape, or more than 64 bits a pixel.
     """
-    path = Path(path)
     check(path.is_file(), f"{path}: no such file")
     if path.name.lower().endswith(FITS):
         return _open_fits(path)
@@ -102,19 +88,13 @@ def open_images(path: Path) -> np.ndarray | MappedImages:
         raise InputError(f"{path}: not a readable .npy ({error})") from error
 
 
-def read_images(path: Path, shape: tuple[int, ...] | None = None) -> Iterator[np.ndarray]:
-    """Yields the images (height, width) of a file, as `read_rows` returns them: finite pixels of the stored order.
-
-    Raises:
-      InputError: as `open_images` and `read_rows`; another shape than `shape`. It names file and image.
-    """
+def read_images(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """Returns the images of a file, (n, height, width), as `read_rows` does; InputError also if not of `shape`."""
     images = open_images(path)
     (height, width), expected = images.shape[1:], " x ".join(map(str, shape or ()))
     check(shape in (None, (height, width)), f"{path}: image has {height} x {width} pixels, expected {expected}")
-    for row in range(len(images)):
-        with named(path):
-            (image,) = read_rows(images, slice(row, row + 1))
-        yield image
+    with named(path):
+        return read_rows(images, slice(None))
 
 
 @contextmanager
@@ -130,7 +110,6 @@ def named(path: Path) -> Iterator[None]:
 
 def list_classes(path: Path) -> tuple[str, ...]:
     """Returns the names of the folders in a folder, sorted; or of the classes that an .npz names, () for none."""
-    path = Path(path)
     if path.is_dir():
         return tuple(sorted(f.name for f in path.iterdir() if f.is_dir() and is_visible(f.name)))
     with npz.open_archive(path) as (archive, members):
@@ -142,12 +121,13 @@ def list_folder(folder: Path, names: Sequence[str]) -> tuple[list[Path], np.ndar
 
     Other visible files there, and other folders, are named on stderr.
     """
-    files, labels, unread = [], [], [Path(folder) / name for name in list_classes(folder) if name not in names]
+    files, labels, unread = [], [], [folder / name for name in list_classes(folder) if name not in names]
     check(bool(names), f"{folder}: no folders there; expected one folder of images for each class")
     for label, name in enumerate(names):
-        class_folder = Path(folder) / name
+        class_folder = folder / name
         found = [f for f in class_folder.iterdir() if is_visible(f.name)] if class_folder.is_dir() else []
-        images = sorted(filter(is_image_file, found), key=_number)
+        stems = {f: f.name.partition(".")[0] for f in found if f.name.lower().endswith(SUFFIXES)}
+        images = sorted(stems, key=lambda f: (not stems[f].isdecimal(), stems[f].zfill(20), f.name))
         expected = f"one folder for each of the classes {', '.join(names)} (name other ones with --classes)"
         check(bool(images), f"{class_folder}: no {', '.join(SUFFIXES)} files there; expected {expected}")
         files += images
@@ -164,39 +144,25 @@ def show_unread(files: Iterable[Path]) -> None:
 
 
 def load_labelled(path: Path, classes: Classes, label_names: Sequence[str] | None = None) -> Dataset:
-    """Opens an .npz, or reads a folder with one folder of images for each class into memory, scaled to [0, 1].
+    """Opens an .npz, see `load_npz`, or reads a folder with one folder of images for each class, scaled to [0, 1].
 
-    Args:
-      path: the .npz or the folder.
-      classes: the labels of the result index its keys. Other folders are not read; an .npz must have just these names.
-      label_names: see `load_npz`.
+    Labels of the result index the keys of `classes`. Other folders are not read; an .npz must have just these names.
     """
-    path, names = Path(path), tuple(classes.values())
+    names = tuple(classes.values())
     if path.is_dir():
-        return _load_folder(path, classes)
+        files, file_labels = list_folder(path, names)
+        shape, origins = open_images(files[0]).shape[1:], []
+        stacks = [np.stack([scale(image) for image in read_images(file, shape)]) for file in files]
+        for file, stack in zip(files, stacks, strict=True):
+            origins += [f"{file.parent.name}/{file.name}" + f"[{i}]" * (len(stack) > 1) for i in range(len(stack))]
+        labels = np.repeat(file_labels, [len(stack) for stack in stacks])
+        return Dataset(np.concatenate(stacks), labels, tuple(classes), {"files": origins})
     dataset = load_npz(path, label_names)
-    found, expected = ", ".join(dataset.classes), ", ".join(names)
+    has = f"{path} has the classes {', '.join(dataset.classes)}; expected {', '.join(names)}"
     hint = "give --classes a name for each of the file's classes (name=name in the file where they differ)"
-    check(sorted(dataset.classes) == sorted(names), f"{path} has the classes {found}; expected {expected}: {hint}")
+    check(sorted(dataset.classes) == sorted(names), f"{has}: {hint}")
     order = np.array([names.index(name) for name in dataset.classes], np.int32)
     return dataset._replace(labels=order[dataset.labels], classes=tuple(classes))
-
-
-def _load_folder(folder: Path, classes: Classes) -> Dataset:
-    files, file_labels = list_folder(folder, tuple(classes.values()))
-    shape = open_images(files[0]).shape[1:]
-    images, labels, names = [], [], []
-    for file, label in zip(files, file_labels, strict=True):
-        stack = [scale(image) for image in read_images(file, shape)]
-        images += stack
-        labels += [label] * len(stack)
-        names += [f"{file.parent.name}/{file.name}" + f"[{i}]" * (len(stack) > 1) for i in range(len(stack))]
-    return Dataset(np.stack(images), np.array(labels, np.int32), tuple(classes), {"files": names})
-
-
-def _number(path: Path) -> tuple:
-    stem = path.name.partition(".")[0]
-    return not stem.isdecimal(), stem.zfill(20), path.name
 
 
 def _open_fits(path: Path) -> np.ndarray:

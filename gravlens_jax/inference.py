@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,16 +36,23 @@ def _outputs(variables, images: jax.Array, *, model: ResNet, tta: bool) -> tuple
 @partial(jax.jit, static_argnames="model")
 def _maps(variables, images: jax.Array, labels: jax.Array | None, *, model: ResNet) -> jax.Array:
     n, height, width = images.shape
-    crop, cell = model.input.crop, model.input.cell
-    outputs: Any = model.apply(variables, prepare(to_unit(images), model.input))
-    logits, feature_maps = outputs
-    labels = logits.argmax(-1) if labels is None else labels
-    # The head takes the mean over the pixels, so the gradient of a logit is the same everywhere.
-    gradient = jax.nn.relu(variables["params"]["head"]["kernel"].T[labels])
-    coarse = jnp.einsum("nrsc,nc->nrs", feature_maps[-1].astype(jnp.float32), gradient)
-    # The centre of pixel j of the last feature map is pooled pixel 4 j, because of its strides and padding.
-    scale = jnp.float32([cell, cell])
-    shift = jnp.float32([(height - crop) // 2, (width - crop) // 2]) + (model.input.pool - cell) / 2
+    crop, pool = model.input.crop, model.input.pool
+    x = prepare(to_unit(images), model.input)
+
+    def explained(perturbation):
+        outputs: Any = model.apply(variables, x, perturbation=perturbation)
+        logits, feature_maps = outputs
+        chosen = logits.argmax(-1) if labels is None else labels
+        return jnp.take_along_axis(logits, chosen[:, None], 1).sum(), feature_maps[2]
+
+    cells = -(-x.shape[1] // 2)  # of the feature map after stage 2
+    zeros = jnp.zeros((n, cells, cells, 2 * model.width), model.dtype)
+    gradient, activations = jax.grad(explained, has_aux=True)(zeros)
+    coarse = jnp.sum(activations * jax.nn.relu(gradient), axis=-1, keepdims=True, dtype=jnp.float32)
+    coarse = nn.avg_pool(coarse, (3, 3), padding="SAME")[..., 0]
+    # The centre of pixel j of this map is pooled pixel 2 j, because of its stride of 2 and padding of 1.
+    scale = jnp.float32([2 * pool, 2 * pool])
+    shift = jnp.float32([(height - crop) // 2, (width - crop) // 2]) - pool / 2
     return jax.image.scale_and_translate(coarse, (n, height, width), (1, 2), scale, shift, "linear")
 
 
@@ -73,8 +81,7 @@ def predict_logits(
     """Returns the logits of `images`, float32 (n, len(model.classes)).
 
     Args:
-      model: the network.
-      variables: {"params": ..., "batch_stats": ...}, as `model.init` and `load_network` return them.
+      model, variables: as `load_network` returns them.
       images: (n, height, width), any real dtype and unit: each is scaled by its own minimum and maximum. A memory map
         is read batch by batch.
       batch_size: images per step.
@@ -112,23 +119,18 @@ def saliency(
 ) -> np.ndarray:
     """Returns saliency maps (LayerCAM) of `images`, float32 (n, height, width), not negative.
 
-    LayerCAM (Jiang et al. 2021, IEEE Trans. Image Process. 30, 5875) of the last feature map: activations times the
-    positive part of the logit's gradient with respect to them, summed over channels.
+    LayerCAM (Jiang et al. 2021, IEEE Trans. Image Process. 30, 5875) after stage 2: activations times the positive part
+    of the logit's gradient with respect to them, summed over channels, averaged over 3 x 3 pixels.
 
-    Args:
-      model, variables, images: as in `predict_logits`.
-      labels: int (n,), the classes to explain; if not given, the predicted ones.
-      batch_size: images per step.
-
-    Raises:
-      InputError: as in `predict_logits`; `labels` has another length.
+    `labels`, int (n,), are the classes to explain, by default the predicted ones. Other arguments and errors are those
+    of `predict_logits`.
     """
     if labels is not None:
         expected = (len(images),)
         check(np.shape(labels) == expected, f"labels have shape {np.shape(labels)}, expected {expected}: one per image")
         known = bool(np.isin(labels, range(len(model.classes))).all())
         check(known, f"labels are {np.unique(labels)}, expected 0 to {len(model.classes) - 1}")
-    maps = np.empty(images.shape if isinstance(images, MappedImages) else np.shape(images), np.float32)
+    maps = np.empty(np.shape(images), np.float32)
     for rows, batch in _batches(images, model, batch_size):
         n = rows.stop - rows.start
         explained = None if labels is None else np.pad(labels[rows], (0, len(batch) - n))

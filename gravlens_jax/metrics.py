@@ -1,7 +1,4 @@
-"""Metrics of a classifier: accuracy, cross-entropy, confusion, ROC, AUC, calibration, outlier scores.
-
-Pure functions of arrays.
-"""
+"""Metrics of a classifier: accuracy, cross-entropy, confusion, AUC, calibration, outlier scores. Pure functions."""
 
 import math
 import time
@@ -18,10 +15,9 @@ def mean_metrics(sums: dict[str, Any]) -> tuple[float, float]:
 
 
 def training_metrics(step: int, sums: dict[str, Any], started: float, count: int) -> dict[str, float]:
-    """Returns train_loss, train_accuracy and images_per_second of an epoch up to `step`.
+    """Returns train_loss, train_accuracy and images_per_second of an epoch; FloatingPointError if it is not finite.
 
     `started` is the time and `count` the number of images when the epoch, or its continuation, began.
-    FloatingPointError if the loss is not finite.
     """
     check_finite(float(sums["loss"]), "training loss", step)
     loss, accuracy = mean_metrics(sums)
@@ -36,16 +32,14 @@ def check_finite(loss: float, name: str, step: int) -> None:
 
 
 def check_state(state: Any) -> None:
-    """Raises FloatingPointError if a parameter is not finite, or no gradient reached the first layer in this epoch.
+    """Raises FloatingPointError if a parameter of a TrainState is not finite, or all gradients of the epoch are 0.
 
     The loss alone does not show it: compiled CPU programs may drop NaN, and the loss of a dead network is ln(classes).
-    `state` is a `train_step.TrainState`.
     """
-    step = int(state.step)
     if name := find_not_finite({"params": state.params, "batch_stats": state.batch_stats}):
-        raise FloatingPointError(f"{name} is not finite at step {step}; {ADVICE}")
+        raise FloatingPointError(f"{name} is not finite at step {int(state.step)}; {ADVICE}")
     if int(state.sums["count"]) and not float(state.sums["gradient"]) > 0:
-        raise FloatingPointError(f"all gradients of the epoch are 0 at step {step}: dead network; {ADVICE}")
+        raise FloatingPointError(f"all gradients of the epoch are 0 at step {int(state.step)}: dead network; {ADVICE}")
 
 
 def find_not_finite(variables: Any, name: str = "") -> str | None:
@@ -63,10 +57,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
-    """Returns the expected calibration error: mean |accuracy - confidence| over `bins` equal confidence bins.
-
-    Guo et al. 2017, arXiv 1706.04599, eq. 3.
-    """
+    """Returns the expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 3) over equal confidence bins."""
     confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
     index = np.minimum((confidence * bins).astype(int), bins - 1)
     gaps = np.bincount(index, correct - confidence, minlength=bins)
@@ -77,13 +68,10 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """Returns the temperature, by which logits should be divided: 1 without evidence for another one.
 
     Guo et al., section 4.2: it minimizes the summed cross-entropy, here with a normal prior: plus (ln T / 0.2)^2 / 2.
-    Otherwise a few images that are all right, or one that is wrong, would give T = 0 or infinity.
-
-    Args:
-      logits: float (n, classes), n >= 1, of images that the network was not trained on.
-      labels: int (n,).
+    Otherwise a few images that are all right, or one that is wrong, would give T = 0 or infinity. `logits` are float
+    (n, classes), n >= 1, of images that the network was not trained on; `labels` int (n,).
     """
-    from scipy.optimize import minimize_scalar  # slow to import, as scikit-learn is
+    from scipy.optimize import minimize_scalar  # slow to import, as scipy.stats and scikit-learn are
 
     def loss(log):
         return len(labels) * _loss(softmax(logits / np.exp(log)), labels) + (log / 0.2) ** 2 / 2
@@ -91,33 +79,25 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
-def fit_population(
-    means: np.ndarray, labels: np.ndarray, num_classes: int, folds: int = 10
-) -> dict[str, np.ndarray] | None:
+def fit_population(means: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[str, np.ndarray] | None:
     """Returns the population from which `outlier_scores` measures; None for fewer than 20 images, which are too few.
 
     A Gaussian for each class, with a common covariance (Lee et al. 2018, arXiv 1807.03888, eq. 1 and 2, with channels
-    of all stages as in their section 2.2), scaled so that 1 % of ordinary images exceed 1. This quantile
-    is found by cross-validation, because distances of images that a covariance was estimated from are too short.
+    of all stages as in their section 2.2), scaled so that 1 % of ordinary images exceed 1. This quantile is found by
+    cross-validation, because distances of images that a covariance was estimated from are too short.
 
-    Args:
-      means: float (n, channels), from `inference.outputs`, of images that the network was not trained on.
-      labels: int (n,).
-      num_classes: of the network; one without images gets the mean of all.
-      folds: of the cross-validation.
-
-    Returns:
-      float32 whitening (channels, channels), and centres (num_classes, channels), which are whitened.
+    `means` are float (n, channels), from `inference.outputs`, of images that the network was not trained on, `labels`
+    int (n,); a class without images gets the mean of all. The result has float32 whitening (channels, channels), and
+    centres (num_classes, channels), which are whitened.
     """
     if len(labels) < 20:
         return None
-    fold, scores = np.arange(len(labels)) % folds, np.empty(len(labels))
-    for k in range(folds):
+    fold, scores = np.arange(len(labels)) % 10, np.empty(len(labels))
+    for k in range(10):
         others = _fit_gaussians(means[fold != k], labels[fold != k], num_classes)
         scores[fold == k] = outlier_scores(others, means[fold == k])
     unit = max(np.quantile(scores, 0.99), 1e-6)
-    gaussians = _fit_gaussians(means, labels, num_classes)
-    return {name: (array / unit).astype(np.float32) for name, array in gaussians.items()}
+    return {name: (x / unit).astype(np.float32) for name, x in _fit_gaussians(means, labels, num_classes).items()}
 
 
 def _fit_gaussians(means: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
@@ -141,7 +121,7 @@ def outlier_scores(population: dict[str, np.ndarray] | None, means: np.ndarray) 
     if population is None:
         return np.full(len(means), np.nan, np.float32)
     whitening, centres = (np.asarray(population[name], np.float64) for name in ("whitening", "centres"))
-    white = means.astype(np.float64) @ whitening
+    white = means @ whitening
     return np.stack([np.linalg.norm(white - centre, axis=1) for centre in centres]).min(0).astype(np.float32)
 
 
@@ -150,26 +130,20 @@ def _loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
     return float(-np.mean(np.log(np.maximum(true, np.finfo(np.float64).tiny))))
 
 
-def wilson_interval(successes: int, n: int) -> list[float]:
-    """Returns the 95 % interval [low, high] of a probability, from `successes` of `n` trials (Wilson 1927)."""
-    z, p = 1.959964, successes / n
-    half = z * math.sqrt(p * (1 - p) / n + (z / n) ** 2 / 4)
-    return [(p + z**2 / n / 2 + sign * half) / (1 + z**2 / n) for sign in (-1, 1)]
-
-
-def intervals(
-    logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], resamples: int = 300, seed: int = 0
-) -> dict[str, Any]:
+def intervals(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], resamples: int = 300) -> dict[str, Any]:
     """Returns 95 % intervals: [low, high] for accuracy, each class's recall, macro_auc and each class's auc.
 
     Accuracy and recall have Wilson intervals, AUCs the percentiles of a bootstrap over the images. None for the recall
     of an absent class, and for an AUC that is undefined in a resample or does not vary, as of separated classes. The
-    intervals reflect the choice of test images alone, not the scatter between trainings. Arguments as in `evaluate`.
+    intervals reflect the choice of test images alone, not the scatter between trainings.
     """
-    probabilities, rng, values = softmax(logits), np.random.default_rng(seed), []
+    from scipy.stats import binomtest
+
+    def wilson(correct):
+        return [*binomtest(correct.sum(), len(correct)).proportion_ci(method="wilson")] if len(correct) else None
+
+    probabilities, rng, values = softmax(logits), np.random.default_rng(0), []
     correct = probabilities.argmax(1) == labels
-    members = [correct[labels == k] for k in range(len(classes))]
-    recall = [wilson_interval(int(found.sum()), len(found)) if len(found) else None for found in members]
     for _ in range(resamples):
         rows = rng.integers(len(labels), size=len(labels))
         areas = roc_areas(probabilities[rows], labels[rows])
@@ -177,8 +151,8 @@ def intervals(
     lows, highs = np.quantile(values, [0.025, 0.975], axis=0).tolist()
     macro_auc, *auc = ([low, high] if low < high else None for low, high in zip(lows, highs, strict=True))
     return {
-        "accuracy": wilson_interval(int(correct.sum()), len(labels)),
-        "recall": dict(zip(classes, recall, strict=True)),
+        "accuracy": wilson(correct),
+        "recall": {name: wilson(correct[labels == k]) for k, name in enumerate(classes)},
         "macro_auc": macro_auc,
         "auc": dict(zip(classes, auc, strict=True)),
     }
@@ -191,29 +165,21 @@ def roc_areas(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     (Hanley & McNeil 1982, Radiology 143, 29). NaN for a class that contains all or none of the images.
     `probabilities` are float (n, classes), `labels` int (n,).
     """
-    areas = np.full(probabilities.shape[1], np.nan)
-    for k, scores in enumerate(probabilities.T):
-        members, others = scores[labels == k], np.sort(scores[labels != k])
-        if len(members) and len(others):
-            wins = np.searchsorted(others, members, "left") + np.searchsorted(others, members, "right")
-            areas[k] = wins.mean() / (2 * len(others))
-    return areas
+    from scipy.stats import rankdata
+
+    members = labels[:, None] == np.arange(probabilities.shape[1])
+    n = members.sum(0)
+    wins = (rankdata(probabilities, axis=0) * members).sum(0) - n * (n + 1) / 2
+    return np.divide(wins, n * (len(labels) - n), out=np.full(len(n), np.nan), where=n % len(labels) != 0)
 
 
 def evaluate(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the metrics of a set of predictions, ready for JSON.
+    """Returns the metrics of predictions, ready for JSON: `logits` are float (n, classes), n >= 1, `labels` int (n,).
 
-    Args:
-      logits: float (n, classes), n >= 1.
-      labels: int (n,).
-      classes: names.
-
-    Returns:
-      n, accuracy, loss (mean cross-entropy), auc (class -> value, None where undefined), macro_auc (None unless all
-      are defined), ece (expected calibration error), confusion (rows are the true classes), classes.
+    They are n, accuracy, loss (mean cross-entropy), auc (class -> value, None where undefined), macro_auc (None unless
+    all are defined), ece (expected calibration error), confusion (rows are the true classes), classes.
     """
-    probabilities = softmax(logits)
-    confusion = np.zeros((len(classes), len(classes)), int)
+    probabilities, confusion = softmax(logits), np.zeros((len(classes), len(classes)), int)
     np.add.at(confusion, (labels, probabilities.argmax(1)), 1)
     areas = roc_areas(probabilities, labels)
     *auc, macro_auc = (None if np.isnan(area) else float(area) for area in (*areas, areas.mean()))

@@ -37,12 +37,15 @@ class ResNet(nn.Module):
     input: InputConfig = InputConfig()
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def __call__(
+        self, x: jax.Array, train: bool = False, perturbation: jax.Array | float = 0.0
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Returns the logits and the four feature maps: after the first convolution and after each stage.
 
         Args:
           x: float (n, height, width, 1), prepared images.
           train: normalize by the batch and update the running statistics (then pass mutable=["batch_stats"]).
+          perturbation: added to the feature map after stage 2, for derivatives with respect to it.
 
         Returns:
           logits, float32 (n, len(classes)); and maps of `dtype`, of width, width, 2 width and 4 width channels, the
@@ -67,7 +70,8 @@ class ResNet(nn.Module):
                     extra = filters - x.shape[-1]
                     x = jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
                 x = nn.relu(x + y)
-            feature_maps.append(x)
+            feature_maps.append(x + perturbation if stage == 1 else x)
+            x = feature_maps[-1]
         features = x.astype(jnp.float32).mean((1, 2))
         return nn.Dense(len(self.classes), dtype=jnp.float32, name="head")(features), tuple(feature_maps)
 

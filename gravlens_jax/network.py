@@ -11,16 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gravlens_jax import __version__
+from gravlens_jax import __version__, files, metrics, run_files
 from gravlens_jax.checkpoint import load_variables
 from gravlens_jax.config import Checkpoint, InputConfig, ModelConfig, from_dict
 from gravlens_jax.errors import check, parse_json
-from gravlens_jax.files import catch_write_errors, check_folder, write_arrays
 from gravlens_jax.inference import outputs
-from gravlens_jax.metrics import find_not_finite, fit_population, fit_temperature
 from gravlens_jax.model import ResNet, make_model, variable_shapes
 from gravlens_jax.npz import Dataset, load_arrays
-from gravlens_jax.run_files import read_config, read_history, read_temperature, write_calibration
 
 EXPECTED = "a network written by scripts/export.py"
 PRETRAINED = Path(__file__).with_name("pretrained.npz")
@@ -36,7 +33,7 @@ class Network:
     temperature: float = 1.0  # already applied to the head
 
     def __iter__(self) -> Iterator[Any]:
-        yield from (self.model, self.variables)
+        return iter((self.model, self.variables))
 
     def __repr__(self) -> str:
         height, width = self.image_shape
@@ -54,22 +51,18 @@ class _About(NamedTuple):  # the part of `describe` that loading needs
 def load_network(run: str | Path, checkpoint: Checkpoint = "best") -> Network:
     """Returns a trained network, ready for `predict`; the probabilities of a finished run are calibrated.
 
-    Args:
-      run: the directory of a run, an .npz written by scripts/export.py, or "pretrained" for the package's network.
-      checkpoint: of a run: "best" (lowest validation loss) or "final" (last epoch).
-
-    Raises:
-      InputError: not a run or a network, no checkpoint yet, damaged, or parameters that are not finite.
+    `run` is the directory of a run, of which `checkpoint` is "best" (lowest validation loss) or "final" (last epoch);
+    or an .npz written by scripts/export.py; or "pretrained" for the package's network. InputError if it is none of
+    these, is damaged, has no checkpoint yet, or has parameters that are not finite.
     """
     path = find_network(run)
     if path.suffix == ".npz":
         network = _load_file(path)
     else:
-        values = read_config(path)
-        about = _read_about(values["config"] | values | {"temperature": 1.0}, f"{path}/config.json")
-        model = make_model(about.model, about.input, about.classes)
+        values = run_files.read_config(path)
+        model, about = _read_about(values["config"] | values | {"temperature": 1.0}, f"{path}/config.json")
         variables, step = load_variables(path, model, checkpoint)
-        temperature = read_temperature(path, step)
+        temperature = run_files.read_temperature(path, step)
         variables = calibrated(variables, temperature, _read_population(path, step, model))
         network = Network(model, variables, about.image_shape, temperature)
     _check_finite(network, path, "used")
@@ -90,18 +83,18 @@ def find_network(run: str | Path) -> Path:
 def calibrate(model: ResNet, variables: Any, dataset: Dataset) -> tuple[float, dict[str, np.ndarray] | None]:
     """Returns the temperature and the population, fitted to images that the network was not trained on."""
     logits, means = outputs(model, variables, dataset.images)
-    return fit_temperature(logits, dataset.labels), fit_population(means, dataset.labels, len(model.classes))
+    population = metrics.fit_population(means, dataset.labels, len(model.classes))
+    return metrics.fit_temperature(logits, dataset.labels), population
 
 
 def calibrate_run(run_dir: Path, model: ResNet, dataset: Dataset, write: bool) -> None:
     """Calibrates the best and the final checkpoint of a run, and with `write` writes the results to its directory."""
-    calibrations = {}
+    calibrations: dict[int, Any] = {}
     for checkpoint in ("best", "final"):
         variables, step = load_variables(run_dir, model, checkpoint)
-        if step not in calibrations:
-            calibrations[step] = calibrate(model, variables, dataset)
+        calibrations[step] = calibrations.get(step) or calibrate(model, variables, dataset)
     if write:
-        write_calibration(run_dir, calibrations)
+        run_files.write_calibration(run_dir, calibrations)
 
 
 def calibrated(variables: Any, temperature: float, population: dict[str, np.ndarray] | None = None) -> dict[str, Any]:
@@ -123,35 +116,29 @@ def describe(network: Network, run: Path | None = None) -> dict[str, Any]:
         "version": __version__,
     }
     if run is not None and (run / "config.json").exists():
-        about |= {"config": read_config(run)["config"], "history": read_history(run)}
+        about |= {"config": run_files.read_config(run)["config"], "history": run_files.read_history(run)}
     return about
 
 
 def named_arrays(network: Network, out: Path) -> dict[str, np.ndarray]:
-    """Returns the variables, float32, by names such as params/head/bias, to be written to the file `out`.
-
-    Raises:
-      InputError: parameters are not finite.
-    """
+    """Returns the variables, float32, by names such as params/head/bias; InputError about `out` if not finite."""
     _check_finite(network, out, "exported")
     named = flatten_dict(network.variables, sep="/")
     return {name: np.array(x, np.float32, order="C") for name, x in named.items()}
 
 
 def write_network(out: Path, network: Network, about: dict[str, Any]) -> None:
-    """Writes a network to an .npz, atomically: `named_arrays`, and `about` as JSON text. An existing file is replaced.
-
-    `about` is `describe(network)`, and more if you like.
-    """
-    check_folder(out)
-    arrays = named_arrays(network, out)
-    with catch_write_errors(out):
-        write_arrays(out, {"about": np.array(json.dumps(about)), **arrays})
+    """Writes a network to an .npz, atomically: `named_arrays`, and `about`, from `describe`, as JSON text."""
+    files.check_folder(out)
+    arrays = {"about": np.array(json.dumps(about))} | named_arrays(network, out)
+    with files.catch_write_errors(out):
+        files.write_arrays(out, arrays)
 
 
 def _check_finite(network: Network, where: Path, use: str) -> None:
+    finite = metrics.find_not_finite(network.variables) is None
     reason = f"the network has parameters that are not finite, it cannot be {use}"
-    check(find_not_finite(network.variables) is None, f"{where}: {reason}; train again with a lower learning rate")
+    check(finite, f"{where}: {reason}; train again with a lower learning rate")
 
 
 def _read_population(run_dir: Path, step: int, model: ResNet) -> dict[str, np.ndarray] | None:
@@ -178,14 +165,14 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return {"temperature": 1.0} | about, arrays
 
 
-def _read_about(values: dict[str, Any], where: str) -> _About:
-    return from_dict(_About, {name: values[name] for name in _About._fields if name in values}, where)
+def _read_about(values: dict[str, Any], where: str) -> tuple[ResNet, _About]:
+    about = from_dict(_About, {name: values[name] for name in _About._fields if name in values}, where)
+    return make_model(about.model, about.input, about.classes), about
 
 
 def _load_file(path: Path) -> Network:
     values, arrays = read_file(path)
-    about = _read_about(values, f"{path}: about")
-    model = make_model(about.model, about.input, about.classes)
+    model, about = _read_about(values, f"{path}: about")
     shapes = {name: array.shape for name, array in arrays.items() if array.dtype.kind == "f"}
     expected = {name: x.shape for name, x in flatten_dict(variable_shapes(model), sep="/").items()}
     if "population/whitening" in arrays:  # files of older versions have none

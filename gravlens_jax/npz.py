@@ -19,18 +19,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from gravlens_jax.errors import InputError, check, parse_json
-from gravlens_jax.files import catch_write_errors, is_visible, temporary_name
+from gravlens_jax.files import catch_write_errors, is_visible, replacing
 
 CHUNK_BYTES = 2**25  # read at a time
 HEADER_BYTES = 2**14  # NumPy accepts headers of up to 10,000
 MEMORY_BYTES = 2**26  # limit for arrays that are larger than their file
 KINDS = {"f": "floating-point numbers", "ui": "integers", "uif": "real numbers", "U": "text"}
-EXPECTED = "an .npz made by scripts/pack.py or scripts/simulate.py"
 PARAMETERS = "parameters/"  # begins the names of arrays of lens parameters
 DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, OSError, RuntimeError, ValueError, OverflowError, EOFError)
 
@@ -95,20 +94,12 @@ def write_npz(
     info: dict,
     arrays: dict[str, np.ndarray] | None = None,
 ) -> None:
-    """Streams images into an uncompressed .npz, atomically.
+    """Streams images into an uncompressed .npz, atomically; its folder is created if needed.
 
-    Args:
-      path: where to write; its folder is created if needed.
-      chunks: arrays (k, height, width) that follow each other in `shape`'s first axis.
-      shape: (n, height, width) of all images together.
-      dtype: of the stored images.
-      labels: int (n,); None for a file that serves prediction only.
-      classes: the names of labels 0, 1, ...
-      info: a JSON object.
-      arrays: more to store, name -> array.
+    `chunks` are arrays (k, height, width), together of `shape` (n, height, width), and stored as `dtype`; `labels`, int
+    (n,), index `classes` (None: for prediction only); `info` is a JSON object; `arrays`, name -> array, are added.
     """
     path = Path(path).absolute()
-    temporary = temporary_name(path)
     small = {"classes": np.array(classes, str), "info": np.array(json.dumps(info))} | (arrays or {})
     if labels is not None:
         small["labels"] = np.asarray(labels, np.int32)
@@ -116,46 +107,38 @@ def write_npz(
         path.parent.mkdir(parents=True, exist_ok=True)
         needed, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
         check(needed <= free, f"{path} needs {needed:,} bytes, {free:,} are free; free space or choose another folder")
-        try:
-            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-                for name, array in small.items():
-                    with archive.open(f"{name}.npy", "w") as member:
-                        np.lib.format.write_array(member, array, allow_pickle=False)
-                with archive.open("images.npy", "w", force_zip64=True) as member:
-                    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(shape)}
-                    np.lib.format.write_array_header_1_0(member, header)
-                    written = 0
-                    for chunk in chunks:
-                        assert chunk.shape[1:] == tuple(shape[1:])
-                        member.write(np.ascontiguousarray(chunk, dtype).data.cast("B"))
-                        written += len(chunk)
-                    assert written == shape[0], (written, shape)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            for name, array in small.items():
+                with archive.open(f"{name}.npy", "w") as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+            with archive.open("images.npy", "w", force_zip64=True) as member:
+                header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(shape)}
+                np.lib.format.write_array_header_1_0(member, header)
+                written = 0
+                for chunk in chunks:
+                    assert chunk.shape[1:] == tuple(shape[1:])
+                    member.write(np.ascontiguousarray(chunk, dtype).data.cast("B"))
+                    written += len(chunk)
+                assert written == shape[0], (written, shape)
 
 
 def open_npz(path: str | Path, need_labels: bool = True) -> Dataset:
     """Opens an .npz of this project; of its images only the header is read.
 
-    Args:
-      path: the file.
-      need_labels: whether labels, classes, info and lens parameters are read; otherwise they are 0, (), {} and None.
-
-    Raises:
-      InputError: the file is missing, damaged, of another form, or has labels outside of its classes.
+    Without `need_labels`, labels, classes, info and lens parameters are not read; they are 0, (), {} and None.
+    InputError if the file is missing, damaged, of another form, or has labels outside of its classes.
     """
     path = Path(path).absolute()
     with open_archive(path) as (archive, members):
         command = f"python scripts/pack.py {shlex.quote(str(path))} {shlex.quote(f'packed/{path.name}')}"
-        command += " --classes ..." * ("classes" not in members)
-        has = f"has {', '.join(sorted(members)) or 'nothing':.200}"
-        expected = "expected uncompressed images, and labels with the names of their classes"
-        check(is_packed(members), f"{path} {has}; {expected}; convert it: {command}")
+        command += " --classes ..." * ("classes" not in members and len(members) > 1)
+        has = f"{path} has {', '.join(sorted(members)) or 'nothing':.200}; expected"
+        expected = "uncompressed images, and labels with the names of their classes"
+        check(is_packed(members), f"{has} {expected}; convert it: {command}")
         images = _locate_images(archive, members["images"])
         if not need_labels:
             return Dataset(images, np.zeros(len(images), np.int32), (), {})
-        check("labels" in members, f"{path} {has}; expected labels")
+        check("labels" in members, f"{has} labels")
         kinds = {name: "f" for name in members if name.startswith(PARAMETERS)}
         arrays = read_members(archive, members, {"labels": "ui", "classes": "U", "info": "U"} | kinds)
     classes = tuple(arrays["classes"].ravel().tolist())
@@ -171,8 +154,7 @@ def open_npz(path: str | Path, need_labels: bool = True) -> Dataset:
 def check_labels(labels: np.ndarray, n: int, classes: tuple[str, ...], path: Path) -> np.ndarray:
     """Returns the labels as int32; InputError unless they are one of `classes` for each of `n` images."""
     check(labels.shape == (n,), f"{path}: {n} images but labels of shape {labels.shape}")
-    low, high, known = labels.min(), labels.max(), ", ".join(classes)
-    expected = f"expected 0 to {len(classes) - 1} for {known}"
+    low, high, expected = labels.min(), labels.max(), f"expected 0 to {len(classes) - 1} for {', '.join(classes)}"
     check(low >= 0 and high < len(classes), f"{path}: labels run from {low} to {high}, {expected}")
     return labels.astype(np.int32)
 
@@ -193,7 +175,9 @@ def load_arrays(path: Path, expected: str, kinds: str) -> dict[str, np.ndarray]:
 
 
 @contextmanager
-def open_archive(path: Path, expected: str = EXPECTED) -> Iterator[tuple[zipfile.ZipFile, Members]]:
+def open_archive(
+    path: Path, expected: str = "an .npz made by scripts/pack.py or scripts/simulate.py"
+) -> Iterator[tuple[zipfile.ZipFile, Members]]:
     """Yields an .npz and its members; errors of damaged files become InputError."""
     check(path.is_file(), f"{path}: no such file; expected {expected}")
     try:
@@ -211,17 +195,18 @@ def open_archive(path: Path, expected: str = EXPECTED) -> Iterator[tuple[zipfile
 
 
 def read_members(
-    archive: zipfile.ZipFile, members: Members, kinds: dict[str, str], memory_bytes: int = MEMORY_BYTES
+    archive: zipfile.ZipFile, members: Members, kinds: dict[str, str], memory_bytes: int | None = None
 ) -> dict[str, np.ndarray]:
     """Reads the members named in `kinds`, name -> accepted dtype kinds; first checks all their headers.
 
-    InputError if they are larger than `memory_bytes` and than the file.
+    InputError if they are larger than `memory_bytes`, by default MEMORY_BYTES, and than the file.
     """
     infos = {name: info for name, info in members.items() if name in kinds}
     for name, info in infos.items():
         with archive.open(info) as file:
             read_header(file, info.file_size, kinds[name], f"{archive.filename}: {info.filename}")
-    total, most = sum(i.file_size for i in infos.values()), max(memory_bytes, os.path.getsize(str(archive.filename)))
+    most = max(memory_bytes or MEMORY_BYTES, os.path.getsize(str(archive.filename)))
+    total = sum(info.file_size for info in infos.values())
     check(total <= most, f"{archive.filename}: {', '.join(infos):.80} unpack to {total:,} bytes, expected {most:,}")
     arrays = {}
     for name, info in infos.items():
@@ -244,12 +229,9 @@ def read_header(file: IO[bytes], size: int, kinds: str, where: str) -> Header:
     check(not dtype.hasobject, f"{where} holds Python objects, which are never unpickled {allowed}")
     right = dtype.kind in kinds and dtype.itemsize > 0
     check(right, f"{where} has dtype {dtype}, expected {KINDS.get(kinds, 'numbers or text')}")
-    check(
-        len(shape) <= 32
-        and all(0 < length < 2**31 for length in shape)
-        and head.tell() + math.prod(shape) * dtype.itemsize == size,
-        f"{where} announces shape {shape!s:.80} of {dtype}, but header and data have {size} bytes; make it again",
-    )
+    possible = len(shape) <= 32 and all(0 < length < 2**31 for length in shape)
+    announced = f"{where} announces shape {shape!s:.80} of {dtype}, but header and data have {size} bytes"
+    check(possible and head.tell() + math.prod(shape) * dtype.itemsize == size, f"{announced}; make it again")
     return Header(shape, fortran_order, dtype, head.tell())
 
 
@@ -262,10 +244,10 @@ def read_image_header(file: IO[bytes], size: int, where: str) -> Header:
 
 def as_stack(shape: tuple[int, ...], where: str) -> tuple[int, ...]:
     """Returns (n, height, width) for the shape of one or more images, which may have an axis for one channel."""
+    right = 2 <= len(shape) <= 4 and 0 not in shape and (len(shape) < 4 or 1 in (shape[1], shape[3]))
     expected = "(height, width) or (n, height, width), perhaps with an axis of length 1 for the channel"
-    check(2 <= len(shape) <= 4 and 0 not in shape, f"{where}: images have shape {shape}, expected {expected}")
+    check(right, f"{where}: images have shape {shape}, expected {expected}")
     if len(shape) == 4:
-        check(1 in (shape[1], shape[3]), f"{where}: images have shape {shape}, expected {expected}")
         return (shape[0], *shape[2:]) if shape[1] == 1 else shape[:3]
     return shape if len(shape) == 3 and shape[2] > 1 else (1, *shape[:2])
 
@@ -281,8 +263,7 @@ def _locate_images(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> MappedIma
     with archive.open(info) as member:
         header = read_image_header(member, info.file_size, where)
     check(not header.fortran_order, f"{where} is in Fortran order, expected C order")
-    file = archive.fp
-    assert file is not None  # it is open
+    file: Any = archive.fp
     file.seek(info.header_offset)
     name_bytes, extra_bytes = struct.unpack("<26xHH", file.read(30))
     start = info.header_offset + 30 + name_bytes + extra_bytes
@@ -294,14 +275,8 @@ def read_rows(images: np.ndarray | MappedImages, rows: np.ndarray | slice) -> np
     """Returns images[rows] as a new array in native byte order: 8 and 16 bits a pixel as they are, others by `scale`.
 
     All pixels of the project are read here. A file is mapped again for each call, because the pages of a map count as
-    memory of the process while the map lives.
-
-    Args:
-      images: (n, height, width), from `open_npz` or in memory.
-      rows: int (k,), or a slice.
-
-    Raises:
-      InputError: an image has NaN or infinite pixels; or the file was truncated or replaced since it was opened.
+    memory of the process while the map lives. `images` are (n, height, width), from `open_npz` or in memory, `rows` int
+    (k,) or a slice. InputError if an image has NaN or infinite pixels, or the file was truncated or replaced since.
     """
     rows = np.arange(*rows.indices(len(images))) if isinstance(rows, slice) else np.asarray(rows)
     if len(rows) and not 0 <= rows.min() <= rows.max() < len(images):
@@ -311,7 +286,9 @@ def read_rows(images: np.ndarray | MappedImages, rows: np.ndarray | slice) -> np
     batch = np.empty((len(rows), *images.shape[1:]), images.dtype.newbyteorder("=") if short else np.float32)
     for image, row in zip(batch, rows.tolist(), strict=True):
         image[...] = pixels[row] if short else scale(pixels[row])
-        if not _all_finite(image):
+        # NumPy's isfinite is slow for float16, where the exponent of infinity and NaN is all ones.
+        half = image.dtype == np.float16
+        if (image.view(np.uint16) & 0x7C00).max() == 0x7C00 if half else not np.isfinite(image).all():
             file = f"{images.path}: " if isinstance(images, MappedImages) else ""
             raise InputError(f"{file}images[{row}] has NaN or infinite pixels; fix or remove this image")
     return batch
@@ -360,10 +337,3 @@ def _map_again(images: MappedImages, rows: np.ndarray) -> np.ndarray:
         page = first // mmap.PAGESIZE * mmap.PAGESIZE
         pages.madvise(mmap.MADV_WILLNEED, page, first - page + row_bytes)
     return np.ndarray(images.shape, images.dtype, pages, images.offset)
-
-
-def _all_finite(image: np.ndarray) -> bool:
-    """Returns whether all pixels are finite."""
-    if image.dtype == np.float16:  # NumPy's isfinite is slow for it; the exponent of infinity and NaN is all ones
-        return int((image.view(np.uint16) & 0x7C00).max()) < 0x7C00
-    return image.dtype.kind != "f" or bool(np.isfinite(image).all())

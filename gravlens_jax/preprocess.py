@@ -1,5 +1,7 @@
 """Preprocessing of stored images: scaling, augmentation, crop, pooling and stretch. Pure functions."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,9 @@ def check_images(shape: tuple[int, ...], config: InputConfig) -> None:
     """Raises InputError unless `shape` is (n, height, width) and the crop fits into the images."""
     check(len(shape) == 3, f"images have shape {tuple(shape)}; expected (n, height, width)")
     largest = min(shape[1:]) // config.pool * config.pool
-    check(
-        largest >= config.crop,
-        f"images are {shape[1]} x {shape[2]} pixels, the network's input is a crop of {config.crop} x {config.crop}; "
-        f"give larger images" + (f", or train with --input.crop {largest}" if largest else ""),
-    )
+    small = f"images are {shape[1]} x {shape[2]} pixels, the network's input is a crop of {config.crop} x {config.crop}"
+    advice = "give larger images" + (f", or train with --input.crop {largest}" if largest else "")
+    check(largest >= config.crop, f"{small}; {advice}")
 
 
 def check_image_shape(shape: tuple[int, ...], expected: tuple[int, int], where: str) -> None:
@@ -27,27 +27,20 @@ def check_image_shape(shape: tuple[int, ...], expected: tuple[int, int], where: 
 
 
 def to_unit(images: jax.Array) -> jax.Array:
-    """Returns float32 images (n, height, width, 1), each scaled to [0, 1] by its own minimum and maximum.
+    """Returns images (n, height, width), of any real dtype, scaled to [0, 1] by their own minimum and maximum.
 
-    The public images were scaled so too, so that predictions do not depend on units or an offset. A constant image
-    becomes 0. `npz.read_rows` has already done this, in float64, for more than 16 bits a pixel.
-
-    Args:
-      images: any real dtype, (n, height, width).
+    The result is float32 (n, height, width, 1); a constant image becomes 0. The public images were scaled so too.
+    `npz.read_rows` has already done this, in float64, for more than 16 bits a pixel.
     """
     images = images.astype(jnp.float32)[..., None]
-    low = images.min((1, 2, 3), keepdims=True)
-    high = images.max((1, 2, 3), keepdims=True)
+    low, high = (limit(images, (1, 2, 3), keepdims=True) for limit in (jnp.min, jnp.max))
     return (images - low) / jnp.where(high > low, high - low, 1)
 
 
 def flip(images: jax.Array, key: jax.Array, vectors: bool = False) -> jax.Array:
-    """Mirrors each image along each axis with probability 1/2.
+    """Mirrors each image (n, height, width, channels) along each axis with probability 1/2.
 
-    Args:
-      images: (n, height, width, channels).
-      key: a `jax.random.key`.
-      vectors: whether the two channels are the x and y components of vectors, which are mirrored too.
+    With `vectors`, the two channels are the x and y components of vectors, which are mirrored too.
     """
     for axis, axis_key in zip((1, 2), jax.random.split(key), strict=True):
         mirrored = jax.random.bernoulli(axis_key, jnp.float32(0.5), (images.shape[0], 1, 1, 1))
@@ -59,20 +52,15 @@ def flip(images: jax.Array, key: jax.Array, vectors: bool = False) -> jax.Array:
 
 
 def rotate_and_shift(images: jax.Array, key: jax.Array, max_rotation: float, max_shift: float) -> jax.Array:
-    """Rotates and shifts each image at random: nearest neighbour, zero outside.
+    """Rotates and shifts each image, float (n, height, width, 1), at random: nearest neighbour, zero outside.
 
-    Args:
-      images: float (n, height, width, 1).
-      key: a `jax.random.key`.
-      max_rotation: degrees; angles are uniform in [-max_rotation, max_rotation].
-      max_shift: fraction of height and width; shifts are uniform, either way.
+    Angles are uniform in [-max_rotation, max_rotation] degrees, shifts in [-max_shift, max_shift] of height and width.
     """
     n, height, width, _ = images.shape
     angle_key, shift_key = jax.random.split(key)
-    angles = jax.random.uniform(angle_key, (n,), dtype=jnp.float32, minval=-1, maxval=1) * jnp.deg2rad(
-        jnp.float32(max_rotation)
-    )
-    shifts = jax.random.uniform(shift_key, (n, 2), dtype=jnp.float32, minval=-1, maxval=1) * max_shift
+    uniform = partial(jax.random.uniform, dtype=jnp.float32, minval=-1, maxval=1)
+    angles = uniform(angle_key, (n,)) * jnp.deg2rad(jnp.float32(max_rotation))
+    shifts = uniform(shift_key, (n, 2)) * max_shift
     rows = jnp.arange(height, dtype=jnp.float32)[:, None] - (height - 1) / 2
     columns = jnp.arange(width, dtype=jnp.float32)[None, :] - (width - 1) / 2
 
@@ -108,14 +96,9 @@ def _crop(images: jax.Array, size: int) -> jax.Array:
 
 
 def prepare(images: jax.Array, config: InputConfig) -> jax.Array:
-    """Crops, pools, stretches and standardizes images in [0, 1].
+    """Crops, pools, stretches and standardizes images in [0, 1], float32 (n, height, width, 1).
 
-    Args:
-      images: float32 (n, height, width, 1), height and width at least `config.crop`.
-      config: sizes, stretch, mean and standard deviation.
-
-    Returns:
-      float32 (n, crop / pool, crop / pool, 1).
+    Height and width are at least `config.crop`; those of the result, float32 too, are crop / pool.
     """
     config = config.resolve()
     assert config.mean is not None and config.std is not None  # resolved

@@ -9,17 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 SAVE, STOP = 1, 100  # what `recorded_signals` asks for: to save, or STOP + the number of a signal, to save and stop
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal stopped the run after its state was saved; the message says how to continue.
-
-    Attributes:
-      number: of the signal.
-    """
+    """The signal `number` stopped the run after its state was saved; the message says how to continue."""
 
     def __init__(self, message: str, number: int):
         super().__init__(message)
@@ -38,11 +34,8 @@ def recorded_signals() -> Iterator[Callable[[], int]]:
 
     SIGUSR1 asks for a save, the others for a save and a stop; a second one of those acts at once. A signal that was
     ignored before (by nohup, for example) stays ignored. Outside the main thread, where Python allows no handlers, no
-    signal is recorded.
-
-    Yields:
-      A function that returns the request since its last call: 0 for none, SAVE, or (also later) STOP + the number of
-      the signal.
+    signal is recorded. Yields a function that returns the request since its last call: 0 for none, SAVE, or (also
+    later) STOP + the number of the signal.
     """
     save, stop = threading.Event(), []
     previous: dict[int, Any] = {}
@@ -59,10 +52,10 @@ def recorded_signals() -> Iterator[Callable[[], int]]:
         save.clear()
         return stop[0] if stop else saving
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                previous[number] = signal.signal(number, record)
+    main_thread = threading.current_thread() is threading.main_thread()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1) if main_thread else ():
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            previous[number] = signal.signal(number, record)
     try:
         yield request
     finally:
@@ -75,16 +68,9 @@ def progress_bar(visible: bool = True) -> Progress:
 
     It fits into 80 columns if the text has at most 34 characters.
     """
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=8),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left"),
-        disable=not (visible and sys.stdout.isatty()),
-        speed_estimate_period=120,
-    )
+    columns = ("{task.description}", BarColumn(bar_width=8), MofNCompleteColumn(), "{task.fields[text]}")
+    hidden = not (visible and sys.stdout.isatty())
+    return Progress(*columns, TimeRemainingColumn(compact=True), "left", disable=hidden, speed_estimate_period=120)
 
 
 def describe_step(metrics: dict[str, float]) -> str:

@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from gravlens_jax import files, inference, metrics
 from gravlens_jax.config import Checkpoint
-from gravlens_jax.files import catch_write_errors, write_arrays, write_atomically
-from gravlens_jax.inference import Images, outputs, saliency
-from gravlens_jax.metrics import calibration_error, evaluate, intervals, outlier_scores, roc_areas, softmax
 from gravlens_jax.network import Network
 from gravlens_jax.npz import Dataset, read_rows
 from gravlens_jax.preprocess import check_image_shape
@@ -30,52 +28,44 @@ def evaluate_network(
     tta: bool = False,
     history: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Evaluates a network on labelled images and writes the report.
+    """Evaluates a network on labelled images, in its order of classes; writes the report to the folder `out`, if given.
 
-    Args:
-      network: from `load_network`.
-      dataset: images and labels, in the network's order of classes.
-      checkpoint: recorded in the report.
-      out: folder for metrics.json, predictions.npz and the figures; created if needed, existing files are replaced.
-        None to write nothing.
-      tta: average over mirror images: see `predict_logits`.
-      history: lines of metrics.jsonl, for history.png.
-
-    Returns:
-      the contents of metrics.json: those of `metrics.evaluate`, and `checkpoint`, `tta`, `interval_95` (see
-      `metrics.intervals`), `temperature`, `ece_uncalibrated`, without the temperature, and `outliers`, the fraction of
-      images with an outlier score above 1 (None if the network has no population).
+    Existing files are replaced. `checkpoint` is recorded; `tta` averages over mirror images, see `predict_logits`;
+    `history`, lines of metrics.jsonl, is for history.png. Returns the contents of metrics.json: those of
+    `metrics.evaluate`, and `checkpoint`, `tta`, `interval_95` (see `metrics.intervals`), `temperature`,
+    `ece_uncalibrated`, without the temperature, and `outliers`, the fraction of images with an outlier score above 1
+    (None if the network has no population).
     """
-    (model, variables), labels = network, dataset.labels
+    (model, variables), images, labels = network, dataset.images, dataset.labels
     check_image_shape(dataset.image_shape, network.image_shape, "the images")
-    logits, means = outputs(model, variables, dataset.images, tta=tta)
-    outlier = outlier_scores(variables.get("population"), means)
-    values = evaluate(logits, labels, model.classes) | {
+    logits, means = inference.outputs(model, variables, images, tta=tta)
+    outlier = metrics.outlier_scores(variables.get("population"), means)
+    values = metrics.evaluate(logits, labels, model.classes) | {
         "checkpoint": checkpoint,
         "tta": tta,
-        "interval_95": intervals(logits, labels, model.classes),
+        "interval_95": metrics.intervals(logits, labels, model.classes),
         "temperature": network.temperature,
-        "ece_uncalibrated": calibration_error(softmax(logits * network.temperature), labels),
+        "ece_uncalibrated": metrics.calibration_error(metrics.softmax(logits * network.temperature), labels),
         "outliers": None if np.isnan(outlier).any() else float(np.mean(outlier > 1)),
     }
     if out is None:
         return values
-    correct = logits.argmax(1) == labels
-    rows = np.concatenate([np.flatnonzero(correct & (labels == k))[:3] for k in range(len(model.classes))])
     arrays = {"logits": logits, "outlier": outlier, "labels": labels, "classes": np.array(model.classes)}
-    with catch_write_errors(out):
+    with files.catch_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "metrics.json", json.dumps(values, indent=2) + "\n")
-        write_arrays(out / "predictions.npz", arrays)
-        draw_roc(out / "roc.png", logits, labels, model.classes)
-        draw_confusion(out / "confusion.png", values)
-        draw_examples(out / "examples.png", dataset.images, logits, labels, model.classes)
+        files.write_atomically(out / "metrics.json", json.dumps(values, indent=2) + "\n")
+        files.write_arrays(out / "predictions.npz", arrays)
+        save_figure(draw_roc(logits, labels, model.classes), out / "roc.png")
+        save_figure(draw_confusion(values), out / "confusion.png")
+        save_figure(draw_examples(images, logits, labels, model.classes), out / "examples.png")
         if history:
-            draw_history(out / "history.png", history)
+            save_figure(draw_history(history), out / "history.png")
+        correct = np.where(logits.argmax(1) == labels, labels, -1)
+        rows = np.concatenate([np.flatnonzero(correct == k)[:3] for k in range(len(model.classes))])
         if len(rows):
-            images = read_rows(dataset.images, rows)
-            maps = saliency(model, variables, images)
-            draw_saliency(out / "saliency.png", images, maps, labels[rows], model.classes)
+            shown = read_rows(images, rows)
+            figure = draw_saliency(shown, inference.saliency(model, variables, shown), labels[rows], model.classes)
+            save_figure(figure, out / "saliency.png")
     return values
 
 
@@ -85,16 +75,13 @@ def table(values: dict[str, Any], where: Path) -> str:
     confusion = zip(values["classes"], values["confusion"], strict=True)
     recall = {name: row[k] / sum(row) if sum(row) else None for k, (name, row) in enumerate(confusion)}
     (low, high), outliers = values["interval_95"]["accuracy"], values["outliers"]
-    lines = [
-        f"{values['n']:,} images, {values['checkpoint']} checkpoint",
-        f"  accuracy {values['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f})   loss {values['loss']:.4f}",
-        f"  calibration error {values['ece']:.4f} ({values['ece_uncalibrated']:.4f} without temperature scaling)",
-        f"  outliers {'-' if outliers is None else f'{outliers:.1%}'} (about 1 % of images like those of training)",
-        "  recall   " + "   ".join(f"{name} {'-' if v is None else f'{v:.3f}'}" for name, v in recall.items()),
-        "  AUC      " + "   ".join(f"{name} {'-' if v is None else f'{v:.4f}'}" for name, v in auc.items()),
-        f"report: {where}",
-    ]
-    return "\n".join(lines)
+    return f"""{values["n"]:,} images, {values["checkpoint"]} checkpoint
+  accuracy {values["accuracy"]:.4f} (95 % interval {low:.4f} to {high:.4f})   loss {values["loss"]:.4f}
+  calibration error {values["ece"]:.4f} ({values["ece_uncalibrated"]:.4f} without temperature scaling)
+  outliers {"-" if outliers is None else f"{outliers:.1%}"} (about 1 % of images like those of training)
+  recall   {"   ".join(f"{name} {'-' if v is None else f'{v:.3f}'}" for name, v in recall.items())}
+  AUC      {"   ".join(f"{name} {'-' if v is None else f'{v:.4f}'}" for name, v in auc.items())}
+report: {where}"""
 
 
 def new_figure(width: float, height: float, dpi: int = DPI) -> Any:
@@ -108,7 +95,7 @@ def save_figure(figure: Any, path: Path) -> None:
     """Writes a figure as PNG, atomically."""
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi="figure")
-    write_atomically(path, data.getvalue())
+    files.write_atomically(path, data.getvalue())
 
 
 def show_image(axes: Any, image: np.ndarray) -> None:
@@ -116,8 +103,8 @@ def show_image(axes: Any, image: np.ndarray) -> None:
     axes.imshow(np.sqrt(image - image.min()), cmap="inferno")
 
 
-def draw_history(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Loss, accuracy and learning rate over the epochs; `lines` as in metrics.jsonl."""
+def draw_history(lines: Sequence[dict[str, Any]]) -> Any:
+    """Returns a figure of loss, accuracy and learning rate over the epochs; `lines` as in metrics.jsonl."""
     epochs = [line["epoch"] for line in lines]
     figure = new_figure(10, 3)
     for axes, quantity in zip(figure.subplots(1, 3), ("loss", "accuracy", "learning_rate"), strict=True):
@@ -131,29 +118,28 @@ def draw_history(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         axes.set(xlabel="epoch", title=quantity.replace("_", " "))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    save_figure(figure, path)
+    return figure
 
 
-def draw_roc(path: Path, logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> None:
-    """One ROC curve for each class against the rest."""
-    from sklearn.metrics import RocCurveDisplay
+def draw_roc(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> Any:
+    """Returns a figure of one ROC curve for each class against the rest."""
+    from sklearn.metrics import roc_curve
 
-    figure = new_figure(4.2, 4)
+    figure, probabilities = new_figure(4.2, 4), metrics.softmax(logits)
     axes = figure.subplots()
-    probabilities = softmax(logits)
-    for k, area in enumerate(roc_areas(probabilities, labels)):
+    axes.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{len(labels):,} images", aspect="equal")
+    for k, area in enumerate(metrics.roc_areas(probabilities, labels)):
         if not np.isnan(area):
-            style = {"color": COLOURS[k % len(COLOURS)], "label": f"{classes[k]}: AUC {area:.3f}"}
-            RocCurveDisplay.from_predictions(labels == k, probabilities[:, k], ax=axes, curve_kwargs=style)
+            rates = roc_curve(labels == k, probabilities[:, k])[:2]
+            axes.plot(*rates, color=COLOURS[k % len(COLOURS)], label=f"{classes[k]}: AUC {area:.3f}")
     axes.plot([0, 1], [0, 1], ":", color="0.6", label="chance")
-    axes.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{len(labels):,} images")
     axes.legend(loc="lower right", frameon=False)
     axes.grid(alpha=0.3)
-    save_figure(figure, path)
+    return figure
 
 
-def draw_confusion(path: Path, values: dict[str, Any]) -> None:
-    """The confusion matrix of `metrics.evaluate`: counts, and colours by the fraction of the true class."""
+def draw_confusion(values: dict[str, Any]) -> Any:
+    """Returns a figure of the confusion matrix of `metrics.evaluate`, coloured by the fraction of the true class."""
     from sklearn.metrics import ConfusionMatrixDisplay
 
     counts = np.array(values["confusion"])
@@ -165,12 +151,12 @@ def draw_confusion(path: Path, values: dict[str, Any]) -> None:
         fraction = f"{fractions[row, column]:.1%}" if counts[row].any() else "no images"
         text.set_text(f"{counts[row, column]:,}\n{fraction}")
     axes.set(xlabel="predicted", ylabel="true", title=f"accuracy {values['accuracy']:.1%}")
-    save_figure(figure, path)
+    return figure
 
 
-def draw_examples(path: Path, images: Images, logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> None:
-    """A row of images for each class, titled by true class, prediction and probability; wrong ones last, in red."""
-    probabilities, columns = softmax(logits), 6
+def draw_examples(images: inference.Images, logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> Any:
+    """Returns a figure with a row of images for each class, titled by prediction; wrong ones last, in red."""
+    probabilities, columns = metrics.softmax(logits), 6
     predicted = probabilities.argmax(1)
     figure = new_figure(1.5 * columns, 1.75 * len(classes))
     for label, row in enumerate(figure.subplots(len(classes), columns, squeeze=False)):
@@ -181,17 +167,14 @@ def draw_examples(path: Path, images: Images, logits: np.ndarray, labels: np.nda
             axes.axis("off")
         for axes, index, image in zip(row, chosen, read_rows(images, chosen), strict=False):
             show_image(axes, image)
-            guess = predicted[index]
-            title = f"{classes[label]} → {classes[guess]} {probabilities[index, guess]:.2f}"
-            axes.set_title(title, fontsize=8, color="black" if guess == label else WRONG)
+            title = f"{classes[label]} → {classes[predicted[index]]} {probabilities[index].max():.2f}"
+            axes.set_title(title, fontsize=8, color="black" if predicted[index] == label else WRONG)
     figure.suptitle("true class → predicted class and its probability", fontsize=9)
-    save_figure(figure, path)
+    return figure
 
 
-def draw_saliency(
-    path: Path, images: np.ndarray, maps: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
-) -> None:
-    """Up to 3 pairs of an image and its saliency map in a row for each class; `labels` are the classes explained."""
+def draw_saliency(images: np.ndarray, maps: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> Any:
+    """Returns a figure with a row of up to 3 images and their saliency maps, of the class `labels`, for each class."""
     columns = 3
     figure = new_figure(3.1 * columns + 0.4, 1.6 * len(classes) + 0.3)
     grid = figure.subplots(len(classes), 2 * columns, squeeze=False)
@@ -199,9 +182,9 @@ def draw_saliency(
         axes.set(xticks=[], yticks=[], frame_on=False)
     for label, row in enumerate(grid):
         row[0].set_ylabel(classes[label], fontsize=11)
-        for column, index in enumerate(np.flatnonzero(labels == label)[:columns]):
-            show_image(row[2 * column], images[index])
-            row[2 * column + 1].imshow(maps[index], cmap="viridis", vmin=0)
+        for index, left, right in zip(np.flatnonzero(labels == label), row[::2], row[1::2], strict=False):
+            show_image(left, images[index])
+            right.imshow(maps[index], cmap="viridis", vmin=0)
     for axes, title in zip(grid[0], ["image", "saliency map (LayerCAM)"] * columns, strict=True):
         axes.set_title(title, fontsize=8)
-    save_figure(figure, path)
+    return figure

@@ -1,4 +1,4 @@
-"""The files in the directory of a run: config, metrics, calibration; `checkpoint` saves the networks.
+"""The files in the directory of a run, all written atomically; `checkpoint` saves the networks.
 
 runs/<name>/config.json              the configuration; written before the first step
 runs/<name>/metrics.jsonl            one line per epoch
@@ -6,8 +6,6 @@ runs/<name>/checkpoints/             see `checkpoint`
 runs/<name>/calibration.json         step -> temperature of the logits, for the checkpoints of a finished run
 runs/<name>/population.npz           <step>/<array>: see `metrics.fit_population`
 runs/<name>/report/                  figures, metrics and predictions on the test split
-
-All files are written atomically: under a temporary name, then renamed.
 """
 
 import json
@@ -41,10 +39,8 @@ def saved_step(run_dir: Path) -> int | None:
 
 def check_unused(run_dir: Path) -> None:
     """Raises InputError if the directory already holds a run with a checkpoint; one without has nothing to lose."""
-    check(
-        saved_step(run_dir) is None,
-        f"{run_dir} already holds a run; continue it with --resume, or give the new run another --run-dir",
-    )
+    advice = "continue it with --resume, or give the new run another --run-dir"
+    check(saved_step(run_dir) is None, f"{run_dir} already holds a run; {advice}")
 
 
 def create_run(run_dir: Path, info: RunInfo) -> None:
@@ -70,7 +66,7 @@ def _write_config(run_dir: Path, info: RunInfo) -> None:
 
 def read_config(run_dir: Path) -> dict[str, Any]:
     """Returns the JSON object in config.json of a run directory, perhaps of another version."""
-    path = Path(run_dir) / "config.json"
+    path = run_dir / "config.json"
     check(path.is_file(), f"{run_dir} is not a run (no config.json); expected a directory made by scripts/train.py")
     values = parse_json(path.read_bytes(), str(path))
     right = isinstance(values, dict) and isinstance(values.get("config"), dict)
@@ -94,12 +90,10 @@ def check_resumable(run_dir: Path, config: Config) -> None:
         same = before.stream == config.stream if name == "data" else value == given[name] or name in MAY_DIFFER
         message = f"--{name.replace('_', '-')} is {given[name]} but the run to resume has {value}"
         check(same, f"{message}; leave the option out, or start a new run with another --run-dir")
-    check(
-        config.epochs == before.epochs or before.optim.decay == "constant",
-        f"--epochs is {config.epochs} but the run to resume has {before.epochs}, and its cosine schedule ends with the "
-        f"last step: another number of epochs changes every step. Start a new run with --epochs {config.epochs}; a run "
-        f"that began with --optim.decay constant can be continued",
-    )
+    reason = f"the run to resume has {before.epochs}, and its cosine schedule ends with them: every step would change"
+    advice = f"Start a new run with --epochs {config.epochs}; one with --optim.decay constant can be continued"
+    possible = config.epochs == before.epochs or before.optim.decay == "constant"
+    check(possible, f"--epochs is {config.epochs} but {reason}. {advice}")
     if config.data is not None and not config.stream:
         file = Path(config.data) / "train.npz"
         check(file.is_file(), f"{file}: no such file; if the images of the run were moved, give their folder as --data")
@@ -110,17 +104,15 @@ def check_same_images(run_dir: Path, info: RunInfo) -> None:
     before, folder = read_run(run_dir), info.config.data or info.config.simulation.folder
     message = f"{folder} has {info.classes} in images of {info.image_shape} pixels, not"
     check(before[1:3] == info[1:3], f"{message} {before.classes} in {before.image_shape} as the run to resume")
-    saved, found = before.data or info.data, info.data
-    for split in saved.keys() | found.keys():
-        message = f"{folder}: {split}.npz does not hold the images that the run began with"
-        differing = f"({found.get(split, 'no file')}; expected {saved.get(split, 'no file')})"
-        check(saved.get(split) == found.get(split), f"{message} {differing}; give the folder of those as --data")
+    for split in (before.data | info.data) if before.data else ():
+        saved, found = (data.get(split, "no file") for data in (before.data, info.data))
+        message = f"{folder}: {split}.npz does not hold the images that the run began with ({found}; expected {saved})"
+        check(saved == found, f"{message}; give the folder of those as --data")
 
 
 def read_history(run_dir: Path, step: int | None = None) -> list[dict[str, Any]]:
     """Returns the lines of metrics.jsonl, or those up to `step`; [] if there is no such file, InputError if damaged."""
-    path = Path(run_dir) / "metrics.jsonl"
-    history: list[dict[str, Any]] = []
+    path, history = run_dir / "metrics.jsonl", []
     for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
@@ -142,8 +134,7 @@ def write_history(run_dir: Path, lines: list[dict[str, Any]]) -> None:
 def write_calibration(run_dir: Path, calibrations: dict[int, tuple[float, dict[str, np.ndarray] | None]]) -> None:
     """Writes calibration.json and population.npz: temperature and population for the checkpoint of each step."""
     temperatures = {step: temperature for step, (temperature, _) in calibrations.items()}
-    populations = {step: population or {} for step, (_, population) in calibrations.items()}
-    arrays = {f"{step}/{name}": x for step, population in populations.items() for name, x in population.items()}
+    arrays = {f"{step}/{name}": x for step, (_, found) in calibrations.items() for name, x in (found or {}).items()}
     with catch_write_errors(run_dir):
         write_atomically(run_dir / "calibration.json", json.dumps(temperatures) + "\n")
         write_arrays(run_dir / "population.npz", arrays)
@@ -156,6 +147,6 @@ def read_temperature(run_dir: Path, step: int) -> float:
         return 1.0
     values = parse_json(path.read_bytes(), str(path))
     temperature = values.get(str(step), 1.0) if isinstance(values, dict) else None
-    if isinstance(temperature, float) and 0 < temperature < 1e3:
-        return temperature
-    raise InputError(f"{path} is damaged: expected a temperature for each step; remove it")
+    if not isinstance(temperature, float) or not 0 < temperature < 1e3:
+        raise InputError(f"{path} is damaged: expected a temperature for each step; remove it")
+    return temperature

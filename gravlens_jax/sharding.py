@@ -3,6 +3,7 @@
 Every process runs the same program on batches of the same order, and reads only its own rows of each.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,20 +21,13 @@ def join_processes(
 ) -> None:
     """Joins the processes of one run, if there are several. Call it before anything touches a device.
 
-    Args:
-      coordinator: HOST:PORT of process 0; or "auto" to let JAX detect the cluster (SLURM, Open MPI, Cloud TPU,
-        Kubernetes); None for a single process.
-      num_processes: of the run; with HOST:PORT only.
-      process_id: 0, 1, ... of this one; with HOST:PORT only.
-
-    Raises:
-      InputError: arguments that do not belong together, or JAX detects no complete cluster.
+    `coordinator` is HOST:PORT of process 0, with the number of processes and the id of this one, 0, 1, ...; or "auto",
+    alone, to let JAX detect the cluster (SLURM, Open MPI, Cloud TPU, Kubernetes); or None for a single process.
+    InputError if the arguments do not belong together, or JAX detects no complete cluster.
     """
-    given = coordinator not in (None, "auto")
-    check(
-        (num_processes is not None) == (process_id is not None) == given,
-        f"coordinator={coordinator}, num_processes={num_processes}, process_id={process_id}: give all three, or none",
-    )
+    initialize = partial(jax.distributed.initialize, heartbeat_timeout_seconds=DEAD_SECONDS)
+    right = (num_processes is not None) == (process_id is not None) == (coordinator not in (None, "auto"))
+    check(right, f"{coordinator=}, {num_processes=}, {process_id=}: give all three, or none")
     if coordinator is not None and num_processes is not None and process_id is not None:
         host, _, port = coordinator.rpartition(":")
         check(bool(host) and port.isdecimal(), f"coordinator={coordinator}: expected HOST:PORT, or auto")
@@ -41,17 +35,12 @@ def join_processes(
         check(0 <= process_id <= last, f"process_id={process_id}: expected 0 to {last} for {num_processes=}")
         # On this machine alone nobody else needs to reach the port.
         bind = coordinator if host in ("localhost", "127.0.0.1", "[::1]") else None
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            coordinator_bind_address=bind,
-            heartbeat_timeout_seconds=DEAD_SECONDS,
-            cluster_detection_method="deactivate",
+        initialize(
+            coordinator, num_processes, process_id, coordinator_bind_address=bind, cluster_detection_method="deactivate"
         )
     elif coordinator is not None:
         try:
-            jax.distributed.initialize(heartbeat_timeout_seconds=DEAD_SECONDS)
+            initialize()
         except (KeyError, TypeError, ValueError, RuntimeError) as error:  # JAX raises these for an incomplete cluster
             if jax.distributed.is_initialized():  # complete, but a process cannot be reached
                 raise
@@ -89,8 +78,6 @@ def wait_for_all(where: str) -> None:
 
 def max_over_processes(value: int) -> int:
     """Returns the largest of the values that the processes give; all must call, at the same point."""
-    if jax.process_count() == 1:
-        return value
     return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
@@ -108,15 +95,11 @@ def shard_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raises InputError unless the devices can share a batch evenly."""
-    n, possible = mesh.size, max(mesh.size, batch_size // mesh.size * mesh.size)
-    check(batch_size % n == 0, f"batch_size={batch_size} is not divisible by {n} devices; try {possible}")
+    n = mesh.size
+    check(batch_size % n == 0, f"{batch_size=} is not divisible by {n} devices; try {max(n, batch_size // n * n)}")
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Returns the tree of arrays, which must be the same in every process, with a copy on every device."""
-
-    def copy(x):  # `jax.device_put` would gather and compare the arrays of all processes
-        x = np.asarray(x)
-        return jax.make_array_from_process_local_data(replicated(mesh), x, x.shape)
-
-    return jax.tree.map(copy, tree)
+    copy = jax.make_array_from_process_local_data  # `jax.device_put` would gather and compare those of all processes
+    return jax.tree.map(lambda x: copy(replicated(mesh), np.asarray(x), np.shape(x)), tree)

@@ -18,7 +18,7 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # see cli.set_environment
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # see cli.fast_environment
 os.environ.setdefault("PYTHONWARNINGS", "ignore:Error reading persistent,ignore:Error writing persistent")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
     CACHE = tempfile.TemporaryDirectory()
@@ -28,7 +28,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"  # real images and published weights, if they are there
-sys.path.insert(0, str(ROOT / "scripts"))  # for `import bench`
+sys.path.append(str(ROOT / "scripts"))  # for `import bench`
 
 LONGEST = ("test_processes.py", "test_resume.py", "test_scripts.py", "test_disk.py", "test_images.py")
 

@@ -12,11 +12,11 @@ from bench import accelerator, accuracy, costs, machine, scaling, simulation, st
 from bench import input as reading
 from bench.scaling import Case, scaling_cases, scaling_rows, time_cases
 from bench.sweep import Steps
-from commands import run
 from gravlens_jax.config import Config, InputConfig, ModelConfig
 from gravlens_jax.errors import InputError
 from gravlens_jax.model import ResNet, variable_shapes
 from gravlens_jax.sharding import data_mesh, shard_batch
+from helpers import run
 
 
 @pytest.mark.parametrize("size", [100, 150])

@@ -1,6 +1,6 @@
 import itertools
+import re
 import shutil
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,44 +9,15 @@ import orbax.checkpoint as ocp
 import pytest
 
 from gravlens_jax import checkpoint
-from gravlens_jax.config import CLASSES, Config, InputConfig, ModelConfig
+from gravlens_jax.config import CLASSES, ModelConfig
 from gravlens_jax.errors import InputError
 from gravlens_jax.model import make_model
-from gravlens_jax.optim import make_optimizer
-from gravlens_jax.run_dir import RunInfo, create_run
-from gravlens_jax.train_step import init_state
-
-CONFIG = Config(model=ModelConfig(depth=8, width=4), input=InputConfig(crop=16, pool=1))
-INFO = RunInfo(CONFIG, CLASSES, (16, 16))
-MODEL = make_model(CONFIG.model, CONFIG.input, CLASSES)
-
-
-INIT = jax.jit(partial(init_state, model=MODEL, tx=make_optimizer(CONFIG.optim, 10), config=CONFIG.optim))
-
-
-def make_state(step):
-    return INIT(step)._replace(step=jnp.int32(step))
-
-
-def make_variables(step):
-    return {"params": make_state(step).params, "batch_stats": make_state(step).batch_stats}
-
-
-def make_run(run_dir, losses):
-    """Makes a run with a checkpoint of each loss, at steps 1, 2, ...; None is a save within an epoch."""
-    create_run(run_dir, INFO)
-    with checkpoint.open_checkpoints(run_dir) as manager:
-        for epoch, loss in enumerate(losses):
-            checkpoint.save(manager, make_state(epoch + 1), loss)
+from gravlens_jax.run_files import create_run
+from helpers import TINY, TINY_INFO, TINY_MODEL, assert_equal, make_run, make_state, make_variables
 
 
 def steps(run_dir):
     return sorted(f.name for f in (run_dir / "checkpoints").iterdir())
-
-
-def assert_equal(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_restoring_gives_the_latest_state_exactly(tmp_path):
@@ -77,7 +48,7 @@ def test_only_the_best_and_the_latest_are_kept(tmp_path, losses, kept):
     make_run(tmp_path, losses)
     assert steps(tmp_path) == kept
     for which, step in (("best", int(kept[0])), ("final", int(kept[-1]))):
-        variables, found = checkpoint.load_variables(tmp_path, MODEL, which)
+        variables, found = checkpoint.load_variables(tmp_path, TINY_MODEL, which)
         assert found == step
         assert_equal(variables, make_variables(step))
 
@@ -85,13 +56,10 @@ def test_only_the_best_and_the_latest_are_kept(tmp_path, losses, kept):
 def test_damaged_file_is_refused_and_the_other_checkpoint_loads(tmp_path):
     make_run(tmp_path, [0.3, 0.4])
     folder = tmp_path / "checkpoints/2"
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.stat().st_size)
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.stat().st_size and f.name != "digests.json")
     rng = np.random.default_rng(0)
     one_kind_each = zip(files, itertools.cycle(("flip", "cut", "missing")), strict=False)
-    all_kinds = itertools.product([folder / "digests.json"], ("flip", "cut"))
-    for file, damage in dict.fromkeys([*one_kind_each, *all_kinds]):
-        if file.name == "digests.json" and damage == "missing":
-            continue
+    for file, damage in (*one_kind_each, (folder / "digests.json", "flip"), (folder / "digests.json", "cut")):
         whole = file.read_bytes()
         part = bytearray(whole)
         part[rng.integers(len(part))] ^= 0x10
@@ -99,51 +67,82 @@ def test_damaged_file_is_refused_and_the_other_checkpoint_loads(tmp_path):
         if damage != "missing":
             file.write_bytes(part if damage == "flip" else whole[: len(whole) // 2])
         with pytest.raises(InputError, match=r"checkpoints.2 is damaged.*Remove it to continue from step 1"):
-            checkpoint.load_variables(tmp_path, MODEL, "final")
+            checkpoint.load_variables(tmp_path, TINY_MODEL, "final")
         if "metrics" not in str(file) and file.name != "digests.json":  # Orbax reads the metrics of every checkpoint
-            checkpoint.load_variables(tmp_path, MODEL, "best")
+            checkpoint.load_variables(tmp_path, TINY_MODEL, "best")
         file.write_bytes(whole)
     shutil.rmtree(folder)
-    assert checkpoint.load_variables(tmp_path, MODEL, "final")[1] == 1
+    assert checkpoint.load_variables(tmp_path, TINY_MODEL, "final")[1] == 1
 
 
 def test_checkpoint_without_digests_is_read(tmp_path):
     make_run(tmp_path, [0.3])
     (tmp_path / "checkpoints/1/digests.json").unlink()  # the process was killed before it was written
-    assert_equal(checkpoint.load_variables(tmp_path, MODEL)[0], make_variables(1))
+    assert_equal(checkpoint.load_variables(tmp_path, TINY_MODEL)[0], make_variables(1))
 
 
 def test_checkpoint_is_renamed_before_it_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)  # as if killed at that moment
     make_run(tmp_path, [0.5, 0.4])
     assert steps(tmp_path) == ["2", "removed"]
-    assert_equal(checkpoint.load_variables(tmp_path, MODEL)[0], make_variables(2))
+    assert_equal(checkpoint.load_variables(tmp_path, TINY_MODEL)[0], make_variables(2))
     monkeypatch.undo()
     checkpoint.remove_leftovers(tmp_path)
     assert steps(tmp_path) == ["2"]
 
 
 def test_run_without_a_checkpoint_is_an_input_error(tmp_path):
-    create_run(tmp_path, INFO)
+    create_run(tmp_path, TINY_INFO)
     with checkpoint.open_checkpoints(tmp_path) as manager:
-        assert checkpoint.restore_latest(manager, INFO) is INFO
+        assert checkpoint.restore_latest(manager, TINY_INFO) is TINY_INFO
     with pytest.raises(InputError, match="has no checkpoint yet"):
-        checkpoint.load_variables(tmp_path, MODEL)
+        checkpoint.load_variables(tmp_path, TINY_MODEL)
 
 
 def test_imported_variables_are_best_and_final(tmp_path):
-    create_run(tmp_path, INFO)
+    create_run(tmp_path, TINY_INFO)
     checkpoint.save_variables(tmp_path, make_variables(1))
     for which in ("best", "final"):
-        assert_equal(checkpoint.load_variables(tmp_path, MODEL, which)[0], make_variables(1))
+        assert_equal(checkpoint.load_variables(tmp_path, TINY_MODEL, which)[0], make_variables(1))
+
+
+def test_checkpoint_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    make_run(tmp_path, [0.5])
+    find_best = ocp.CheckpointManager.best_step
+
+    def find_best_and_replace_it(manager):
+        step = find_best(manager)
+        monkeypatch.undo()
+        with checkpoint.open_checkpoints(tmp_path) as training:
+            checkpoint.save(training, make_state(2), 0.4)
+        return step
+
+    monkeypatch.setattr(ocp.CheckpointManager, "best_step", find_best_and_replace_it)
+    variables, step = checkpoint.load_variables(tmp_path, TINY_MODEL)
+    assert step == 2 and steps(tmp_path) == ["2"]
+    assert_equal(variables, make_variables(2))
 
 
 @pytest.mark.parametrize("options", [{"depth": 14, "width": 4}, {"depth": 8, "width": 8}])
 def test_checkpoint_of_another_network_is_refused(tmp_path, options):
     make_run(tmp_path, [0.5])
-    other = make_model(ModelConfig(**options), CONFIG.input, CLASSES)
+    other = make_model(ModelConfig(**options), TINY.input, CLASSES)
     with pytest.raises(InputError, match=r"checkpoints.1 is damaged, or not of the network in config\.json"):
         checkpoint.load_variables(tmp_path, other)
+
+
+@pytest.mark.parametrize("change", [lambda x: x[None], lambda x: x.astype(jnp.float16)], ids=["shape", "dtype"])
+def test_optimizer_state_of_another_shape_or_dtype_is_refused(tmp_path, change):
+    make_run(tmp_path, [0.5])
+    state = make_state(1)
+    (*others, (path, leaf)), structure = jax.tree.flatten_with_path(state.opt_state)
+    changed = jax.tree.unflatten(structure, [*(x for _, x in others), change(leaf)])
+    name = "training/opt_state/" + jax.tree_util.keystr(path, simple=True, separator="/")
+    with (
+        checkpoint.open_checkpoints(tmp_path) as manager,
+        pytest.raises(InputError, match=rf"network in config\.json: {re.escape(name)} is \(.*, expected \("),
+    ):
+        checkpoint.restore_latest(manager, state._replace(opt_state=changed))
 
 
 def test_checkpoint_of_version_0_4_is_read_but_not_resumed(tmp_path):
@@ -157,7 +156,7 @@ def test_checkpoint_of_version_0_4_is_read_but_not_resumed(tmp_path):
             "sums": ocp.args.JsonSave({}),
         }
         manager.save(1, args=ocp.args.Composite(**args), metrics={"val_loss": 0.5})
-    assert_equal(checkpoint.load_variables(tmp_path, MODEL)[0], make_variables(1))
+    assert_equal(checkpoint.load_variables(tmp_path, TINY_MODEL)[0], make_variables(1))
     with (
         checkpoint.open_checkpoints(tmp_path) as manager,
         pytest.raises(InputError, match=r"is damaged, or not of the network in config\.json"),  # `read_run` says why

@@ -15,42 +15,35 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import jax
-import numpy as np
 import pytest
 
-from commands import ROOT, run
-from gravlens_jax import cli
+from gravlens_jax import __version__, cli
 from gravlens_jax.cli import CPU_FLAGS, HUGE_PAGES
-from gravlens_jax.console import Stopped
 from gravlens_jax.errors import InputError
+from gravlens_jax.progress import Stopped
+from helpers import ROOT, run, run_code
+
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+MADVISE = SETTING.exists() and "[madvise]" in SETTING.read_text()
+KNOWN = version("jaxlib").startswith("0.12.0") and platform.system() + platform.machine() == "Linuxx86_64"
+FAST = {"GLIBC_TUNABLES": HUGE_PAGES if MADVISE else None, "XLA_FLAGS": CPU_FLAGS if KNOWN else None}
 
 LINE = {"epoch": 1, "step": 3, "train_loss": 1.5, "train_accuracy": 0.25, "val_loss": 1.25, "val_accuracy": 0.5}
 LINE |= {"learning_rate": 0.125, "images_per_second": 64.0, "wall_seconds": 1.0}
 REPORT = {"n": 24, "accuracy": 0.75, "auc": {"no": 0.5, "vort": None}, "macro_auc": None, "checkpoint": "best"}
 
 
-def environment_after_restart(name, value):
-    """Returns the environment variable `name` of a program that called `set_environment`; None: it was not set."""
-    code = f"import os; from gravlens_jax import cli; cli.set_environment(); print(os.environ.get({name!r}))"
-    environment = os.environ | {name: value}
-    if value is None:
-        del environment[name]
-    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-    return done.stdout.strip()
+def test_program_restarts_once_with_the_fast_environment(monkeypatch):
+    for name in FAST:
+        monkeypatch.delenv(name, raising=False)
+    code = "import os; from gravlens_jax import cli; cli.set_environment(); print(*map(os.environ.get, {}))"
+    assert run_code(code.format(list(FAST))) == "{} {}\n".format(*FAST.values())
 
 
-def test_a_program_restarts_once_with_huge_pages():
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not setting.exists() or "[madvise]" not in setting.read_text():
-        pytest.skip("needs a Linux that provides huge pages on request")
-    assert environment_after_restart("GLIBC_TUNABLES", None) == HUGE_PAGES
-    assert environment_after_restart("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0") == "glibc.malloc.hugetlb=0"
-
-
-def test_flags_of_xla_are_set_where_they_were_measured_and_can_be_turned_off():
-    known = version("jaxlib").startswith("0.12.0") and platform.system() + platform.machine() == "Linuxx86_64"
-    assert environment_after_restart("XLA_FLAGS", None) == (CPU_FLAGS if known else "None")
-    assert environment_after_restart("XLA_FLAGS", "") == ""
+def test_fast_environment_respects_what_is_set(monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert not FAST.keys() & cli.fast_environment().keys()
 
 
 @pytest.mark.parametrize("layout", ["clone", "wheel"])
@@ -71,69 +64,66 @@ def test_pip_installs_a_command_that_runs_the_scripts(layout, tmp_path):
     assert process.returncode == 2 and process.stderr.startswith("error: none/a.png: there is no folder none")
 
 
+@pytest.fixture
+def quiet(monkeypatch):
+    """`cli.run` changes no logging, signal handler or output of this process."""
+    for name in ("silence_orbax", "_discard_output"):
+        monkeypatch.setattr(cli, name, lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+
 @pytest.mark.parametrize(
     "arguments, status, text",
     [
         (["--help"], 0, "\n  learning_curve  Draws the learning curves of runs beside"),
         ([], 0, "\n  train           Trains a network"),
-        (["--version"], 0, "gravlens_jax "),
+        (["--version"], 0, f"gravlens_jax {__version__}\n"),
         (["trian"], 2, "error: gravlens trian: no such command; expected one of benchmark, evaluate, export"),
         (["learning-curve", "--help"], 0, "usage: gravlens learning-curve [-h]"),
     ],
 )
-def test_gravlens_lists_its_commands_and_names_them_in_their_usage(arguments, status, text, monkeypatch, capsys):
+def test_python_m_lists_commands_and_names_them_in_their_usage(arguments, status, text, quiet, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gravlens", *arguments])
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "path", paths := [*sys.path])
     monkeypatch.setitem(sys.modules, "__main__", None)
-    monkeypatch.setattr(cli, "silence_orbax", lambda: None)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    before = [*paths]
     try:
-        cli.main()
+        runpy.run_module("gravlens_jax", run_name="__main__")
     except SystemExit as stop:
         assert (stop.code or 0) == status
     assert text in "".join(capsys.readouterr())
+    # Last, so that no script hides a package of its name.
+    assert paths == [*before, str(ROOT / "scripts")][: len(paths)] and (len(paths) > len(before)) == ("-curve" in text)
 
 
 @pytest.mark.parametrize(
-    "environment, message",
+    "platforms, options, message, advice",
     [
-        ({"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ""}, "JAX_PLATFORMS=cuda: this device cannot be used ("),
-        ({"JAX_PLATFORMS": "nothing"}, "JAX_PLATFORMS=nothing: this device cannot be used (Unable to initialize"),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS=2: JAX detects no complete cluster (coordinator"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2: JAX detects no complete cluster ("),
-        ({"SLURM_STEP_NUM_TASKS": "abc"}, "SLURM_STEP_NUM_TASKS=abc: expected a number of processes; unset SLURM_ST"),
-        ({"JAX_COORDINATOR": "auto"}, "--coordinator auto: JAX detects no complete cluster ("),
+        ("cuda", [], "JAX_PLATFORMS=cuda: this device cannot be used (", "unset it"),
+        ("nothing", [], "JAX_PLATFORMS=nothing: this device cannot be used (Unable to initialize", "unset it"),
+        ("cpu", ["--coordinator", "auto"], "--coordinator auto: JAX detects no complete cluster (", "leave it out"),
     ],
 )
-def test_a_missing_device_or_cluster_is_one_error(environment, message, tmp_path, monkeypatch):
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    auto = ["--coordinator", environment.pop("JAX_COORDINATOR")] if "JAX_COORDINATOR" in environment else []
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    error = run(tmp_path, "train.py", *auto, "--data", "nowhere", status=2)
-    assert error.startswith(f"error: {message}") and error.count("\n") == 1
-    assert "unset" in error or "leave it out" in error
+def test_missing_device_or_cluster_is_one_message(platforms, options, message, advice, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")  # means nothing without --coordinator
+    error = run(tmp_path, "train.py", *options, "--data", "nowhere", status=2)
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1 and advice in error
 
 
-def test_an_assertion_of_ours_is_no_missing_device():
-    with pytest.raises(AssertionError, match="ours"):
-        cli.run(Mock(side_effect=AssertionError("ours")))
+@pytest.mark.parametrize("encoding, expected", [("ascii", b"\\xe9 \\udcff\n"), ("utf-8", b"\xc3\xa9 \\udcff\n")])
+def test_text_is_printed_in_any_encoding(encoding, expected, quiet, monkeypatch):
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    cli.run(lambda: [print("é \udcff", file=stream, flush=True) for stream in streams])
+    assert [stream.buffer.getvalue() for stream in streams] == [expected, expected]
 
 
-@pytest.mark.parametrize(
-    "script, arguments, text",
-    [
-        *((f.name, ["--help"], b"usage: ") for f in sorted((ROOT / "scripts").glob("*.py"))),
-        ("predict.py", ["pretrained", "é.npy"], b"\\xe9.npy,"),
-    ],
-)
-def test_text_is_printed_in_any_encoding(script, arguments, text, tmp_path, run_here, monkeypatch):
-    np.save(tmp_path / arguments[-1], np.zeros((150, 150)))
-    monkeypatch.setattr(sys, "stdout", stream := io.TextIOWrapper(io.BytesIO(), "ascii"))
-    run_here(tmp_path, script, *arguments)
-    stream.flush()
-    assert text in stream.buffer.getvalue() and "\udcff".encode("ascii", str(stream.errors)) == b"\xff"
+def test_matplotlib_backend_of_a_notebook_is_ignored():
+    code = "from gravlens_jax import cli; cli.run(lambda: __import__('matplotlib.pyplot').pyplot.figure())"
+    run_code(code, MPLBACKEND="module://not_there")
 
 
 @pytest.mark.parametrize("value, expected", [(None, "~/.cache"), ("", "~/.cache"), ("here", "~/.cache"), ("/c", "/c")])
@@ -161,13 +151,12 @@ def scalars(run_dir):
         data = path.read_bytes()
         while data:  # records: length, its CRC, event, its CRC
             (length,) = struct.unpack("<Q", data[:8])
-            event = Event.FromString(data[12 : 12 + length])
+            event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
             if event.session_log.status == 1:
                 found = {key: value for key, value in found.items() if key[1] < event.step}
             for value in event.summary.value:
                 assert (value.tag, event.step) not in found
                 found[value.tag, event.step] = value.simple_value
-            data = data[16 + length :]
     return found
 
 
@@ -197,6 +186,14 @@ def test_training_does_not_start_without_tensorboardx(tmp_path, run_here, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture(params=[1, 2])
+def processes(request, quiet, monkeypatch):
+    """The number of processes of a run, to which this one seems to belong."""
+    monkeypatch.setattr(cli, "_several_processes", lambda: request.param > 1)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    return request.param
+
+
 @pytest.mark.parametrize(
     "error, status, message",
     [
@@ -205,13 +202,31 @@ def test_training_does_not_start_without_tensorboardx(tmp_path, run_here, monkey
         (OSError(28, "No space"), 2, "error: [Errno 28] No space; free disk space, fix the permissions or choose"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (Stopped("saved", 15), 143, "saved\n"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 9 bytes"), 2, "error: the device has too little memory (RESOURCE_EXHAUSTED"),
     ],
 )
-def test_errors_print_one_paragraph_and_set_the_status(error, status, message, monkeypatch, capsys):
-    for name in ("silence_orbax", "_discard_output"):
-        monkeypatch.setattr(cli, name, lambda: None)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+def test_errors_print_one_message_and_set_the_status(error, status, message, processes, capsys):
     cli.run(Mock(side_effect=BrokenPipeError()))  # the reader of the output has closed it: no error
     with pytest.raises(SystemExit) as stop:
         cli.run(Mock(side_effect=error))
-    assert stop.value.code == status and capsys.readouterr().err.startswith(message)
+    text = capsys.readouterr().err
+    assert stop.value.code == status and text.startswith(message) and text.count("\n") == 1
+    if "memory" in message:
+        assert {"--batch-size,", "--device-data", "XLA_PYTHON_CLIENT_PREALLOCATE=false\n"} <= set(text.split(" "))
+        assert "--resume" not in text
+
+
+def test_lost_connection_is_one_message_of_several_processes_only(processes, capsys):
+    error = RuntimeError("UNAVAILABLE: Connection reset by peer")
+    with pytest.raises(SystemExit if processes > 1 else RuntimeError) as stop:
+        cli.run(Mock(side_effect=error))
+    if processes > 1:
+        assert stop.value.code == 1
+        assert "another process of this run has ended or cannot be reached" in (text := capsys.readouterr().err)
+        assert "with --resume (UNAVAILABLE" in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [AssertionError, ValueError, RuntimeError])
+def test_unknown_error_keeps_its_traceback(error, processes):
+    with pytest.raises(error, match="ours"):
+        cli.run(Mock(side_effect=error("ours")))

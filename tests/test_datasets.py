@@ -2,119 +2,152 @@ import shutil
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gravlens_jax.config import CLASSES, FILES, AugmentConfig, Config, InputConfig, SimulationConfig
-from gravlens_jax.datasets import load_splits, open_splits, simulate_dataset
+from gravlens_jax.config import SPLITS, AugmentConfig, Config, InputConfig, SimulationConfig
+from gravlens_jax.datasets import fingerprint, load_splits, open_splits, simulate_dataset
 from gravlens_jax.errors import InputError
 from gravlens_jax.lensing import images as lensing_images
-from gravlens_jax.lensing.images import render_deflections, simulate_images
-from gravlens_jax.lensing.priors import PRESETS, make_easy
-from gravlens_jax.loader import StreamSource
-from gravlens_jax.npz import open_npz, write_npz
+from gravlens_jax.lensing.images import render_deflections, simulate_images, simulate_parameters
+from gravlens_jax.lensing.priors import PRIORS, make_easy
+from gravlens_jax.npz import PARAMETERS, open_npz, write_npz
 from gravlens_jax.sharding import data_mesh
 from gravlens_jax.training import fit
+from helpers import save_npz
 
-PRIORS = replace(PRESETS["ct1"], num_pixels=24, pixel_scale=0.3)
-
-
-def make_stream(size, batch_size):
-    return StreamSource(size, PRIORS, 0, batch_size, 5, data_mesh(), (6, 1.2))
+SMALL = replace(PRIORS["ct1"], num_pixels=24, pixel_scale=0.3)
+SIZES = SimulationConfig(train=12, easy=12, val=12, test=12, seed=4)
 
 
-def write(folder, split, images):
-    labels = np.arange(len(images)) % 3
-    write_npz(folder / f"{split}.npz", [images], images.shape, images.dtype, labels, CLASSES, {})
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    """A folder of simulated images."""
+    return simulate_dataset(tmp_path_factory.mktemp("simulated"), SIZES, priors=SMALL)
 
 
-def test_stream_batches_are_the_images_of_a_file_in_order_from_any_batch():
-    images, stream = np.concatenate(list(simulate_images(44, 5, 0, PRIORS))), make_stream(24, 10)
-    for epoch, skip in ((0, 0), (1, 0), (1, 1), (1, 2)):  # epoch 1 begins with the images that epoch 0 leaves over
-        batches = [batch for _, batch in stream.batches(epoch, skip)]
-        assert len(batches) == 2 - skip
-        for number, batch in enumerate(batches, 2 * epoch + skip):
-            np.testing.assert_array_equal(batch["images"], images[10 * number : 10 * number + 10])
-            np.testing.assert_array_equal(batch["labels"], np.arange(10 * number, 10 * number + 10) % 3)
-            maps = render_deflections(10 * number, 5, 0, n=10, priors=PRIORS, grid=(6, 1.2))
-            np.testing.assert_array_equal(batch["deflections"], maps)
-
-
-def test_streams_of_accelerators_and_cpus_show_the_same_lenses(monkeypatch):
-    ((_, host),) = make_stream(8, 8).batches(1)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    ((_, device),) = make_stream(8, 8).batches(1)
-    np.testing.assert_array_equal(device["labels"], host["labels"])
-    np.testing.assert_allclose(device["deflections"], host["deflections"], atol=1e-5)
-    assert device["images"].dtype == np.uint16 and device["images"].sharding == host["images"].sharding
-    a, b = (np.asarray(batch["images"]).astype(float) for batch in (device, host))
-    # Two draws of the noise: 576 pixels have a standard error of 0.06; two lenses differ by 1.8 or more.
-    np.testing.assert_allclose(np.mean((a - b) ** 2 / (a + b), axis=(1, 2)), 1, atol=0.25)
-
-
-def test_each_accelerator_renders_only_its_own_share(monkeypatch):
-    seen = []
-
-    def render_block(seed, split, indices, **_):
-        seen.append(len(indices))
-        return jnp.broadcast_to(indices.astype(jnp.uint16)[:, None, None], (len(indices), 24, 24))
-
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(lensing_images, "render_block", render_block)
-    stream = make_stream(24, 12)
-    batches = [batch for epoch in (0, 1) for _, batch in stream.batches(epoch)]
-    assert seen == [2, 2, 2]  # of each class, on each of two devices, in a program that both epochs share
-    for i, batch in enumerate(batches):
-        np.testing.assert_array_equal(batch["images"][:, 0, 0], 12 * i + np.arange(12))
-        np.testing.assert_array_equal(batch["labels"], (12 * i + np.arange(12)) % 3)
+def edit(folder, out, **fields):
+    """Copies a folder of simulated images with other `fields` of the training images; returns those."""
+    shutil.copytree(folder, out, dirs_exist_ok=True)
+    data = open_npz(out / "train.npz")
+    images, labels, classes, info, lens_params = data._replace(**{"images": data.images[:]} | fields)
+    arrays = {f"{PARAMETERS}{name}": array for name, array in (lens_params or {}).items()}
+    write_npz(out / "train.npz", [images], images.shape, images.dtype, labels, classes, info, arrays)
+    return open_npz(out / "train.npz")
 
 
 def open_files(folder, **fields):
-    """Returns the splits of a run on the files in `folder`, of 24 x 24 pixels."""
     return open_splits(Config(data=str(folder), batch_size=2, input=InputConfig(crop=16), **fields), data_mesh(1))
 
 
-def test_files_of_simulated_images_have_the_deflections_of_their_lenses(tmp_path):
-    simulate_dataset(tmp_path, SimulationConfig(train=7, easy=5, val=3, test=3, seed=4), priors=PRIORS)
-    for split, index, priors in (("train", 0, PRIORS), ("easy", 3, make_easy(PRIORS))):
-        source = getattr(open_files(tmp_path), split)
-        maps = render_deflections(0, 4, index, n=source.size, priors=priors, grid=(2, 8 * PRIORS.pixel_scale))
-        assert np.abs(maps).max() > 1e-3
-        np.testing.assert_array_equal(source.dataset.deflections, maps)
-        images = np.asarray(source.dataset.images).tolist()
-        for _, batch in source.batches(0):
-            for image, deflection in zip(np.asarray(batch["images"]).tolist(), batch["deflections"], strict=True):
-                np.testing.assert_array_equal(deflection, maps[images.index(image)])
+def maps_of(folder, skip=0):
+    """Returns the deflection maps of the first epoch without its first `skip` steps."""
+    return np.concatenate([batch["deflections"] for _, batch in open_files(folder).train.batches(0, skip)])
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [None, {"seed": -1}, {"seed": "4"}, {"seed": None}, {"priors": 3}, {"priors": {"shear_max": 0.3}}, {"split": 1}],
-)
-def test_images_of_unknown_origin_have_no_deflections(tmp_path, changes):
-    simulate_dataset(tmp_path, SimulationConfig(train=7, easy=0, val=3, test=3, seed=4), priors=PRIORS)
-    train = open_npz(tmp_path / "train.npz")
-    info = {"simulated": "x" if changes is None else train.info["simulated"] | changes}
-    images = np.array(train.images)
-    write_npz(tmp_path / "train.npz", [images], images.shape, images.dtype, train.labels, train.classes, info)
+@pytest.mark.parametrize("split, index, priors", [("train", 0, SMALL), ("easy", 3, make_easy(SMALL))])
+def test_simulated_file_has_lens_parameters_a_version_and_the_maps_of_its_lenses(simulated, split, index, priors):
+    data, lens_params = open_npz(simulated / f"{split}.npz"), simulate_parameters(12, 4, index, priors)
+    np.testing.assert_array_equal(data.images[:], np.concatenate(list(simulate_images(12, 4, index, priors))))
+    assert data.info["simulated"]["version"] == lensing_images.SIMULATOR_VERSION
+    assert data.lens_params.keys() == lens_params.keys()
+    for name, values in lens_params.items():
+        np.testing.assert_array_equal(data.lens_params[name], values)
+    maps, images = render_deflections(0, 4, index, n=12, priors=priors, grid=(2, 2.4)), data.images[:].tolist()
+    assert np.abs(maps).max() > 1e-3
+    for _, batch in getattr(open_files(simulated), split).batches(0):
+        for image, found in zip(np.asarray(batch["images"]).tolist(), batch["deflections"], strict=True):
+            np.testing.assert_allclose(found, maps[images.index(image)], atol=1e-5)
+
+
+def test_simulated_files_are_kept_if_they_come_from_the_same_arguments(simulated):
+    before = (simulated / "train.npz").stat()
+    simulate_dataset(simulated, SIZES, priors=SMALL)
+    assert (simulated / "train.npz").stat().st_mtime_ns == before.st_mtime_ns
+    for config, priors in ((replace(SIZES, train=8), SMALL), (SIZES, replace(SMALL, shear_max=0.1))):
+        message = r"train\.npz holds 12 other images, or another version's; remove it or choose another folder"
+        with pytest.raises(InputError, match=message):
+            simulate_dataset(simulated, config, priors=priors)
+
+
+def test_images_do_not_depend_on_the_default_random_generator_of_jax(simulated):
+    lensing_images.render_block.clear_cache()
+    with jax.default_prng_impl("rbg"):
+        images = np.concatenate(list(simulate_images(12, 4, 0, SMALL)))
+    lensing_images.render_block.clear_cache()
+    np.testing.assert_array_equal(images, open_npz(simulated / "train.npz").images[:])
+
+
+def test_deflection_maps_are_a_function_of_the_parameters_in_the_file(simulated, tmp_path):
+    data, maps = open_npz(simulated / "train.npz"), maps_of(simulated)
+    with jax.threefry_partitionable(False):
+        np.testing.assert_array_equal(maps_of(simulated), maps)
+    edit(simulated, tmp_path, info={"simulated": data.info["simulated"] | {"seed": 5}})
+    np.testing.assert_array_equal(maps_of(tmp_path), maps)
+    masses = data.lens_params["vortex_mass"].copy()
+    masses[8] *= 2
+    edit(simulated, tmp_path, lens_params=data.lens_params | {"vortex_mass": masses})
+    changed = np.abs(maps_of(tmp_path) - maps).max((1, 2, 3)) > 1e-3
+    labels = np.concatenate([batch["labels"] for _, batch in open_files(tmp_path).train.batches(0)])
+    assert labels[changed].tolist() == [8 % 3]
+
+
+@pytest.mark.parametrize("skip", [1, 5])
+def test_deflection_maps_of_a_resumed_epoch_are_bitwise_the_same(simulated, skip):
+    np.testing.assert_array_equal(maps_of(simulated, skip), maps_of(simulated)[2 * skip :])
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:, ::-1], lambda x: x[::-1], np.float32], ids=["flip", "order", "type"])
+def test_edited_images_have_no_deflections_and_a_notice_says_so(simulated, tmp_path, capsys, change):
+    edit(simulated, tmp_path, images=change(open_npz(simulated / "train.npz").images[:]))
     assert not open_files(tmp_path).has_deflections
+    notice = "the images are not those of their lens parameters: training without the auxiliary loss\n"
+    assert capsys.readouterr().err == notice
 
 
-def test_other_images_have_no_deflections(tmp_path):
-    simulate_dataset(tmp_path, SimulationConfig(train=7, easy=0, val=3, test=3, seed=4), priors=PRIORS)
-    assert open_files(tmp_path).has_deflections
-    assert not open_files(tmp_path, deflection_weight=0.0).has_deflections
-    assert not open_files(tmp_path, augment=AugmentConfig(max_rotation=10.0)).has_deflections
-    shutil.copy(tmp_path / "val.npz", tmp_path / "train.npz")  # the lenses of another split
-    assert not open_files(tmp_path).has_deflections
-    write(tmp_path, "train", np.zeros((6, 24, 24), np.uint16))
-    assert not open_files(tmp_path).has_deflections
+@pytest.mark.parametrize("change", [{"version": 0}, {"version": None}, {"priors": 3}, {"priors": {"shear_max": 0.3}}])
+def test_images_of_another_version_have_no_deflections_and_are_not_simulated_over(simulated, tmp_path, capsys, change):
+    info = {"simulated": open_npz(simulated / "train.npz").info["simulated"] | change}
+    for fields in ({}, {"lens_params": None}):
+        edit(simulated, tmp_path, info=info, **fields)
+        assert not open_files(tmp_path).has_deflections and capsys.readouterr().err == ""
+        with pytest.raises(InputError, match=r"train\.npz holds 12 other images, or another version's"):
+            simulate_dataset(tmp_path, SIZES, priors=SMALL)
+
+
+def test_training_without_deflections(simulated, tmp_path):
+    assert open_files(simulated).has_deflections
+    assert not open_files(simulated, deflection_weight=0.0).has_deflections
+    assert not open_files(simulated, augment=AugmentConfig(max_rotation=10.0)).has_deflections
+    shutil.copytree(simulated, tmp_path, dirs_exist_ok=True)
+    save_npz(tmp_path / "easy.npz", np.zeros((12, 24, 24), np.uint16))  # without deflections: then train has none too
+    splits = open_files(tmp_path)
+    assert not splits.has_deflections and not any("deflections" in batch for _, batch in splits.train.batches(0))
+
+
+def test_fingerprint_of_simulated_images_is_that_of_their_origin(simulated, tmp_path):
+    data, same = open_npz(simulated / "train.npz"), edit(simulated, tmp_path, images=np.zeros((12, 24, 24), np.uint16))
+    (tmp_path / "train.npz").unlink()  # no pixel can be read
+    assert fingerprint(same) == fingerprint(data)
+    assert fingerprint(data._replace(info={"simulated": data.info["simulated"] | {"seed": 5}})) != fingerprint(data)
+
+
+def test_fingerprint_of_other_images_is_that_of_their_pixels_and_labels(tmp_path):
+    images = np.random.default_rng(0).integers(9, size=(70, 16, 16)).astype(np.uint16)
+    data = open_npz(save_npz(tmp_path / "a.npz", images))
+    assert fingerprint(data._replace(images=images.copy(), info={})) == fingerprint(data)
+    for fields in (
+        {"images": np.where(np.arange(70)[:, None, None] == 69, 0, images).astype(np.uint16)},
+        {"images": images.astype(np.uint32)},
+        {"labels": data.labels + 1},
+        {"classes": ("a", "b", "c")},
+    ):
+        assert fingerprint(data._replace(**fields)) != fingerprint(data)
 
 
 def test_splits_must_have_the_same_image_size(tmp_path):
     for split, size in (("train", 4), ("val", 5), ("test", 4)):
-        write(tmp_path, split, np.zeros((3, size, size), np.uint8))
+        save_npz(tmp_path / f"{split}.npz", np.zeros((3, size, size), np.uint8))
     with pytest.raises(InputError, match=r"val\.npz has classes .* and images of \(5, 5\) pixels"):
         load_splits(tmp_path)
 
@@ -124,25 +157,11 @@ def test_splits_must_have_the_same_image_size(tmp_path):
     [("train", "f4", np.nan), ("easy", "f2", np.inf), ("val", "f8", np.inf), ("test", "f4", -np.inf)],
 )
 def test_pixels_that_are_not_finite_are_an_error_before_a_run_starts(tmp_path, split, dtype, value):
-    for name in FILES:
+    for name in SPLITS:
         images = np.zeros((6, 16, 16), dtype)
         images[4, 3, 2] = value if name == split else 0
-        write(tmp_path, name, images)
+        save_npz(tmp_path / f"{name}.npz", images)
     config = Config(str(tmp_path / "run"), str(tmp_path), batch_size=2, input=InputConfig(crop=16))
     with pytest.raises(InputError, match=rf"{split}\.npz: images\[4\]"):
         fit(config)
     assert not (tmp_path / "run").exists()
-
-
-def test_simulated_files_are_kept_if_they_come_from_the_same_arguments(tmp_path):
-    config = SimulationConfig(train=7, easy=0, val=0, test=0, seed=1)
-    simulate_dataset(tmp_path, config, priors=PRIORS, parameters=True)
-    before = (tmp_path / "train.npz").stat()
-    simulate_dataset(tmp_path, config, priors=PRIORS, parameters=True)
-    assert (tmp_path / "train.npz").stat().st_mtime_ns == before.st_mtime_ns
-    expected = np.concatenate(list(simulate_images(7, 1, 0, PRIORS)))
-    np.testing.assert_array_equal(open_npz(tmp_path / "train.npz").images, expected)
-    for other, priors in ((replace(config, train=8), PRIORS), (config, replace(PRIORS, shear_max=0.1))):
-        message = r"train\.npz holds 7 other images, or another version's; remove it or choose another folder"
-        with pytest.raises(InputError, match=message):
-            simulate_dataset(tmp_path, other, priors=priors, parameters=True)

@@ -1,39 +1,27 @@
+import time
+
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, roc_auc_score
 
+from gravlens_jax import metrics
 from gravlens_jax.config import CLASSES
-from gravlens_jax.metrics import (
-    calibration_error,
-    evaluate,
-    fit_population,
-    fit_temperature,
-    intervals,
-    outlier_scores,
-    roc_areas,
-    softmax,
-)
+from gravlens_jax.metrics import calibration_error, evaluate, fit_population, fit_temperature, outlier_scores, softmax
 
 RNG = np.random.default_rng(0)
 
 
-def test_metrics_agree_with_their_definitions():
-    logits, labels = RNG.normal(size=(60, 3)), RNG.integers(0, 3, 60)
-    values = evaluate(logits, labels, CLASSES)
-    probabilities, guesses = softmax(logits), logits.argmax(1)
-    assert values["n"] == 60 and values["classes"] == list(CLASSES)
-    assert values["accuracy"] == np.mean(guesses == labels)
-    assert values["loss"] == pytest.approx(-np.mean(np.log(probabilities[np.arange(60), labels])))
-    assert values["macro_auc"] == pytest.approx(np.mean(list(values["auc"].values())))
-    expected = [[np.sum((labels == k) & (guesses == j)) for j in range(3)] for k in range(3)]
-    np.testing.assert_array_equal(values["confusion"], expected)
-
-
-@pytest.mark.parametrize("decimals", [1, 16])  # many ties, none
-def test_areas_are_those_of_scikit_learn(decimals):
-    probabilities, labels = softmax(RNG.normal(size=(200, 3))).round(decimals), RNG.integers(0, 3, 200)
-    expected = [roc_auc_score(labels == k, probabilities[:, k]) for k in range(3)]
-    np.testing.assert_allclose(roc_areas(probabilities, labels), expected, rtol=1e-12)
+@pytest.mark.parametrize("decimals", [0, 16])  # many ties, none
+def test_metrics_are_those_of_scikit_learn(decimals):
+    logits, labels = RNG.normal(size=(200, 3)).round(decimals), RNG.integers(0, 3, 200)
+    values, probabilities = evaluate(logits, labels, CLASSES), softmax(logits)
+    assert values["n"] == 200 and values["classes"] == list(CLASSES)
+    assert values["accuracy"] == accuracy_score(labels, logits.argmax(1))
+    assert values["loss"] == pytest.approx(log_loss(labels, probabilities))
+    areas = [roc_auc_score(labels == k, probabilities[:, k]) for k in range(3)]
+    np.testing.assert_allclose(list(values["auc"].values()), areas, rtol=1e-12)
+    assert values["macro_auc"] == pytest.approx(np.mean(areas))
+    np.testing.assert_array_equal(values["confusion"], confusion_matrix(labels, logits.argmax(1)))
 
 
 def test_classes_without_images_or_without_others_have_no_auc():
@@ -59,22 +47,28 @@ def test_the_temperature_calibrates_logits_of_any_sharpness(sharpness):
     assert calibration_error(softmax(sharpness * logits / temperature), labels) < 0.015
 
 
+@pytest.mark.parametrize("n", [1, 30])
+def test_few_images_that_are_all_right_or_all_wrong_leave_the_temperature_near_1(n):
+    logits = np.tile([1.5, 0.5, 0.5], (n, 1))
+    right, wrong = (fit_temperature(logits, np.full(n, label)) for label in (0, 1))
+    assert 0.5 < right < 1 < wrong < 2
+
+
 def test_intervals_contain_the_value_and_shrink_with_the_number_of_images():
     labels = RNG.integers(0, 3, 800)
     logits = RNG.normal(size=(800, 3)) + 2 * np.eye(3)[labels]
-    few, many = (intervals(logits[:n], labels[:n], CLASSES, resamples=100) for n in (50, 800))
+    few, many = (metrics.intervals(logits[:n], labels[:n], CLASSES, resamples=100) for n in (50, 800))
     value = evaluate(logits, labels, CLASSES)
     p = value["accuracy"]
     assert many["accuracy"][0] < p < many["accuracy"][1]
+    assert many["recall"]["no"][0] < np.mean(logits[labels == 0].argmax(1) == 0) < many["recall"]["no"][1]
     assert many["auc"]["no"][0] < value["auc"]["no"] < many["auc"]["no"][1]
     # The standard error of an accuracy p is sqrt(p (1 - p) / n); a 95 % interval is 3.92 of them.
     assert many["accuracy"][1] - many["accuracy"][0] == pytest.approx(3.92 * np.sqrt(p * (1 - p) / 800), rel=0.3)
     assert few["macro_auc"][1] - few["macro_auc"][0] > 2 * (many["macro_auc"][1] - many["macro_auc"][0])
-
-
-def test_an_interval_is_none_if_a_resample_lacks_a_class():
-    found = intervals(np.eye(3)[[0, 1]], np.array([0, 1]), CLASSES, resamples=20)
-    assert found["auc"]["vort"] is None and found["macro_auc"] is None and len(found["accuracy"]) == 2
+    rare = metrics.intervals(np.eye(3)[[0, 1]], np.array([0, 1]), CLASSES, resamples=20)  # resamples lack a class
+    assert rare["auc"]["vort"] is rare["recall"]["vort"] is rare["macro_auc"] is None
+    assert rare["accuracy"] == [pytest.approx(2 / (2 + 1.96**2), rel=1e-3), pytest.approx(1)]  # Wilson: 2 of 2 right
 
 
 @pytest.mark.parametrize("n", [40, 900])
@@ -97,3 +91,18 @@ def test_populations_of_degenerate_images_are_finite():
     population = fit_population(means, np.zeros(20, int), num_classes=3)
     assert all(np.isfinite(x).all() for x in population.values()) and outlier_scores(population, means + 1).min() > 1
     assert fit_population(means[:19], np.zeros(19, int), num_classes=3) is None
+
+
+def test_training_metrics_are_means_over_the_epoch_and_the_rate_since_its_start():
+    sums = {"loss": 6.0, "correct": 3, "count": 12}
+    values = metrics.training_metrics(5, sums, started=time.perf_counter() - 2, count=4)
+    assert values == {"train_loss": 0.5, "train_accuracy": 0.25, "images_per_second": pytest.approx(4, rel=0.1)}
+    with pytest.raises(FloatingPointError, match="training loss is nan at step 5; saved checkpoints are intact"):
+        metrics.training_metrics(5, sums | {"loss": np.nan}, started=0.0, count=0)
+
+
+def test_the_array_that_is_not_finite_is_named():
+    variables = {"params": {"head": {"bias": np.ones(3)}}, "batch_stats": {"norm0": {"mean": np.ones(2)}}}
+    assert metrics.find_not_finite(variables) is None
+    variables["batch_stats"]["norm0"]["mean"] = np.array([0, -np.inf], np.float32)
+    assert metrics.find_not_finite(variables) == "batch_stats/norm0/mean"

@@ -7,27 +7,27 @@ from gravlens_jax.config import OptimConfig
 from gravlens_jax.optim import init_plateau, learning_rate_schedule, make_optimizer, update_plateau
 
 
-def pytorch_plateau(losses, patience, factor=0.1):
+def pytorch_plateau(losses, patience, learning_rate, factor=0.1):
     """torch.optim.lr_scheduler.ReduceLROnPlateau (mode min, threshold 1e-4 relative, no cooldown), from its manual."""
     best, bad, scale, scales = float("inf"), 0, 1.0, []
     for loss in losses:
         best, bad = (loss, 0) if loss < best * (1 - 1e-4) else (best, bad + 1)
         if bad > patience:
             scale, bad = scale * factor, 0
-        scales.append(max(scale, 1e-8))
+        scales.append(max(scale, min(1, 1e-8 / learning_rate)))  # it makes no change by less than 1e-8
     return scales
 
 
-@pytest.mark.parametrize("patience", [0, 1, 3])
-def test_plateau_is_pytorch_s(patience):
-    config = OptimConfig(plateau_patience=patience, learning_rate=1.0)
+@pytest.mark.parametrize("patience, learning_rate", [(0, 1.0), (1, 1.0), (3, 1.0), (0, 1e-9)])
+def test_plateau_is_pytorch_s(patience, learning_rate):
+    config = OptimConfig(plateau_patience=patience, learning_rate=learning_rate)
     update = jax.jit(lambda state, loss: update_plateau(state, loss, config))
     for losses in np.random.default_rng(0).uniform(0.5, 1, (5, 25)).astype(np.float32):
         state, scales = init_plateau(config, {"w": jnp.zeros(())}), []
         for loss in losses:
             state = update(state, loss)
             scales.append(float(state.scale))
-        np.testing.assert_allclose(scales, pytorch_plateau(losses.tolist(), patience), rtol=1e-5)
+        np.testing.assert_allclose(scales, pytorch_plateau(losses.tolist(), patience, learning_rate), rtol=1e-5)
 
 
 def test_l2_is_added_to_the_gradient_before_adam():
@@ -59,7 +59,7 @@ def test_muon_updates_of_kernels_are_orthogonal_and_the_others_are_adam_s():
 
 def test_cosine_schedule_warms_up_linearly_and_ends_at_0():
     schedule = learning_rate_schedule(OptimConfig(learning_rate=1.0, warmup_steps=4, decay="cosine"), 12)
-    rates = [float(schedule(step)) for step in range(13)]
+    rates = jax.vmap(schedule)(jnp.arange(13))
     np.testing.assert_allclose(rates[:5], [0.25, 0.5, 0.75, 1.0, 1.0], rtol=1e-6)
     np.testing.assert_allclose(rates[4:], 0.5 * (1 + np.cos(np.pi * np.arange(9) / 8)), atol=1e-6)
 

@@ -48,29 +48,37 @@ def test_flips_are_the_four_mirror_images_equally_often():
 
 def test_vectors_are_mirrored_with_the_images():
     x, y = pixel_grid(5, 1.0)
-    potential = jnp.sin(x + 0.3) * jnp.cos(0.7 * y - 0.2)
-    along_x, along_y = jnp.cos(x + 0.3) * jnp.cos(0.7 * y - 0.2), -0.7 * jnp.sin(x + 0.3) * jnp.sin(0.7 * y - 0.2)
-    gradient = jnp.stack([along_x, along_y], axis=-1)
+    potential, gradient = x * y + x + 2 * y, jnp.stack([y + 1, x + 2], axis=-1)
     key, config = jax.random.key(0), AugmentConfig()
     images = augment(jnp.repeat(potential[None, :, :, None], 100, 0), key, config)[..., 0]
     vectors = augment_vectors(jnp.repeat(gradient[None], 100, 0), key, config)
     assert len(np.unique(np.asarray(images).reshape(100, -1), axis=0)) == 4
-    slopes = np.diff(images, axis=2)  # along x, of which the mean of two pixels' gradients is an approximation
-    np.testing.assert_allclose((vectors[:, :, 1:, 0] + vectors[:, :, :-1, 0]) / 2, slopes, atol=0.1)
-    slopes = -np.diff(images, axis=1)  # rows run towards -y
-    np.testing.assert_allclose((vectors[:, 1:, :, 1] + vectors[:, :-1, :, 1]) / 2, slopes, atol=0.1)
+    np.testing.assert_allclose(vectors[:, :, 1:, 0], np.diff(images, axis=2), atol=1e-6)  # slope along x
+    np.testing.assert_allclose(vectors[:, 1:, :, 1], -np.diff(images, axis=1), atol=1e-6)  # rows run towards -y
     still = augment_vectors(vectors, key, AugmentConfig(flip=False))
     np.testing.assert_array_equal(still, vectors)
 
 
-def test_rotation_by_90_degrees_and_shift_are_exact(monkeypatch):
-    monkeypatch.setattr(jax.random, "uniform", lambda key, shape, **_: jnp.ones(shape))  # the largest allowed
-    image = jnp.array(IMAGES[:1, :7, :7, None])
-    rotated = rotate_and_shift(image, jax.random.key(0), 90.0, 0.0)
-    np.testing.assert_array_equal(rotated[0, ..., 0], np.rot90(image[0, ..., 0], -1))
-    shifted = rotate_and_shift(image, jax.random.key(0), 0.0, 0.15)
-    np.testing.assert_array_equal(shifted[0, 1:, 1:], image[0, :-1, :-1])
-    assert not shifted[0, 0].any() and not shifted[0, :, 0].any()
+def test_rotations_are_uniform_and_turn_about_the_centre():
+    x, y = pixel_grid(21, 1.0)
+    ramps = jnp.repeat(x[None, :, :, None], 400, 0)  # turned by an angle, x becomes cos x + sin y
+    turned = np.asarray(rotate_and_shift(ramps, jax.random.key(0), 60.0, 0.0))[..., 0]
+    inside = np.hypot(x, y) < 10
+    slopes = np.stack([x[inside], y[inside]], 1)
+    cos_sin, *_ = np.linalg.lstsq(slopes, turned[:, inside].T)
+    assert np.abs(slopes @ cos_sin - turned[:, inside].T).max() < 0.8  # nearest neighbour: at most half a diagonal
+    np.testing.assert_allclose(np.hypot(*cos_sin), 1, atol=0.02)
+    degrees = np.rad2deg(np.arctan2(*cos_sin[::-1]))
+    np.testing.assert_allclose(np.quantile(degrees, [0, 0.25, 0.5, 0.75, 1]), [-60, -30, 0, 30, 60], atol=6)
+
+
+def test_shifts_are_whole_pixels_with_zeros_outside():
+    images = jnp.array(IMAGES[:1, :9, :9, None]).at[0, 4, 4].set(1.0)
+    shifted = np.asarray(rotate_and_shift(jnp.repeat(images, 200, 0), jax.random.key(0), 0.0, 0.3))[..., 0]
+    padded, places = np.pad(images[0, ..., 0], 9), np.argwhere(shifted == 1)[:, 1:] - 4
+    assert set(places[:, 0]) == set(places[:, 1]) == {-3, -2, -1, 0, 1, 2, 3}  # 0.3 of 9 pixels is 2.7
+    for image, (down, right) in zip(shifted, places, strict=True):
+        np.testing.assert_array_equal(image, padded[9 - down : 18 - down, 9 - right : 18 - right])
 
 
 def test_augmentation_is_a_function_of_the_key_and_may_be_off():

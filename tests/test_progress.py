@@ -1,66 +1,72 @@
-import os
 import signal
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
-import jax.numpy as jnp
 import pytest
 
-from gravlens_jax.console import Meter, recorded_signals
-from gravlens_jax.loader import Plan
-from gravlens_jax.train_step import TrainState, zero_sums
+from gravlens_jax import progress
+from gravlens_jax.progress import SAVE, STOP, Stopped, recorded_signals
+
+STEP = {"train_loss": 1.2345, "train_accuracy": 0.98765, "images_per_second": 876.5}
+SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_is_recorded_and_handlers_are_restored(number):
-    before = signal.getsignal(number)
+@pytest.fixture(autouse=True)
+def handlers():
+    """Every signal has its usual handler, also where this process was started with some of them ignored."""
+    before = {number: signal.signal(number, handler) for number, handler in SIGNALS.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_asks_for_a_stop_and_handlers_are_restored(number):
     with recorded_signals() as received:
         assert received() == 0
-        os.kill(os.getpid(), number)
-        assert received() == number
-    assert signal.getsignal(number) is before
+        signal.raise_signal(number)
+        assert received() == received() == STOP + number
+    assert signal.getsignal(number) is SIGNALS[number]
+    with pytest.raises(Stopped, match=f"run: {signal.Signals(number).name}: stopped after step 2 of 9, .* --resume"):
+        progress.stop("run", 2, 9, number)
+
+
+def test_sigusr1_asks_for_a_save_any_number_of_times():
+    with recorded_signals() as received:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGUSR1)
+            signal.raise_signal(signal.SIGUSR1)
+            assert (received(), received()) == (SAVE, 0)
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
+        assert received() == STOP + signal.SIGTERM
+
+
+def test_signal_that_was_ignored_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with recorded_signals() as received:
+        signal.raise_signal(signal.SIGHUP)
+        assert received() == 0
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_second_ctrl_c_acts_at_once():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background programs may ignore it
-    try:
-        with pytest.raises(KeyboardInterrupt), recorded_signals():
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt), recorded_signals():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_signals_are_not_recorded_outside_the_main_thread():
-    results = []
-
     def work():
         with recorded_signals() as received:
-            results.append(received())
+            return received()
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert results == [0]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(work).result() == 0
 
 
-def make_sums(loss, count):
-    return zero_sums() | {"loss": jnp.float32(loss), "correct": jnp.int32(count // 2), "count": jnp.int32(count)}
-
-
-def test_meter_reports_the_epoch_so_far():
-    state = TrainState(jnp.int32(2), {}, {}, {}, {}, {}, make_sums(4.0, 4))
-    with Meter(Plan(1, 3, 2)) as meter:
-        meter.start("resumed", state)
-        meter.update(3, make_sums(6.0, 8))
-        line = meter.read()
-    assert (line["epoch"], line["step"], line["train_loss"], line["train_accuracy"]) == (1, 3, 0.75, 0.5)
-    assert line["images_per_second"] > 0
-
-
-def test_meter_raises_at_the_step_whose_loss_is_not_finite():
-    state = TrainState(jnp.int32(0), {}, {}, {}, {}, {}, zero_sums())
-    with Meter(Plan(0, 3, 2)) as meter:
-        meter.start("", state)
-        meter.update(1, make_sums(jnp.nan, 4))
-        with pytest.raises(FloatingPointError, match="training loss is nan at step 1; saved checkpoints are intact"):
-            meter.update(2, make_sums(1.0, 8))
+def test_progress_fits_into_80_columns(capsys):
+    assert progress.progress_bar().disable and len(progress.describe_step(STEP)) <= 34
+    assert progress.describe_epoch("easy images", STEP) == "easy images: train loss 1.234 acc 0.988"
+    assert len(progress.describe_epoch("epoch 3/3", STEP | {"val_loss": 1.2345, "val_accuracy": 0.98765})) <= 80
+    assert list(progress.show_progress(["a.npy", "b.npy"], "train", 2)) == ["a.npy", "b.npy"]
+    assert capsys.readouterr().out == "train: 2 images in 0 s\n"

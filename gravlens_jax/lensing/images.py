@@ -23,7 +23,7 @@ from gravlens_jax.lensing.render import LensParams, deflection_map, render_lense
 
 SIMULATOR_VERSION = 1  # raised with every change of the images that a seed gives
 MAX_COUNTS = 60_000  # images are stored as uint16
-MAP_BLOCK = 2048  # lenses per compiled call of `deflection_maps`
+BLOCK = 512  # lenses per compiled call of `simulate_parameters` and `deflection_maps`
 CPU_BLOCK, ACCELERATOR_BLOCK = 4, 128  # images of one class per compiled call
 
 
@@ -92,7 +92,7 @@ def render_deflections(first, seed, split, *, n: int, priors: Priors, grid: tupl
     """
 
     def make(substructure, indices):
-        lenses = _sample(jax.vmap(partial(lens_key, seed, split))(indices), priors, substructure)
+        lenses = _sample_block(seed, split, indices, priors=priors, substructure=substructure)
         return jax.vmap(partial(deflection_map, priors=priors, cells=grid[0], width=grid[1]))(lenses)
 
     return _in_turn(make, first, n)
@@ -213,13 +213,20 @@ def simulate_parameters(n: int, seed: int, split: int, priors: Priors) -> dict[s
     The names are those of `sample_lens`; a parameter that a class does not have is NaN there.
     """
     arrays: dict[str, np.ndarray] = {}
-    num_classes = len(CLASSES)
     for label, substructure in enumerate(CLASSES):
-        keys = jax.vmap(partial(lens_key, seed, split))(jnp.arange(label, n, num_classes))
-        for name, values in jax.jit(_sample, static_argnums=(1, 2))(keys, priors, substructure).items():
-            array = arrays.setdefault(name, np.full((n, *values.shape[1:]), np.nan, np.float32))
-            array[label::num_classes] = values
+        indices = np.arange(label, n, len(CLASSES))
+        for start in range(0, len(indices), BLOCK):
+            block = indices[start : start + BLOCK]
+            sampled = _sample_block(seed, split, np.resize(block, BLOCK), priors=priors, substructure=substructure)
+            for name, values in sampled.items():
+                array = arrays.setdefault(name, np.full((n, *values.shape[1:]), np.nan, np.float32))
+                array[block] = values[: len(block)]
     return arrays
+
+
+@partial(jax.jit, static_argnames=("priors", "substructure"))
+def _sample_block(seed, split, indices, *, priors: Priors, substructure: str) -> LensParams:
+    return _sample(jax.vmap(partial(lens_key, seed, split))(indices), priors, substructure)
 
 
 def without_nan(lens_params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -239,11 +246,11 @@ def deflection_maps(lens_params: dict[str, np.ndarray], priors: Priors, grid: tu
       grid: cells and width (arcsec) of the maps.
     """
     n, (cells, _) = len(lens_params["z_lens"]), grid
-    maps, block = np.empty((n, cells, cells, 2), np.float32), min(n, MAP_BLOCK)
-    for start in range(0, n, block):
-        rows = np.minimum(np.arange(start, start + block), n - 1)  # always a whole block: one compiled program
+    maps = np.empty((n, cells, cells, 2), np.float32)
+    for start in range(0, n, BLOCK):
+        rows = np.minimum(np.arange(start, start + BLOCK), n - 1)  # always a whole block: one compiled program
         lenses = without_nan({name: values[rows] for name, values in lens_params.items()})
-        maps[start : start + block] = np.asarray(_map_block(lenses, priors=priors, grid=grid))[: n - start]
+        maps[start : start + BLOCK] = _map_block(lenses, priors=priors, grid=grid)[: n - start]
     return maps
 
 

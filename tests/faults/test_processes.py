@@ -8,13 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from commands import NETWORK, SMALL, finish, history, load, start, wait_for_epochs, write_images
 from gravlens_jax.errors import InputError
+from gravlens_jax.network import load_network
 from gravlens_jax.sharding import check_batch_size, data_mesh, join_processes
-from gravlens_jax.weights import load_run
+from helpers import NETWORK, SMALL, finish, history, load, run, start, wait_for_epochs, write_images
 
 FILES = [*NETWORK, "--data", "data", "--epochs", "2"]
-FRESH = [*SMALL, "--data", "simulate:ct1", "--simulation.easy", "0", "--simulation.train", "48", "--epochs", "1"]
+STREAM = [*SMALL, "--data", "simulate:ct1", "--simulation.easy", "0", "--simulation.train", "48", "--epochs", "1"]
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def start_two(folder, *arguments):
@@ -35,31 +36,48 @@ def assert_same_run(a, b):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
 
 
+def resume_for_an_epoch(folder, name, devices):
+    """Resumes a run in one process, and stops it by Ctrl-C after an epoch; no epoch may be missing."""
+    process = start(folder, "train.py", "--run-dir", name, "--resume", devices=devices)
+    wait_for_epochs(folder / name, len(history(folder / name)) + 1, process)
+    process.send_signal(signal.SIGINT)
+    finish(process, status=130)
+    steps = [line["step"] for line in history(folder / name)]
+    assert steps == [3 * (i + 1) for i in range(len(steps))]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with images and a run on one device in runs/1."""
     folder = tmp_path_factory.mktemp("work")
     write_images(folder / "data", train=48, val=24, test=24)
-    finish(start(folder, "train.py", *FILES, "--run-dir", "runs/1"))
+    run(folder, "train.py", *FILES, "--run-dir", "runs/1")
     return folder
 
 
-@pytest.mark.parametrize(
-    "devices", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow), 8]
-)
+@pytest.mark.parametrize("devices", [slow(2), slow(4), 8])
 def test_result_does_not_depend_on_the_number_of_devices(folder, devices):
-    ((out, _),) = finish(start(folder, "train.py", *FILES, "--run-dir", f"runs/{devices}", devices=devices))
+    out = run(folder, "train.py", *FILES, "--run-dir", f"runs/{devices}", devices=devices)
     assert f"{devices} x cpu" in out
     assert_same_run(folder / f"runs/{devices}", folder / "runs/1")
 
 
-def test_result_does_not_depend_on_the_number_of_processes_and_one_of_them_prints(folder):
-    (out, _), (other, _) = finish(*start_two(folder, *FILES, "--run-dir", "runs/2x2"))
+@pytest.mark.parametrize("options", [(), slow(("--device-data",))])
+def test_result_does_not_depend_on_the_number_of_processes_and_one_of_them_prints(folder, options):
+    run_dir = folder / f"runs/2x2{len(options)}"
+    (out, _), (other, _) = finish(*start_two(folder, *FILES, *options, "--run-dir", run_dir))
     assert "4 x cpu" in out and "epoch 2/2" in out and "epoch" not in other
-    assert_same_run(folder / "runs/2x2", folder / "runs/1")
-    assert (folder / "runs/2x2/report/metrics.json").exists()
-    a, b = (load_run(folder / "runs" / name).variables for name in ("2x2", "1"))
+    assert_same_run(run_dir, folder / "runs/1")
+    assert (run_dir / "report/metrics.json").exists()
+    a, b = (load_network(path).variables for path in (run_dir, folder / "runs/1"))
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-3), a, b)
+
+
+@pytest.mark.slow
+def test_stream_does_not_depend_on_the_number_of_processes(folder):
+    finish(*start_two(folder, *STREAM, "--run-dir", "runs/stream2"))  # and one simulates the other splits for both
+    run(folder, "train.py", *STREAM, "--run-dir", "runs/stream1")
+    assert_same_run(folder / "runs/stream2", folder / "runs/stream1")
 
 
 def test_processes_started_together_share_the_images_that_one_of_them_simulates(tmp_path):
@@ -69,28 +87,13 @@ def test_processes_started_together_share_the_images_that_one_of_them_simulates(
     assert sorted("in use by another process" in err for _, err in results) == [False, True]
 
 
-@pytest.mark.slow
-def test_stream_does_not_depend_on_the_number_of_processes(folder):
-    finish(*start_two(folder, *FRESH, "--run-dir", "runs/fresh2"))  # and one simulates the other splits for both
-    finish(start(folder, "train.py", *FRESH, "--run-dir", "runs/fresh1"))
-    assert_same_run(folder / "runs/fresh2", folder / "runs/fresh1")
-
-
 def test_run_stopped_in_two_processes_resumes_on_other_devices(folder):
     processes = start_two(folder, *FILES, "--run-dir", "runs/moved", "--epochs", 2000)
     wait_for_epochs(folder / "runs/moved", 2, *processes)
     processes[1].send_signal(signal.SIGTERM)  # one is enough: they stop together
     for _, err in finish(*processes, status=143):
         assert "SIGTERM: stopped after step" in err and "continue with --resume" in err
-    first = len(history(folder / "runs/moved"))
-    for devices in (1, 8):
-        process = start(folder, "train.py", "--run-dir", "runs/moved", "--resume", devices=devices)
-        first += 2
-        wait_for_epochs(folder / "runs/moved", first, process)
-        process.send_signal(signal.SIGINT)
-        finish(process, status=130)
-    steps = [line["step"] for line in history(folder / "runs/moved")]
-    assert steps == [3 * (i + 1) for i in range(len(steps))]
+    resume_for_an_epoch(folder, "runs/moved", devices=8)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -101,19 +104,16 @@ def test_when_one_of_two_processes_dies_the_other_ends_with_a_message(folder, vi
     processes[victim].kill()
     processes[victim].communicate()
     _, err = processes[1 - victim].communicate(timeout=120)  # at once in a step; while it saves, after DEAD_SECONDS
+    status = processes[1 - victim].returncode
     if victim == 0 and "the JAX distributed service detected fatal errors" in err:
         # Process 0 is JAX's coordinator: JAX ends the others when it is gone, perhaps before our own message.
-        assert processes[1].returncode in (1, -signal.SIGABRT)
+        assert status in (1, -signal.SIGABRT)
     else:
-        assert processes[1 - victim].returncode == 1
-        assert "another process of this run has ended" in err and "--resume" in err and "Traceback" not in err
-    if victim == 0:
-        assert load(folder / name, "final")[1] >= 3
-    else:
-        process = start(folder, "train.py", "--run-dir", name, "--resume")
-        wait_for_epochs(folder / name, len(history(folder / name)) + 1, process)
-        process.kill()
-        process.communicate()
+        assert status == 1 and "Traceback" not in err
+        assert "another process of this run has ended" in err and "--resume" in err
+    assert load(folder / name, "final")[1] >= 3
+    if victim == 1:
+        resume_for_an_epoch(folder, name, devices=1)
 
 
 @pytest.mark.parametrize(

@@ -1,147 +1,200 @@
-"""Runs that are killed, stopped or damaged: the default network and image size, compiled as users run it."""
+"""Runs that are killed, stopped or damaged.
+
+The first test runs train.py as users do: the default network and image size, XLA's flags for users, processes that end.
+The others train a tiny network in this process.
+"""
 
 import json
-import os
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from commands import (
+from gravlens_jax import loader, training
+from gravlens_jax.config import SimulationConfig
+from gravlens_jax.datasets import simulate_dataset
+from gravlens_jax.errors import InputError
+from gravlens_jax.files import locked
+from gravlens_jax.lensing.priors import PRIORS
+from gravlens_jax.progress import Stopped
+from gravlens_jax.run_files import read_run
+from gravlens_jax.training import fit
+from helpers import (
     DEFAULT_NETWORK,
-    NETWORK,
     assert_same_parameters,
     finish,
     history,
-    run,
+    save_npz,
     saved_step,
     start,
+    tiny_config,
     wait_for,
-    write_images,
 )
-from gravlens_jax.errors import InputError
-from gravlens_jax.run_dir import locked, read_run
-from gravlens_jax.training import fit
 
-FILES = [*DEFAULT_NETWORK, "--data", "data", "--epochs", "2"]  # 3 easy steps, then epochs of 6: steps 4-9 and 10-15
-STREAM = [*NETWORK, "--data", "simulate:ct1", "--epochs", "1"]
-STREAM += [word for size in ("easy=0", "train=96", "val=24", "test=24") for word in ("--simulation." + size).split("=")]
-DEVICE = [*DEFAULT_NETWORK, "--data", "data", "--device-data", "--batch-size", "1", "--epochs", "1"]
-SAVE_OFTEN = ["--save-minutes", "1e-6"]  # after every call
+FILE = ["--data", "data"]
+DEVICE = [*FILE, "--device-data", "--batch-size", "1"]
+STREAM = ["--data", "simulate:ct1", "--simulation.easy", "0", "--simulation.train", "96", "--simulation.val", "24"]
+METRICS = ("epoch", "step", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate")
 
 
-def train(folder, *arguments, **options):
-    return run(folder, "train.py", *arguments, optimized=True, **options)
-
-
-def names(folder):
-    return sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*"))
-
-
-def copy(run_dir, name):
-    return shutil.copytree(run_dir, run_dir.with_name(name))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with images in data/ and an undisturbed run in runs/whole."""
-    folder = tmp_path_factory.mktemp("work")
-    write_images(folder / "data", easy=48, train=96, val=24, test=24)
-    train(folder, *FILES, "--run-dir", "runs/whole")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def stopped(folder):
-    """The same run, killed within its first epoch, and after a resume stopped by SIGTERM within its second."""
-    run_dir = folder / "runs/stopped"
-    process = start(folder, "train.py", *FILES, "--run-dir", "runs/stopped", *SAVE_OFTEN, optimized=True)
-    wait_for(lambda: saved_step(run_dir) >= 5, process)
-    process.kill()
-    process.communicate()
-    killed_at = saved_step(run_dir)
-    process = start(folder, "train.py", "--run-dir", "runs/stopped", "--resume", *SAVE_OFTEN, optimized=True)
-    wait_for(lambda: saved_step(run_dir) >= 11, process)
-    process.terminate()
-    ((out, err),) = finish(process, status=143)
-    assert f"runs/stopped: 0 of 2 epochs done (step {killed_at} of 15)" in out and 5 <= killed_at < 9
-    step = saved_step(run_dir)
-    assert err == f"runs/stopped: SIGTERM: stopped after step {step} of 15, which is saved; continue with --resume\n"
-    assert 11 <= step < 15 and names(run_dir / "checkpoints")[0] in ("9", str(step)) and len(history(run_dir)) == 1
-    return run_dir
-
-
-def test_killed_and_stopped_run_ends_with_exactly_the_same_parameters(folder, stopped):
-    resumed = copy(stopped, "resumed")
-    last = history(resumed)[0] | {"epoch": 2, "step": 15}  # of an epoch that was killed before its checkpoint
-    with open(resumed / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(last) + "\n" + json.dumps(last)[:50])
-    (resumed / "checkpoints/15.orbax-checkpoint-tmp/variables").mkdir(parents=True)
-    (resumed / "checkpoints/removed/3").mkdir(parents=True)
-    elsewhere = shutil.copytree(folder / "data", folder / "elsewhere/data").parent
-    out = train(elsewhere, "--run-dir", "../runs/resumed", "--resume", "--data", "data", "--tensorboard")
-    assert read_run(resumed).config.data == str(elsewhere / "data")
-    assert f"runs/resumed: 1 of 2 epochs done (step {saved_step(stopped)} of 15)" in out and "epoch 1/2" not in out
-    assert_same_parameters(resumed, folder / "runs/whole")
-    for ours, theirs in zip(history(resumed), history(folder / "runs/whole"), strict=True):
-        for name in ("epoch", "step", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate"):
-            assert ours[name] == theirs[name]
-    assert not [name for name in names(resumed) if "tmp" in name or "removed" in name]
+def assert_same_run(a, b):
+    """Parameters and metrics of two runs agree bitwise."""
+    assert_same_parameters(a, b)
+    lines = [[[line[name] for name in METRICS] for line in history(run_dir)] for run_dir in (a, b)]
+    assert lines[0] == lines[1]
 
 
 @pytest.mark.parametrize(
-    "options, number, total",
+    "options, kill_at, stop_at, total",
     [
-        pytest.param(STREAM, signal.SIGINT, 6, id="simulated when needed, Ctrl-C"),
-        pytest.param(DEVICE, signal.SIGTERM, 144, id="data on the device, SIGTERM", marks=pytest.mark.slow),
+        pytest.param(FILE, 2, 8, 12, id="file"),  # in the first and in the second epoch, of 6 steps each
+        pytest.param(STREAM, 2, 8, 12, id="stream", marks=pytest.mark.slow),
+        pytest.param(DEVICE, 48, 96, 192, id="device", marks=pytest.mark.slow),
     ],
 )
-def test_run_stopped_within_an_epoch_ends_with_exactly_the_same_parameters(folder, options, number, total):
-    whole, run_dir = folder / f"runs/whole{total}", folder / f"runs/stopped{total}"
-    train(folder, *options, "--run-dir", whole)
-    process = start(folder, "train.py", *options, "--run-dir", run_dir, *SAVE_OFTEN, optimized=True)
-    wait_for(lambda: saved_step(run_dir) > 0, process)
-    process.send_signal(number)
-    ((_, err),) = finish(process, status=128 + number)
+def test_killed_and_stopped_run_ends_with_exactly_the_same_parameters(tmp_path, options, kill_at, stop_at, total):
+    simulate_dataset(tmp_path / "data", SimulationConfig(train=96, easy=0, val=24, test=24))
+    whole, run_dir = tmp_path / "whole", tmp_path / "stopped"
+    train = partial(start, tmp_path, "train.py", "--save-minutes", "1e-6", optimized=True)  # saves after every call
+    process = train(*DEFAULT_NETWORK, "--epochs", "2", *options, "--run-dir", whole)
+    wait_for(lambda: saved_step(whole) >= kill_at, process)
+    process.send_signal(signal.SIGSTOP)
+    killed_at = saved_step(shutil.copytree(whole, run_dir))  # the files that a kill leaves
+    process.send_signal(signal.SIGCONT)
+    wait_for(lambda: saved_step(whole) == total, process)
+    process.kill()  # its report is not needed
+    process.communicate()
+
+    process = train("--run-dir", run_dir, "--resume")
+    wait_for(lambda: saved_step(run_dir) >= stop_at, process)
+    process.terminate()
+    ((out, err),) = finish(process, status=143)
     step = saved_step(run_dir)
-    assert f"stopped after step {step} of {total}, which is saved; continue with --resume" in err
-    assert 0 < step < total and history(run_dir) == []
-    assert f"(step {step} of {total})" in train(folder, "--run-dir", run_dir, "--resume")
-    assert_same_parameters(run_dir, whole)
+    assert f"0 of 2 epochs done with the auxiliary loss (step {killed_at} of {total})" in out
+    assert err == f"{run_dir}: SIGTERM: stopped after step {step} of {total}, which is saved; continue with --resume\n"
+    assert kill_at <= killed_at < total / 2 < stop_at <= step < total and len(history(run_dir)) == 1
+
+    unsaved = json.dumps(history(run_dir)[0] | {"epoch": 2, "step": total})  # as if killed before the checkpoint
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write(unsaved + "\n" + unsaved[:50])
+    (run_dir / f"checkpoints/{total}.orbax-checkpoint-tmp/variables").mkdir(parents=True)
+    (run_dir / "checkpoints/removed/3").mkdir(parents=True)
+    (tmp_path / "data").rename(tmp_path / "moved")
+    place = ["--simulation.folder" if options == STREAM else "--data", "moved"]
+    ((out, _),) = finish(train("--run-dir", run_dir, "--resume", *place, "--tensorboard"))
+    assert f"1 of 2 epochs done with the auxiliary loss (step {step} of {total})" in out
+    assert_same_run(run_dir, whole)
+    assert not [f for f in run_dir.rglob("*") if "tmp" in f.name or f.name == "removed"]
 
 
-def test_more_epochs_of_a_finished_run_are_those_of_a_longer_run(folder):
-    run_dir = folder / "runs/longer"
-    train(folder, *FILES, "--epochs", "1", "--run-dir", run_dir)
-    assert "1 of 2 epochs done (step 9 of 15)" in train(folder, "--run-dir", run_dir, "--resume", "--epochs", "2")
-    assert_same_parameters(run_dir, folder / "runs/whole")
-    assert len(history(run_dir)) == 2 and read_run(run_dir).config.epochs == 2
+def train(config, at=None, number=signal.SIGTERM, resume=False):
+    """Trains without a report; a signal arrives during step `at`. Returns the saved step at the start of each step."""
+    train_batches, saved = loader.train_batches, []
+
+    def batches(*arguments):
+        for step, batch in train_batches(*arguments):
+            saved.append(saved_step(Path(config.run_dir)))
+            if step == at:
+                signal.raise_signal(number)
+            yield step, batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "train_batches", batches)
+        patch.setattr(training, "evaluate_network", lambda *_, **__: {})
+        fit(config, resume)
+    return saved
 
 
-def test_other_images_than_the_run_began_with_are_refused(folder, stopped):
-    write_images(folder / "other", easy=48, train=96, val=24, test=23)
-    err = train(folder, "--run-dir", stopped, "--resume", "--data", "other", status=2)
-    assert f"{folder}/other: test.npz does not hold the images that the run began with (23 x 150" in err
-    assert err.count("\n") == 1 and read_run(stopped).config.data == str(folder / "data")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The config of a run that is complete: 2 steps on easy images, then 2 epochs of 4."""
+    config = tiny_config(tmp_path_factory.mktemp("tiny"))
+    train(config)
+    return config
 
 
-def test_run_in_use_is_refused(folder, stopped, monkeypatch):
-    monkeypatch.chdir(folder)
-    with locked(stopped), pytest.raises(InputError, match=f"in use by another process .process {os.getpid()} "):
-        fit(replace(read_run(stopped).config, run_dir=str(stopped)), resume=True)
+@pytest.mark.parametrize(
+    "changes, number, at, total",
+    [
+        pytest.param({}, signal.SIGINT, 4, 10, id="file"),
+        pytest.param({"device_data": True}, signal.SIGTERM, 4, 10, id="device"),
+        pytest.param({"data": "simulate:ct1"}, signal.SIGHUP, 2, 8, id="stream"),
+    ],
+)
+def test_run_stopped_within_an_epoch_resumes_bitwise(tmp_path, monkeypatch, changes, number, at, total):
+    monkeypatch.setattr(loader, "STEPS_PER_CALL", 2)
+    monkeypatch.setitem(PRIORS, "ct1", replace(PRIORS["ct1"], num_pixels=24, pixel_scale=0.3))
+    simulation = SimulationConfig(train=16, easy=0, val=12, test=12, folder=str(tmp_path / "simulated"))
+    config = tiny_config(tmp_path, simulation=simulation, **changes)
+    whole = replace(config, run_dir=str(tmp_path / "whole"))
+    train(whole)
+    message = f"{number.name}: stopped after step {at} of {total}, which is saved; continue with --resume"
+    with pytest.raises(Stopped, match=message) as stopped:
+        train(config, at, number)
+    assert stopped.value.number == number and history(tmp_path / "run") == []
+    train(config, resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_damaged_history_is_one_error_and_the_checkpoints_stay(folder, stopped):
-    cut = copy(stopped, "cut") / "metrics.jsonl"
-    cut.write_bytes(cut.read_bytes()[:-9])
-    err = train(folder, "--run-dir", "runs/cut", "--resume", status=2)
-    assert err.startswith("error: runs/cut/metrics.jsonl has a damaged line") and err.count("\n") == 1
-    assert_same_parameters(folder / "runs/cut", stopped)
+def test_sigusr1_saves_and_the_run_goes_on(whole, tmp_path):
+    saved = train(replace(whole, run_dir=str(tmp_path)), 4, signal.SIGUSR1)
+    assert saved == [0, 0, 2, 2, 4, 4, 6, 6, 6, 6]
+    assert_same_run(tmp_path, Path(whole.run_dir))
 
 
-def test_diverging_run_ends_with_status_1_and_saves_nothing(folder):
-    options = [*FILES, "--run-dir", "runs/diverged", "--optim.learning-rate", "1e30", "--optim.warmup-steps", "0"]
-    err = train(folder, *options, status=1)
-    assert err.startswith("error: ") and "at step" in err and "start again with a lower learning rate" in err
-    assert err.count("\n") == 1 and saved_step(folder / "runs/diverged") == 0
+def test_signal_during_the_last_validation_stops_the_run_and_resume_writes_its_report(whole, tmp_path, monkeypatch):
+    validate, config = training._validate, replace(whole, run_dir=str(tmp_path))
+
+    def interrupted(evaluate, state, *arguments):
+        if int(state.step) == 10:
+            signal.raise_signal(signal.SIGTERM)
+        return validate(evaluate, state, *arguments)
+
+    monkeypatch.setattr(training, "_validate", interrupted)
+    with pytest.raises(Stopped, match="stopped after step 10 of 10") as stopped:
+        fit(config)
+    assert stopped.value.number == signal.SIGTERM and not (tmp_path / "report").exists()
+    monkeypatch.undo()
+    fit(config, resume=True)
+    assert (tmp_path / "report/metrics.json").exists()
+    assert_same_run(tmp_path, Path(whole.run_dir))
+
+
+def test_more_epochs_of_a_finished_run_are_those_of_a_longer_run(whole, tmp_path):
+    config = replace(whole, run_dir=str(tmp_path))
+    train(replace(config, epochs=1))
+    train(config, resume=True)
+    assert_same_run(tmp_path, Path(whole.run_dir))
+    assert read_run(tmp_path).config.epochs == 2
+
+
+def test_other_images_than_the_run_began_with_are_refused(whole, tmp_path):
+    other = tiny_config(tmp_path)
+    save_npz(tmp_path / "data/test.npz", np.zeros((5, 16, 16), np.uint16))
+    with pytest.raises(InputError, match=r"/data: test\.npz does not hold the images that the run began with \(5 x 16"):
+        fit(replace(whole, data=other.data), resume=True)
+    assert read_run(Path(whole.run_dir)).config.data == whole.data
+
+
+def test_run_in_use_is_refused(whole):
+    with locked(Path(whole.run_dir)), pytest.raises(InputError, match="run is in use by another process"):
+        fit(whole, resume=True)
+
+
+def test_damaged_history_is_an_error_and_the_checkpoints_stay(whole, tmp_path):
+    run_dir = shutil.copytree(whole.run_dir, tmp_path / "cut")
+    (run_dir / "metrics.jsonl").write_bytes((run_dir / "metrics.jsonl").read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"cut/metrics\.jsonl has a damaged line"):
+        fit(replace(whole, run_dir=str(run_dir)), resume=True)
+    assert_same_parameters(run_dir, Path(whole.run_dir))
+
+
+def test_diverging_run_is_an_error_and_saves_nothing(whole, tmp_path):
+    optim = replace(whole.optim, learning_rate=1e30, warmup_steps=0)
+    with pytest.raises(FloatingPointError, match=r"at step .* start again with a lower learning rate"):
+        fit(replace(whole, run_dir=str(tmp_path), optim=optim))
+    assert saved_step(tmp_path) == 0

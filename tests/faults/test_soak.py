@@ -9,8 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from commands import SMALL, assert_same_parameters, history, run, start
-from gravlens_jax.weights import load_run
+from gravlens_jax.network import load_network
+from helpers import SMALL, assert_same_parameters, history, run, start
 
 KILLS = int(os.environ.get("GRAVLENS_SOAK_KILLS", "50"))
 RUN = [*SMALL, "--simulation.train", "48", "--simulation.easy", "0", "--epochs", str(10 * KILLS)]  # 3 steps each
@@ -21,14 +21,14 @@ def test_run_killed_many_times_ends_with_exactly_the_same_parameters(tmp_path):
     run(tmp_path, "train.py", *RUN, "--run-dir", "whole", optimized=True)
     rng, folder, kills, saving, starting = np.random.default_rng(0), tmp_path / "killed", 0, 0, 0
     while kills < KILLS:
-        what = ["--resume"] if (folder / "config.json").exists() else RUN
-        process = start(tmp_path, "train.py", "--run-dir", "killed", *what, "--save-minutes", "0.0005", optimized=True)
+        options = ["--resume"] if (folder / "config.json").exists() else RUN
+        options = [*options, "--run-dir", "killed", "--save-minutes", "0.0005"]
+        process = start(tmp_path, "train.py", *options, optimized=True)
         if rng.random() < 0.1:
             starting += 1
-            time.sleep(rng.uniform(0, 4))
         else:
             process.stdout.readline()  # "... epochs done": the first step comes next
-            time.sleep(rng.uniform(0, 4))
+        time.sleep(rng.uniform(0, 4))
         assert process.poll() in (None, 0), process.communicate()
         process.kill()
         _, err = process.communicate()
@@ -36,10 +36,9 @@ def test_run_killed_many_times_ends_with_exactly_the_same_parameters(tmp_path):
             break
         assert err == ""
         kills += 1
-        found = [f.name for f in (folder / "checkpoints").glob("*")]
-        saving += any(not name.isdecimal() for name in found)
+        saving += any(not f.name.isdecimal() for f in (folder / "checkpoints").glob("*"))
         if history(folder)[:-1]:  # of the last epoch the line is there before the checkpoint
-            load_run(folder, "final")
+            load_network(folder, "final")
     run(tmp_path, "train.py", "--run-dir", "killed", "--resume", optimized=True)
     assert_same_parameters(folder, tmp_path / "whole")
     assert [line["val_loss"] for line in history(folder)] == [line["val_loss"] for line in history(tmp_path / "whole")]

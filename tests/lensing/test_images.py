@@ -1,7 +1,7 @@
 from dataclasses import replace
+from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.stats import chisquare, poisson
@@ -10,25 +10,17 @@ from gravlens_jax.config import CLASSES, InputConfig
 from gravlens_jax.errors import InputError
 from gravlens_jax.inference import predict_logits
 from gravlens_jax.lensing import images
-from gravlens_jax.lensing.images import (
-    labels_of,
-    render_batch,
-    render_deflections,
-    simulate_images,
-    simulate_parameters,
-)
-from gravlens_jax.lensing.priors import PRESETS, Priors
-from gravlens_jax.lensing.render import deflection_map, render_lens
+from gravlens_jax.lensing.images import labels_of, render_images, simulate_parameters, without_nan
+from gravlens_jax.lensing.priors import PRIORS, Priors
+from gravlens_jax.lensing.render import deflection_map
 from gravlens_jax.model import ResNet
 from import_torch import load_state_dict, to_variables
 
-PRIORS = PRESETS["ct1"]
-render = jax.jit(render_lens, static_argnames="priors")
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+CT1 = PRIORS["ct1"]
 
 
-def simulate(n, seed=0, split=0, priors=PRIORS, **options):
-    return np.concatenate(list(simulate_images(n, seed, split, priors, **options)))
+def simulate(n, seed=0, split=0, priors=CT1, **options):
+    return np.concatenate(list(images.simulate_images(n, seed, split, priors, **options)))
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +45,7 @@ def test_image_depends_only_on_seed_split_and_index(counts):
     assert (simulate(3, seed=1) != counts[:3]).any((1, 2)).all()
     assert (simulate(3, split=1) != counts[:3]).any((1, 2)).all()
     assert len({image.tobytes() for image in counts}) == len(counts)
-
-
-def test_labels_are_balanced():
-    assert np.bincount(labels_of(100)).tolist() == [34, 33, 33]
-    np.testing.assert_array_equal(labels_of(5, start=7), labels_of(12)[7:])
+    np.testing.assert_array_equal(labels_of(5, start=7), np.arange(7, 12) % 3)
 
 
 def test_pixels_are_distributed_as_in_the_public_images(counts):
@@ -78,12 +66,12 @@ def test_whole_histogram_is_the_public_one(counts, shared):
 
 def test_lenses_without_substructure_look_like_the_public_ones(smooth_counts):
     # Read off 9,995 public `no` images; tolerances are three standard errors.
-    scaled, peak = scale(smooth_counts), np.ptp(smooth_counts, axis=(1, 2))
-    np.testing.assert_allclose(np.quantile(peak, QUANTILES), [724, 771, 799, 831, 886], atol=12)
+    scaled, peak, levels = scale(smooth_counts), np.ptp(smooth_counts, axis=(1, 2)), (0.05, 0.25, 0.5, 0.75, 0.95)
+    np.testing.assert_allclose(np.quantile(peak, levels), [724, 771, 799, 831, 886], atol=12)
     corner = scaled[:, :20, :20]
     assert corner.mean() == pytest.approx(0.01163, abs=0.0004)
     assert corner.std() == pytest.approx(0.0039, abs=0.0003)
-    brightness = np.quantile(scaled.mean((1, 2)), QUANTILES)
+    brightness = np.quantile(scaled.mean((1, 2)), levels)
     np.testing.assert_allclose(brightness, [0.0490, 0.0558, 0.0607, 0.0659, 0.0782], atol=0.0025)
 
 
@@ -98,32 +86,47 @@ def test_radial_profile_is_the_public_one(smooth_counts):
 
 
 def test_network_trained_on_public_images_recognizes_simulated_ones(shared, counts):
-    theirs = ("no", "vort", "sphere")
-    weights = load_state_dict(shared / "reference" / "Train_3_best.npz")
-    variables = to_variables(weights, 32, [theirs.index(name) for name in CLASSES])
+    order = [("no", "vort", "sphere").index(name) for name in CLASSES]
+    variables = to_variables(load_state_dict(shared / "reference" / "Train_3_best.npz"), 32, order)
     model = ResNet(depth=32, input=InputConfig(crop=150, pool=1, stretch="linear", mean=0.0, std=1.0))
     predicted = predict_logits(model, variables, counts[:100], 50).argmax(1)
     assert 0.83 <= np.mean(predicted == labels_of(100)) <= 0.96  # it is right on 89.6 % of public images
 
 
-def test_parameters_are_those_of_the_images(counts):
-    parameters = simulate_parameters(4, 0, 0, PRIORS)
-    for index, substructure in enumerate((*CLASSES, "no")):
-        p = {name: jnp.array(value[index]) for name, value in parameters.items() if np.isfinite(value[index]).all()}
-        assert ("subhalo_masses" in p, "vortex_mass" in p) == (substructure == "sphere", substructure == "vort")
-        expected = np.asarray(render(p, PRIORS))
-        chi_square = np.mean((counts[index] - expected) ** 2 / expected)
-        assert chi_square == pytest.approx(1, abs=0.05)  # 22,500 pixels: one standard error is 0.01
+def of_class(label, parameters):
+    """Returns the parameters of lenses of one class, as `sample_lens` names them."""
+    lenses = {name: values[label::3] for name, values in parameters.items()}
+    return {name: values for name, values in lenses.items() if np.isfinite(values).all()}
 
 
-@pytest.mark.parametrize("start", [0, 2])
-def test_deflections_are_those_of_the_images(start):
-    parameters = simulate_parameters(7, 3, 1, PRIORS)
-    maps = render_deflections(start, 3, 1, n=5, priors=PRIORS, grid=(6, 0.5))
-    for index, found in enumerate(maps, start):
-        p = {name: jnp.array(value[index]) for name, value in parameters.items() if np.isfinite(value[index]).all()}
-        np.testing.assert_allclose(found, deflection_map(p, PRIORS, 6, 0.5), atol=1e-5)
-        assert (np.abs(found).max() > 1e-3) == (index % 3 > 0)
+def test_images_are_those_of_their_parameters_for_lenses_of_one_class_or_of_all(counts):
+    parameters = simulate_parameters(12, 0, 0, CT1)
+    expected = render_images(without_nan(parameters), CT1)
+    for label, name in enumerate(CLASSES):
+        lenses = of_class(label, parameters)
+        assert ("subhalo_masses" in lenses, "vortex_mass" in lenses) == (name == "sphere", name == "vort")
+        np.testing.assert_allclose(expected[label::3], render_images(lenses, CT1), rtol=1e-4)
+    render = jax.jit(partial(images.render_batch, priors=CT1, batch_size=5))
+    batches = {first: render(first, 0, 0) for first in (0, 2, 7)}  # of consecutive images, on a device
+    for first, found in ((0, counts[:12]), *((first, batch["images"]) for first, batch in batches.items())):
+        mean = expected[first : first + len(found)]
+        chi_square = np.mean((found - mean) ** 2 / mean, (1, 2))
+        np.testing.assert_allclose(chi_square, 1, atol=0.06)  # 22,500 pixels: one standard error is 0.01
+    for first, batch in batches.items():
+        np.testing.assert_array_equal(batch["labels"], np.arange(first, first + 5) % 3)
+
+
+def test_deflection_maps_are_those_of_each_lens(monkeypatch):
+    monkeypatch.setattr(images, "BLOCK", 3)
+    parameters, grid = simulate_parameters(7, 3, 1, CT1), (6, 0.5)
+    maps = images.deflection_maps(parameters, CT1, grid)
+    assert maps.dtype == np.float32 and ((np.abs(maps).max((1, 2, 3)) > 1e-3) == (labels_of(7) > 0)).all()
+    for label in range(3):
+        expected = jax.vmap(lambda p: deflection_map(p, CT1, *grid))(of_class(label, parameters))
+        np.testing.assert_allclose(maps[label::3], expected, atol=1e-5)
+    for start in (0, 2):
+        again = images.render_deflections(start, 3, 1, n=5, priors=CT1, grid=grid)
+        np.testing.assert_allclose(again, maps[start : start + 5], atol=1e-5)
 
 
 def assert_poisson(counts, mean):
@@ -150,20 +153,12 @@ def test_accelerators_simulate_the_same_lenses(monkeypatch, smooth_counts):
     assert np.mean((a - b) ** 2 / (a + b)) == pytest.approx(1, abs=0.06)  # two draws of the noise
 
 
-@pytest.mark.parametrize("first, batch_size", [(0, 6), (7, 5), (2, 1)])
-def test_batch_rendered_on_a_device_holds_consecutive_images(monkeypatch, first, batch_size):
-    monkeypatch.setattr(images, "render_block", lambda seed, split, indices, **_: indices[:, None, None])
-    batch = render_batch(first, 0, 0, priors=PRIORS, batch_size=batch_size)
-    np.testing.assert_array_equal(batch["images"][:, 0, 0], first + np.arange(batch_size))
-    np.testing.assert_array_equal(batch["labels"], labels_of(batch_size, first))
-
-
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_images_too_bright_for_uint16_are_refused(monkeypatch, backend):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(images, "ACCELERATOR_BLOCK", 1)
     with pytest.raises(InputError, match="lower the prior `photons`"):
-        simulate(1, priors=replace(PRIORS, num_pixels=30, pixel_scale=0.25, photons=1e5))
+        simulate(1, priors=replace(CT1, num_pixels=30, pixel_scale=0.25, photons=1e5))
 
 
 def test_empty_set_is_refused():

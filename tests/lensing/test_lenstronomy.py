@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from bench.simulators import ellipticity, lenstronomy_image
+from gravlens_jax.config import CLASSES
 from gravlens_jax.lensing import profiles
-from gravlens_jax.lensing.priors import PRESETS, SUBSTRUCTURES
+from gravlens_jax.lensing.priors import PRIORS
 from gravlens_jax.lensing.render import render_lens, sample_lens
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of lenstronomy
@@ -52,9 +53,9 @@ def test_sersic_agrees_to_the_accuracy_of_their_linear_b_n(n, rtol):
 
 
 @pytest.mark.parametrize("preset", ["ct1", "deeplensesim_i"])
-@pytest.mark.parametrize("substructure", SUBSTRUCTURES)
+@pytest.mark.parametrize("substructure", CLASSES)
 def test_whole_images_agree_to_1_percent_of_the_peak(preset, substructure):
-    priors = PRESETS[preset]
+    priors = PRIORS[preset]
     p = sample_lens(jax.random.key(0), priors, substructure)
     expected = lenstronomy_image(p, priors, string_points=300)
     difference = np.sort(np.abs(render(p, priors) - expected).ravel())

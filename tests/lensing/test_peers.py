@@ -10,10 +10,10 @@ import pytest
 
 from bench.simulators import caustics_counts, make_caustics, make_herculens
 from gravlens_jax.lensing import profiles
-from gravlens_jax.lensing.priors import PRESETS
+from gravlens_jax.lensing.priors import PRIORS
 from gravlens_jax.lensing.render import render_lenses, sample_lens
 
-PRIORS = replace(PRESETS["ct1"], subhalo_poisson=False, subhalo_padding=25)
+PRIORS = replace(PRIORS["ct1"], subhalo_poisson=False, subhalo_padding=25)
 CENTRES, STRENGTHS = np.array([[0.3, -0.2], [0.0, 0.5]]), np.array([0.04, 0.01])
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other codes
 
