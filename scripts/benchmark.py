@@ -1,31 +1,17 @@
 """Measures the speed of this machine, with a subcommand for each benchmark."""
 
-import json
 import os
 import tempfile
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax
 import tyro
-from gravlens_jax.run_dir import check_folder
 
-from bench.accelerator import measure_accelerator
-from bench.accuracy import HEADER as ACCURACY_HEADER
-from bench.accuracy import line as accuracy_line
-from bench.accuracy import measure_accuracy, minutes_to
-from bench.input import measure_readers, readers_table
-from bench.machine import machine, peaks, use_cpu_devices, versions
-from bench.scaling import draw_scaling, powers_of_two, scaling_cases, scaling_rows, scaling_table, time_cases
-from bench.simulation import CODES, rates_table, simulation_rates
-from bench.sweep import Steps, sweep
-from bench.topology import HEADER, compile_for, line, programs, topology_mesh
+from bench.costs import Dtype, Steps, copy_bandwidth
+from bench.harness import as_json, check_least, table
 from gravlens_jax import cli
-from gravlens_jax.config import PRESETS, Config, ModelConfig
+from gravlens_jax.config import PRESETS, ModelConfig
 from gravlens_jax.errors import check, check_installed
-from gravlens_jax.sharding import is_main, join_processes
 
 
 def simulate(
@@ -42,14 +28,16 @@ def simulate(
         repeats: measurements of each figure.
         peers: other codes to measure (pip install lenstronomy herculens caustics six).
     """
-    check(seconds > 0 and repeats > 0, f"seconds={seconds}, repeats={repeats}: expected positive numbers")
+    check_least(1, repeats=repeats)
+    check(seconds > 0, f"seconds={seconds}: expected a positive number")
     for peer in peers:
         check_installed(peer, f"--peers {peer}", peer)
     check(hasattr(os, "sched_setaffinity"), "this benchmark pins processes to cores, which only Linux allows")
+    from bench.simulation import CODES, COLUMNS, simulation_rates
+
     codes = [code for code in CODES if code.split(",")[0] in ("gravlens_jax", *peers)]
-    rates = simulation_rates(seconds, repeats, codes, sorted(os.sched_getaffinity(0)))
-    print(rates_table(rates))
-    print(json.dumps({"benchmark": "simulate", "images_per_second": rates} | versions()))
+    rows = table(simulation_rates(seconds, repeats, codes, sorted(os.sched_getaffinity(0))), COLUMNS)
+    print(as_json("simulate", rows))
 
 
 def measure_input(
@@ -62,8 +50,8 @@ def measure_input(
     """Measures opening and random batches of a packed file beside other readers, each in a process of its own.
 
     Reads the same images from the packed, memory-mapped npz, from the same file by np.load, from a compressed npz, and
-    with --peer torch from one .npy file each by a DataLoader (the best of 0, 1 and as many workers as there are cores).
-    The files are written to the folder for temporary files, and are in the page cache when they are read.
+    with --peer torch from one .npy file each by a DataLoader (with 0, 1 and as many workers as there are cores). The
+    files are written to the folder for temporary files, and are in the page cache when they are read.
 
     Args:
         images: number of images, 150 x 150 pixels.
@@ -72,24 +60,25 @@ def measure_input(
         repeats: measurements of each reader, alternating.
         peer: whether to measure the DataLoader (pip install torch).
     """
+    check_least(1, batch_size=batch_size, batches=batches, repeats=repeats)
     check(Path("/proc/self/statm").exists(), "this benchmark reads its memory from /proc, which only Linux has")
     check(images >= batch_size, f"--images {images} do not fill a batch of {batch_size}; give more")
     if peer:
         check_installed(peer, "--peer", peer)
     os.environ |= cli.fast_environment()  # of the processes that it starts
-    results = measure_readers(images, batch_size, batches, repeats, peer is not None)
-    copy = peaks("float32")["bandwidth"] / 2 if jax.default_backend() == "cpu" else None
-    print(readers_table(results, batch_size))
-    print(f"a copy in memory: {copy:.1f} GB/s" if copy else "")
-    rows = [{"reader": reader, "workers": workers} | values for (reader, workers), values in results.items()]
-    print(
-        json.dumps({"benchmark": "input", "images": images, "batch_size": batch_size, "copy_gb_s": copy, "rows": rows})
-    )
+    from bench.input import COLUMNS, measure_readers
+
+    rows = table(measure_readers(images, batch_size, batches, repeats, peer is not None), COLUMNS)
+    copy = copy_bandwidth() / 2
+    print(f"a copy in memory: {copy:.1f} GB/s")
+    print(as_json("input", rows, images=images, batch_size=batch_size, copy_gb_s=copy))
 
 
-def _sweep(training: bool, options: Steps) -> None:
-    os.environ |= cli.fast_environment()  # of the processes that it starts
-    print(json.dumps(sweep(training, options, partial(print, flush=True))))
+def _sweep(train: bool, options: Steps) -> None:
+    cli.set_environment()
+    from bench.sweep import COLUMNS, sweep
+
+    print(as_json("train" if train else "infer", table(sweep(train, options), COLUMNS)))
 
 
 def train(options: Annotated[Steps, tyro.conf.arg(name="")]) -> None:
@@ -107,7 +96,7 @@ def scale(
     batch_per_device: int = 64,
     batch_size: int | None = None,
     image_size: int = 50,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Dtype = "float32",
     warmup: int = 3,
     steps: int = 10,
     repeats: int = 5,
@@ -118,9 +107,9 @@ def scale(
 ) -> None:
     """Measures training steps of ResNet-20 over 1, 2, ... devices: weak scaling and strong scaling.
 
-    All cases alternate; prints medians as a table and as a JSON line. Efficiency is the images per second of n devices
-    over n times those of one. Devices of a CPU are virtual and share its cores: at best images per second stay the
-    same. A run of several processes is started like one of train.py, on CPUs with JAX_NUM_CPU_DEVICES set.
+    All cases alternate; prints medians as a table and as a JSON line. Efficiency is the images per second of each
+    device over those of each of the fewest. Devices of a CPU are virtual and share its cores: at best images per second
+    stay the same. A run of several processes is started like one of train.py, on CPUs with JAX_NUM_CPU_DEVICES set.
 
     Args:
         devices: numbers of devices; by default powers of two up to all. A CPU is split into as many as needed.
@@ -137,21 +126,22 @@ def scale(
         process_id: of this process: 0, 1, ...
     """
     cli.set_environment()
+    from bench import sweep
+    from gravlens_jax.files import check_folder
+    from gravlens_jax.sharding import is_main, join_processes
+
     if figure is not None:
         check_folder(figure)
     join_processes(coordinator, num_processes, process_id)
-    if not jax.distributed.is_initialized():
-        use_cpu_devices(max(devices, default=1))
-    cases = scaling_cases(devices or powers_of_two(jax.device_count()), batch_per_device, batch_size)
-    seconds = time_cases(cases, image_size, dtype, warmup, steps, repeats)
+    sweep.split_cpu(devices)
+    cases = sweep.scaling_cases(devices, batch_per_device, batch_size, image_size, dtype)
+    rows = sweep.scale(cases, warmup, steps, repeats)
     if is_main():
-        rows = scaling_rows(cases, seconds, image_size)
-        facts = {"image_size": image_size, "dtype": dtype, "processes": jax.process_count(), "rows": rows}
-        print(scaling_table(rows))
+        table(rows, sweep.SCALING_COLUMNS)
         if figure is not None:
-            draw_scaling(figure, rows)
+            sweep.draw_scaling(figure, rows)
             print(figure)
-        print(json.dumps({"benchmark": "scale"} | facts | machine((dtype,))))
+        print(as_json("scale", rows))
 
 
 def accuracy(
@@ -171,23 +161,24 @@ def accuracy(
         targets: accuracies.
         peer: whether to train in PyTorch too (pip install torch).
     """
-    check(len(epochs) > 0 and min(epochs) > 0, f"--epochs {epochs}: expected one positive number or more")
+    check_least(1, epochs=epochs)
     if peer:
         check_installed(peer, "--peer", peer)
-    os.environ |= cli.fast_environment()
+    os.environ |= cli.fast_environment()  # of the processes that it starts
+    from bench.runs import COLUMNS, measure_accuracy, minutes_to
+
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure_accuracy(PRESETS[preset], epochs, peer is not None, Path(folder))
-    print(ACCURACY_HEADER, *map(accuracy_line, rows), sep="\n")
+        rows = table(measure_accuracy(PRESETS[preset], epochs, peer is not None, Path(folder)), COLUMNS)
     minutes = {target: minutes_to(rows, target) for target in targets}
     for target, own in minutes.items():
         print(f"minutes to {target:.1%}: {', '.join(f'{code} {value:.1f}' for code, value in own.items()) or 'none'}")
-    print(json.dumps({"benchmark": "accuracy", "preset": preset, "rows": rows, "minutes_to": minutes} | versions()))
+    print(as_json("accuracy", rows, preset=preset, minutes_to=minutes))
 
 
 def compile_ahead(
     topology: tuple[str, ...] = ("v5e:1x1", "v5e:2x2", "v5e:16x16"),
     batch_per_chip: int = 64,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Dtype = "float32",
     effort: Literal["O0", "O1", "O2", "O3"] = "O1",
 ) -> None:
     """Compiles the training step, and the step that simulates its batch, for TPUs, of which none is needed.
@@ -200,22 +191,17 @@ def compile_ahead(
         dtype: of activations.
         effort: of the compiler; more than O1 takes minutes.
     """
-    check(
-        len(topology) > 0 and batch_per_chip > 0, f"--topology {topology}, --batch-per-chip {batch_per_chip}: too few"
-    )
+    check_least(1, batch_per_chip=batch_per_chip)
+    check(len(topology) > 0, "topology is empty: expected one such as v5e:2x2")
     check_installed("libtpu", "compile", '"jax[tpu]"')
+    import jax
+
+    from bench.steps import TOPOLOGY_COLUMNS, compile_for_tpus
+
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_optimization_level", effort)
-    rows = []
-    print(HEADER)
-    for name in topology:
-        mesh = topology_mesh(name)
-        config = Config(batch_size=batch_per_chip * mesh.size, model=ModelConfig(dtype=dtype))
-        for program, traced in programs(config, mesh):
-            row = {"topology": name, "chips": mesh.size, "program": program, "batch_size": config.batch_size}
-            rows.append(row | compile_for(traced, "tpu"))
-            print(line(rows[-1]), flush=True)
-    print(json.dumps({"benchmark": "compile", "effort": effort, "dtype": dtype, "rows": rows} | versions()))
+    rows = table(compile_for_tpus(topology, batch_per_chip, ModelConfig(dtype=dtype)), TOPOLOGY_COLUMNS)
+    print(as_json("compile", rows, effort=effort, dtype=dtype))
 
 
 def gpu(
@@ -232,25 +218,25 @@ def gpu(
         recipes: presets of train.py to run; none: leave this part out.
         json_file: to write.
     """
-    check(len(batch_sizes) > 0 and min(batch_sizes) > 0, f"--batch-sizes {batch_sizes}: expected positive numbers")
+    check_least(1, batch_sizes=batch_sizes)
+    from bench import runs, sweep
+    from gravlens_jax.files import check_folder
+
     check_folder(json_file)
-    here = machine(("float32", "bfloat16"))
-    print(f"{here['device_kind']}, jax {here['versions']['jax']}")
+    logits = runs.compare_logits()
+    print(
+        f"logits, here and on the CPU: largest difference {logits['difference']:.1e}, same class {logits['same']:.1%}"
+    )
+    options = Steps(batch_sizes, image_size=(42,), dtype=("float32", "bfloat16"), warmup=5, steps=20, repeats=1)
+    rows = [row for train in (True, False) for row in table(sweep.sweep(train, options), sweep.COLUMNS)]
+    rows += table(runs.render_batches(batch_sizes), runs.SIMULATION_COLUMNS)
     with tempfile.TemporaryDirectory() as folder:
-        result = measure_accelerator(batch_sizes, recipes, Path(folder), partial(print, flush=True))
-    json_file.write_text(json.dumps({"benchmark": "gpu"} | result | here, indent=1) + "\n")
+        epochs = table(runs.run_recipes(recipes, Path(folder)), runs.COLUMNS)
+    json_file.write_text(as_json("gpu", rows + epochs, logits=logits, minutes_to=runs.minutes_to(epochs, 0.95)) + "\n")
     print(json_file)
 
 
 if __name__ == "__main__":
-    commands: dict[str, Callable[..., None]] = {
-        "train": train,
-        "infer": infer,
-        "scale": scale,
-        "input": measure_input,
-        "simulate": simulate,
-        "compile": compile_ahead,
-        "accuracy": accuracy,
-        "gpu": gpu,
-    }
-    cli.run(lambda: tyro.extras.subcommand_cli_from_dict(commands))
+    commands = train, infer, scale, measure_input, simulate, compile_ahead, accuracy, gpu
+    names = "train", "infer", "scale", "input", "simulate", "compile", "accuracy", "gpu"
+    cli.run(lambda: tyro.extras.subcommand_cli_from_dict(dict(zip(names, commands, strict=True))))

@@ -136,8 +136,8 @@ def test_simulate_writes_splits_with_lens_parameters_and_a_figure(folder, run_he
         ("export.py runs/a a.pth", "expected a name that ends in .npz, .safetensors, .stablehlo"),
         ("learning_curve.py", "no RUN given"),
         ("learning_curve.py pretrained --figure none/a.png", "there is no folder none"),
-        ("benchmark.py train --batch-size 0", "expected one positive number"),
-        ("benchmark.py simulate --repeats 0", "repeats=0: expected positive numbers"),
+        ("benchmark.py train --batch-size 0", "batch_size=(0,): expected at least 1"),
+        ("benchmark.py simulate --repeats 0", "repeats=0: expected at least 1"),
     ],
 )
 def test_user_errors_print_one_message_and_exit_with_status_2(folder, command, message, run_here):
@@ -201,15 +201,18 @@ def test_power_law_is_fitted_to_errors():
 
 
 @pytest.mark.parametrize(
-    "arguments, key",
+    "arguments",
     [
-        (["infer", "--image-size", "8", "--batch-size", "4", "6", "--steps", "2", "--warmup", "1"], "rows"),
-        (["simulate", "--seconds", "0.1"], "images_per_second"),
+        ["infer", "--image-size", "8", "--batch-size", "4", "6", "--steps", "2", "--warmup", "1"],
+        ["simulate", "--seconds", "0.1"],
+        ["input", "--images", "8", "--batch-size", "4"],
     ],
 )
-def test_benchmarks_print_a_table_and_a_json_line(folder, arguments, key, run_here):
+def test_benchmarks_print_a_table_and_a_json_line(folder, arguments, run_here):
     *table, line = run_here(folder, "benchmark.py", *arguments, "--repeats", "1").splitlines()
-    assert json.loads(line)[key] and '"jax"' in line and len(table) > 1
+    result = json.loads(line)
+    assert result["benchmark"] == arguments[0] and "jax" in result["versions"]
+    assert len(table) > len(result["rows"]) > 1
 
 
 def test_scaling_benchmark_splits_a_cpu_and_draws(folder):

@@ -26,10 +26,23 @@ def psf_kernel(priors: Priors) -> np.ndarray:
     return np.outer(profile, profile) / profile.sum() ** 2
 
 
-def ellipticity(axis_ratio: float, angle: float) -> dict[str, float]:
-    """Returns lenstronomy's e1, e2 of an axis ratio and the direction of the major axis (radians)."""
+def ellipticity(axis_ratio: Any, angle: Any, xp: Any = np) -> dict[str, Any]:
+    """Returns lenstronomy's e1, e2 of an axis ratio and the direction of the major axis (radians), by numpy or jax."""
     e = (1 - axis_ratio) / (1 + axis_ratio)
-    return {"e1": e * np.cos(2 * angle), "e2": e * np.sin(2 * angle)}
+    return {"e1": e * xp.cos(2 * angle), "e2": e * xp.sin(2 * angle)}
+
+
+def _keywords(p: dict, priors: Priors, masses: Any, centres: Any, xp: Any) -> tuple[list[dict], dict]:
+    """Returns what lenstronomy and herculens call halo, shear and each point mass, in a list, and the source."""
+    gamma, phi = p["shear"], p["shear_angle"]
+    lens = [{"theta_E": p["theta_E"], "center_x": 0.0, "center_y": 0.0}]
+    lens.append({"gamma1": gamma * xp.cos(2 * phi), "gamma2": gamma * xp.sin(2 * phi), "ra_0": 0.0, "dec_0": 0.0})
+    radii = xp.sqrt(einstein_radius_squared(masses, p["z_lens"], p["z_source"]))
+    for radius, (x, y) in zip(radii, centres, strict=True):
+        lens.append({"theta_E": radius, "center_x": x, "center_y": y})
+    source = {"amp": 1.0, "R_sersic": p["source_radius"], "n_sersic": priors.source_n}
+    source |= {"center_x": p["source"][0], "center_y": p["source"][1]}
+    return lens, source | ellipticity(p["source_axis_ratio"], p["source_angle"], xp)
 
 
 def _grid(priors: Priors) -> dict[str, Any]:
@@ -59,30 +72,17 @@ def lenstronomy_image(lens_params: dict, priors: Priors, string_points: int = 10
     from lenstronomy.LightModel.light_model import LightModel
 
     p = {name: np.asarray(value, np.float64) for name, value in lens_params.items()}
-    gamma, phi = p["shear"], p["shear_angle"]
-    models = ["SIS" if priors.lens_axis_ratio == 1 else "SIE", "SHEAR"]
-    halo = {"theta_E": p["theta_E"], "center_x": 0, "center_y": 0}
-    if priors.lens_axis_ratio != 1:
-        halo |= ellipticity(priors.lens_axis_ratio, 0.0)
-    keywords = [halo, {"gamma1": gamma * np.cos(2 * phi), "gamma2": gamma * np.sin(2 * phi)}]
     masses, centres = p.get("subhalo_masses", np.zeros(0)), p.get("subhalo_centres", np.zeros((0, 2)))
     if "vortex_mass" in p:
         along = p["vortex_length"] * ((np.arange(string_points) + 0.5) / string_points - 0.5)
         direction = np.array([np.cos(p["vortex_angle"]), np.sin(p["vortex_angle"])])
         masses = np.full(string_points, p["vortex_mass"] / string_points)
         centres = p["vortex_centre"] + along[:, None] * direction
-    strength = float(einstein_radius_squared(1.0, float(p["z_lens"]), float(p["z_source"])))
-    for radius, (x, y) in zip(np.sqrt(strength * masses), centres, strict=True):
-        if radius > 0:
-            models.append("POINT_MASS")
-            keywords.append({"theta_E": radius, "center_x": x, "center_y": y})
-    source = {
-        "amp": 1.0,
-        "R_sersic": p["source_radius"],
-        "n_sersic": priors.source_n,
-        "center_x": p["source"][0],
-        "center_y": p["source"][1],
-    } | ellipticity(float(p["source_axis_ratio"]), float(p["source_angle"]))
+    keywords, source = _keywords(p, priors, masses[masses > 0], centres[masses > 0], np)
+    models = ["SIS", "SHEAR", *["POINT_MASS"] * (len(keywords) - 2)]
+    if priors.lens_axis_ratio != 1:
+        models[0] = "SIE"
+        keywords[0] |= ellipticity(priors.lens_axis_ratio, 0.0)
     numerics = {"supersampling_factor": priors.supersampling, "supersampling_convolution": False}
     model = ImageModel(*_camera(priors), LensModel(models), LightModel(["SERSIC_ELLIPSE"]), kwargs_numerics=numerics)
     image = model.image(kwargs_lens=keywords, kwargs_source=[source])
@@ -121,17 +121,10 @@ def make_herculens(priors: Priors) -> Callable[[dict[str, jax.Array]], jax.Array
     amplitude, factor = _as_ours(1.9992 * priors.source_n - 0.3271, priors.source_n)
 
     def render(p):
-        radii = jnp.sqrt(einstein_radius_squared(p["subhalo_masses"], p["z_lens"], p["z_source"]))
-        halo = {"theta_E": p["theta_E"], "center_x": 0.0, "center_y": 0.0}
-        shear = {"gamma1": p["shear"] * jnp.cos(2 * p["shear_angle"])}
-        shear |= {"gamma2": p["shear"] * jnp.sin(2 * p["shear_angle"]), "ra_0": 0.0, "dec_0": 0.0}
-        keywords = [halo if exact else halo | {"e1": 1e-4, "e2": 0.0}, shear]
-        for radius, (x, y) in zip(radii, p["subhalo_centres"], strict=True):
-            keywords.append({"theta_E": radius, "center_x": x, "center_y": y})
-        e = (1 - p["source_axis_ratio"]) / (1 + p["source_axis_ratio"])
-        source = {"amp": amplitude, "R_sersic": p["source_radius"] * factor, "n_sersic": priors.source_n}
-        source |= {"e1": e * jnp.cos(2 * p["source_angle"]), "e2": e * jnp.sin(2 * p["source_angle"])}
-        source |= {"center_x": p["source"][0], "center_y": p["source"][1]}
+        keywords, source = _keywords(p, priors, p["subhalo_masses"], p["subhalo_centres"], jnp)
+        if not exact:
+            keywords[0] |= {"e1": 1e-4, "e2": 0.0}
+        source |= {"amp": amplitude, "R_sersic": p["source_radius"] * factor}
         flux = image.model(kwargs_lens=keywords, kwargs_source=[source])[::-1]
         return priors.photons * (flux / priors.pixel_scale**2 + priors.sky)
 

@@ -1,131 +1,159 @@
-"""Training steps and inference over many combinations, beside PyTorch; for `benchmark.py train` and `infer`."""
+"""Training steps and inference over many combinations: beside PyTorch, or over the number of devices."""
 
 import itertools
 import statistics
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
 
 import jax
 
-from bench.costs import forward_flops, train_flops
-from bench.machine import machine, use_cpu_devices
-from bench.steps import busy_fraction, compile_step, random_batch, step_figures
-from bench.torch_resnet import torch_step
-from gravlens_jax.errors import check, check_installed
+from bench.costs import Case, Dtype, Steps, peaks, step_figures
+from bench.harness import Row, Run, check_least, time_runs, worker
+from bench.steps import busy_fraction, compile_step
+from gravlens_jax.errors import check_installed
+from gravlens_jax.report import COLOURS, new_figure, save_figure
+from gravlens_jax.sharding import check_batch_size, data_mesh, is_main
 
-
-@dataclass(frozen=True)
-class Steps:
-    """What to measure; options that take several values are all combined."""
-
-    batch_size: tuple[int, ...] = (64,)  # images a step, over all devices
-    image_size: tuple[int, ...] = (50,)  # pixels of the network's input, height and width
-    dtype: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)  # of activations
-    devices: tuple[int, ...] = (1,)  # number of devices to use; a CPU is split into as many as needed
-    warmup: int = 10  # steps before each measurement
-    steps: int = 30  # steps of each measurement
-    repeats: int = 3  # measurements of each combination, alternating with the peer's
-    peer: Literal["torch"] | None = None  # time the same in PyTorch (pip install torch)
-    profile: Path | None = None  # folder for a trace of a few steps, for Perfetto or TensorBoard
-
-    def __post_init__(self):
-        for name in ("batch_size", "image_size", "devices"):
-            values = getattr(self, name)
-            check(len(values) > 0 and min(values) > 0, f"{name}={values}: expected one positive number or more")
-        for name, least in {"warmup": 0, "steps": 1, "repeats": 1}.items():
-            check(getattr(self, name) >= least, f"{name}={getattr(self, name)}: expected at least {least}")
-        check(len(self.dtype) > 0, "dtype is empty: expected float32, bfloat16 or both")
-
-
-def sweep(train: bool, a: Steps, show: Callable[[str], None]) -> dict[str, Any]:
-    """Measures training steps, or else inference; JAX and PyTorch each run in a process of their own.
-
-    Args:
-      train: as in `compile_step`.
-      a: what to measure.
-      show: receives each line of the table as soon as it is known.
-
-    Returns:
-      the rows of the table and the facts about this machine, for JSON.
-    """
-    if a.peer:
-        check_installed(a.peer, "--peer", a.peer)
-    context = get_context("spawn")
-    many = max(a.devices)
-    rows = []
-    with ProcessPoolExecutor(1, context, use_cpu_devices, (many,)) as ours, ProcessPoolExecutor(1, context) as peer:
-        here = ours.submit(machine, a.dtype).result()
-        show(f"{here['device_kind']}; peaks: {here['peaks']}\n{HEADER}")
-        for size, batch_size, dtype, devices in itertools.product(a.image_size, a.batch_size, a.dtype, a.devices):
-            row: dict[str, Any] = {"image_size": size, "batch_size": batch_size, "dtype": dtype, "devices": devices}
-            row |= ours.submit(_prepare, train, batch_size, size, dtype, devices).result()
-            if a.peer:
-                row["torch"] = peer.submit(_prepare_torch, train, batch_size, size, dtype).result()
-            seconds, torch_seconds = [], []
-            for _ in range(a.repeats):  # alternating, so that both see the same machine
-                seconds += ours.submit(_time, a.warmup, a.steps).result()
-                torch_seconds += peer.submit(_time, a.warmup, a.steps).result() if a.peer else []
-            if train and devices == 1:
-                row["busy_fraction"] = ours.submit(busy_fraction, batch_size, size, dtype, a.steps).result()
-            row |= step_figures(seconds, batch_size, train_flops(size) if train else forward_flops(size)[0])
-            row["accessed_gb_per_second"] = row["accessed_bytes"] / row["step_seconds"] / 1e9
-            if a.peer:
-                row["torch_images_per_second"] = batch_size / statistics.median(torch_seconds)
-                row["ratio"] = row["images_per_second"] / row["torch_images_per_second"]
-            rows.append(row)
-            show(line(row, here["peaks"].get(dtype, {})))
-        if a.profile is not None:
-            ours.submit(_profile, a.profile).result()
-            show(f"trace of the last row: {a.profile}")
-    return {"benchmark": "train" if train else "infer", "rows": rows} | here
-
-
-_current: dict[str, Any] = {}  # the step that this worker process has prepared
-
-
-def _prepare(*arguments) -> dict[str, Any]:
-    _current["run"], facts = compile_step(*arguments)
-    return facts
-
-
-def _prepare_torch(train: bool, batch_size: int, size: int, dtype: str) -> dict[str, Any]:
-    _current["run"], facts = torch_step(train, random_batch(batch_size, size), dtype)
-    return facts
-
-
-def _time(warmup: int, steps: int) -> list[float]:
-    return _current["run"](warmup, steps)
-
-
-def _profile(folder: Path) -> None:
-    with jax.profiler.trace(str(folder)):
-        _time(0, 5)
-
-
-HEADER = (
-    f"{'size':>5}{'batch':>6} {'dtype':9}{'dev':>4}{'compile s':>10}{'copy ms':>8}{'step ms':>9}{'quartiles':>16}"
-    f"{'images/s':>10}{'TFLOP/s':>9}{'of peak':>8}{'GB/s':>7}{'of peak':>8}{'MiB':>7}{'busy':>7}{'torch':>8}"
-    f"{'ratio':>7}"
+STEP_COLUMNS = (
+    "    step s{step_seconds:.3g}      25 %{step_seconds_quartiles[0]:.3g}      75 %{step_seconds_quartiles[1]:.3g}"
+    "  images/s{images_per_second:,.0f}  TFLOP/s{tflops:.3f}"
+)
+COLUMNS = (
+    " size{image_size}  batch{batch_size}  dtype    {dtype} dev{devices}  compile s{compile_seconds:.1f}"
+    f"  transfer s{{transfer_seconds:.3g}}{STEP_COLUMNS} of peak{{tflops_fraction:.1%}}  GB/s{{gb_per_second:.0f}}"
+    " of peak{bandwidth_fraction:.1%}   MiB{memory_mib:.0f}   busy{busy_fraction:.1%}"
+    "  torch{torch_images_per_second:,.0f} ratio{ratio:.2f}"
+)
+SCALING_COLUMNS = (
+    f"scaling {{scaling}}  dev{{devices}}  batch{{batch_size}}{STEP_COLUMNS}  efficiency{{efficiency:.3f}}"
+    "  at best{best_efficiency:.3f}"
 )
 
 
-def line(row: dict[str, Any], peak: dict[str, float]) -> str:
-    """Returns a row of `sweep` as a line of its table; `peak` is the result of `machine.peaks`."""
+def split_cpu(devices: tuple[int, ...]) -> None:
+    """Splits the CPU into as many virtual devices as are needed, where JAX runs on one; call it before it uses one."""
+    if max(devices, default=1) > 1 and not jax.distributed.is_initialized():
+        jax.config.update("jax_num_cpu_devices", max(devices))
 
-    def part(value, of):
-        return f"{value / peak[of]:8.1%}" if peak else f"{'-':>8}"
 
-    low, high = (1e3 * seconds for seconds in row["step_seconds_quartiles"])
-    return (
-        f"{row['image_size']:5}{row['batch_size']:6} {row['dtype']:9}{row['devices']:4}{row['compile_seconds']:10.1f}"
-        f"{1e3 * row['transfer_seconds']:8.2f}{1e3 * row['step_seconds']:9.2f}{f'{low:.2f}-{high:.2f}':>16}"
-        f"{row['images_per_second']:10,.0f}{row['tflops']:9.3f}{part(row['tflops'], 'tflops')}"
-        f"{row['accessed_gb_per_second']:7.0f}{part(row['accessed_gb_per_second'], 'bandwidth')}"
-        f"{row['memory_bytes'] / 2**20:7.0f}"
-        + (f"{row['busy_fraction']:7.1%}" if "busy_fraction" in row else f"{'-':>7}")
-        + (f"{row['torch_images_per_second']:8,.0f}{row['ratio']:7.2f}" if "ratio" in row else f"{'-':>8}{'-':>7}")
-    )
+def sweep(train: bool, options: Steps) -> Iterator[Row]:
+    """Yields the figures of a training step, or else of inference, for each combination of the options.
+
+    PyTorch runs in a process of its own. The step of the last combination is the one to profile.
+
+    Returns:
+      the fields of `Case`; the facts of `steps.compile_step`; `step_figures`; gb_per_second, of memory traffic; where
+      they are known peaks, and tflops_fraction and bandwidth_fraction of them; busy_fraction (see `steps`); with the
+      peer torch (facts about it), torch_images_per_second and ratio, our speed over its.
+    """
+    a = options
+    if a.peer:
+        check_installed(a.peer, "--peer", a.peer)
+    split_cpu(a.devices)
+    known = {dtype: peaks(dtype) for dtype in a.dtype}
+    with worker() as peer:
+        for size, batch_size, dtype, devices in itertools.product(a.image_size, a.batch_size, a.dtype, a.devices):
+            case = Case(train, batch_size, size, dtype, devices)
+            runs: dict[str, Run] = {}
+            runs["jax"], facts = compile_step(case)
+            if a.peer:
+                facts["torch"] = peer.submit(_torch_facts, case).result()
+                runs["torch"] = lambda *steps, case=case: peer.submit(_time_torch, case, *steps).result()
+            seconds = time_runs(runs, a.warmup, a.steps, a.repeats)
+            row = case._asdict() | facts | step_figures(seconds["jax"], case)
+            row["gb_per_second"] = row["accessed_bytes"] / row["step_seconds"] / 1e9
+            if peak := known[dtype]:
+                row |= {"peaks": peak, "tflops_fraction": row["tflops"] / peak["tflops"]}
+                row["bandwidth_fraction"] = row["gb_per_second"] / peak["bandwidth"]
+            if train and devices == 1:
+                row["busy_fraction"] = busy_fraction(case, a.steps)
+            if a.peer:
+                row["torch_images_per_second"] = batch_size / statistics.median(seconds["torch"])
+                row["ratio"] = row["images_per_second"] / row["torch_images_per_second"]
+            yield row
+    if a.profile is not None:
+        with jax.profiler.trace(str(a.profile)):
+            runs["jax"](0, 5)
+
+
+def _torch_facts(case: Case) -> Row:
+    from bench.torch_resnet import torch_step
+
+    return torch_step(case)[1]
+
+
+def _time_torch(case: Case, warmup: int, steps: int) -> list[float]:
+    from bench.torch_resnet import torch_step
+
+    return torch_step(case)[0](warmup, steps)
+
+
+def scaling_cases(
+    devices: tuple[int, ...], batch_per_device: int, batch_size: int | None, size: int, dtype: Dtype = "float32"
+) -> dict[str, list[Case]]:
+    """Returns the training steps of weak scaling, with the same batch for each device, and of strong, with one batch.
+
+    Args:
+      devices: numbers of devices; if empty, powers of two up to all.
+      batch_per_device: of weak scaling.
+      batch_size: of strong scaling, over all devices; by default that of weak scaling on the most devices.
+      size, dtype: see `Case`.
+    """
+    counts = sorted(set(devices)) or [2**k for k in range(jax.device_count().bit_length())]
+    check_least(1, devices=devices or None, batch_per_device=batch_per_device, batch_size=batch_size, image_size=size)
+    whole = batch_size or batch_per_device * counts[-1]
+    return {
+        "weak": [Case(True, n * batch_per_device, size, dtype, n) for n in counts],
+        "strong": [Case(True, whole, size, dtype, n) for n in counts],
+    }
+
+
+def scale(cases: dict[str, list[Case]], warmup: int, steps: int, repeats: int) -> list[Row]:
+    """Returns the figures of all cases, which take turns.
+
+    In a run of several processes all must call this with the same arguments; only the first returns anything. Virtual
+    devices of a CPU share its cores, and one of them uses most of these already: at best the images per second stay the
+    same, an efficiency of 1/n, and only the overhead of the split is measured.
+
+    Args:
+      cases: of `scaling_cases`.
+      warmup, steps, repeats: as in `time_runs`.
+
+    Returns:
+      scaling ("weak" or "strong"); the fields of `Case`; `step_figures`; efficiency: images per second and device over
+      those of the fewest devices, so 1 is perfect; and best_efficiency, the best to expect.
+
+    Raises:
+      InputError: there are too few devices for a case, or its batch does not divide evenly over them.
+    """
+    check_least(1, steps=steps, repeats=repeats)
+    check_least(0, warmup=warmup)
+    distinct = sorted({case for some in cases.values() for case in some})
+    for case in distinct:
+        check_batch_size(case.batch_size, data_mesh(case.devices))
+    seconds = time_runs({case: compile_step(case)[0] for case in distinct}, warmup, steps, repeats)
+    rows = []
+    for scaling, some in cases.items() if is_main() else ():
+        figures = [case._asdict() | step_figures(seconds[case], case) for case in some]
+        for row in figures:
+            growth = row["devices"] / figures[0]["devices"]
+            efficiency = row["images_per_second"] / figures[0]["images_per_second"] / growth
+            best = 1 / growth if jax.default_backend() == "cpu" else 1.0
+            rows.append({"scaling": scaling} | row | {"efficiency": efficiency, "best_efficiency": best})
+    return rows
+
+
+def draw_scaling(path: Path, rows: list[Row]) -> None:
+    """Draws images per second and efficiency over the number of devices as PNG; dotted lines are perfect scaling."""
+    figure = new_figure(7, 3.2)
+    for axes, name in zip(figure.subplots(1, 2), ("images_per_second", "efficiency"), strict=True):
+        for scaling, colour in zip(("weak", "strong"), COLOURS, strict=False):
+            some = [row for row in rows if row["scaling"] == scaling]
+            devices, values = [row["devices"] for row in some], [row[name] for row in some]
+            perfect = [values[0] * (1 if name == "efficiency" else n / devices[0]) for n in devices]
+            axes.loglog(devices, values, "o-", color=colour, ms=3, base=2, label=f"{scaling} scaling")
+            axes.loglog(devices, perfect, ":", color=colour, base=2)
+        axes.set(xlabel="devices", title=name.replace("_", " "), xticks=devices, xticklabels=devices)
+        axes.yaxis.set_major_formatter("{x:,g}")
+    axes.legend(frameon=False)
+    save_figure(figure, path)
