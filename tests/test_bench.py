@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import run
 
 from bench import costs, harness, runs, steps, sweep
 from bench import input as reading
@@ -19,6 +18,7 @@ from gravlens_jax.config import Config, InputConfig, ModelConfig
 from gravlens_jax.errors import InputError
 from gravlens_jax.model import ResNet, variable_shapes
 from gravlens_jax.sharding import data_mesh
+from helpers import run
 
 
 def test_options_and_tables_need_neither_jax_nor_torch():
