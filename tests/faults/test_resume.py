@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from gravlens_jax import loader, training
@@ -23,17 +22,7 @@ from gravlens_jax.lensing.priors import PRIORS
 from gravlens_jax.progress import Stopped
 from gravlens_jax.run_files import read_run
 from gravlens_jax.training import fit
-from helpers import (
-    DEFAULT_NETWORK,
-    assert_same_parameters,
-    finish,
-    history,
-    save_npz,
-    saved_step,
-    start,
-    tiny_config,
-    wait_for,
-)
+from helpers import DEFAULT_NETWORK, assert_same_parameters, finish, history, saved_step, start, tiny_config, wait_for
 
 FILE = ["--data", "data"]
 DEVICE = [*FILE, "--device-data", "--batch-size", "1"]
@@ -174,8 +163,8 @@ def test_more_epochs_of_a_finished_run_are_those_of_a_longer_run(whole, tmp_path
 
 def test_other_images_than_the_run_began_with_are_refused(whole, tmp_path):
     other = tiny_config(tmp_path)
-    save_npz(tmp_path / "data/test.npz", np.zeros((5, 16, 16), np.uint16))
-    with pytest.raises(InputError, match=r"/data: test\.npz does not hold the images that the run began with \(5 x 16"):
+    shutil.copy(tmp_path / "data/easy.npz", tmp_path / "data/test.npz")
+    with pytest.raises(InputError, match=r"/data: test\.npz does not hold the images that the run began with \(8 x 16"):
         fit(replace(whole, data=other.data), resume=True)
     assert read_run(Path(whole.run_dir)).config.data == whole.data
 
