@@ -96,7 +96,7 @@ def change(images, name):
     if name == "lens light":  # de Vaucouleurs, as bright as the ring
         light = np.asarray(sersic_light(*pixel_grid(150, CT1.pixel_scale), 4, 0.6, 1, 0))
         return rng.poisson(images + images.max((1, 2), keepdims=True) * light / light.max())
-    camera = {"psf_sigma": 0.174, "psf_pixels": 21} if name == "wide PSF" else {"pixel_scale": name}
+    camera = {"psf_sigma": 0.174, "psf_pixels": 21} if name == "wide PSF" else {"pixel_scale": name, "psf_pixels": None}
     return np.concatenate(list(simulate_images(len(images), 9, TEST, replace(CT1, **camera))))
 
 

@@ -18,10 +18,11 @@ import numpy as np
 
 from gravlens_jax.config import CLASSES
 from gravlens_jax.errors import check
+from gravlens_jax.lensing.noise import poisson
 from gravlens_jax.lensing.priors import Priors
 from gravlens_jax.lensing.render import LensParams, deflection_map, render_lenses, sample_lens
 
-SIMULATOR_VERSION = 1  # raised with every change of the images that a seed gives
+SIMULATOR_VERSION = 2  # raised with every change of the images that a seed gives
 MAX_COUNTS = 60_000  # images are stored as uint16
 BLOCK = 512  # lenses per compiled call of `simulate_parameters` and `deflection_maps`
 CPU_BLOCK, ACCELERATOR_BLOCK = 4, 128  # images of one class per compiled call
@@ -38,31 +39,23 @@ def labels_of(n: int, start: int = 0) -> np.ndarray:
     return np.arange(start, start + n, dtype=np.int32) % len(CLASSES)
 
 
-@partial(jax.jit, static_argnames=("priors", "substructure", "noise"))
-def render_block(seed, split, indices, *, priors: Priors, substructure: str, noise: bool) -> jax.Array:
-    """Returns images `indices` of a split, all of one class.
+@partial(jax.jit, static_argnames=("priors", "substructure"))
+def render_block(seed, split, indices, *, priors: Priors, substructure: str) -> tuple[jax.Array, jax.Array]:
+    """Returns images `indices` of a split, all of one class, with photon noise, and their largest expected counts.
 
     Args:
       seed, split, priors: as in `simulate_images`.
       indices: int32 (n,). Values depend on n in the last bit, so callers keep it constant.
       substructure: "no", "sphere" or "vort".
-      noise: whether to draw the photon noise.
 
     Returns:
-      (n, num_pixels, num_pixels): float32 expected counts, or with `noise` uint16 Poisson variates of them.
+      uint16 (n, num_pixels, num_pixels), counts of at most MAX_COUNTS; float32 (), NaN if a lens cannot be rendered.
     """
-
     keys = jax.vmap(partial(lens_key, seed, split))(indices)
     expected = render_lenses(_sample(keys, priors, substructure), priors)
-    if not noise:
-        return expected
-
-    def draw(key, expected):
-        counts = jax.random.poisson(jax.random.fold_in(key, 1), expected, dtype=jnp.int32)
-        # uint16 would wrap around; `simulate_images` refuses images that reach the limit.
-        return jnp.minimum(counts, MAX_COUNTS).astype(jnp.uint16)
-
-    return jax.vmap(draw)(keys, expected)
+    counts = poisson(jax.vmap(partial(jax.random.fold_in, data=1))(keys), expected)
+    most = jnp.where(jnp.isfinite(expected).all(), expected.max(), jnp.nan)  # compiled maxima may drop NaN
+    return jnp.minimum(counts, MAX_COUNTS).astype(jnp.uint16), most
 
 
 def _sample(keys: jax.Array, priors: Priors, substructure: str) -> LensParams:
@@ -101,7 +94,7 @@ def render_deflections(first, seed, split, *, n: int, priors: Priors, grid: tupl
 def render_batch(first, seed, split, *, priors: Priors, batch_size: int) -> dict[str, jax.Array]:
     """Returns a training batch of consecutive images, noise included, rendered on the device; for use inside jit.
 
-    The lenses are those of `simulate_images`, the noise is another draw. Counts over 60,000 are cut off.
+    The images are those of `simulate_images`, to rounding. Counts over 60,000 are cut off.
 
     Args:
       first: index of the first image.
@@ -114,7 +107,7 @@ def render_batch(first, seed, split, *, priors: Priors, batch_size: int) -> dict
     """
 
     def make(substructure, indices):
-        return render_block(seed, split, indices, priors=priors, substructure=substructure, noise=True)
+        return render_block(seed, split, indices, priors=priors, substructure=substructure)[0]
 
     labels = (first + jnp.arange(batch_size, dtype=jnp.int32)) % len(CLASSES)
     return {"images": _in_turn(make, first, batch_size), "labels": labels}
@@ -123,22 +116,27 @@ def render_batch(first, seed, split, *, priors: Priors, batch_size: int) -> dict
 def _simulate_chunk(
     start: int, stop: int, block: int, seed: int, split: int, priors: Priors, classes: tuple[str, ...]
 ) -> np.ndarray:
-    """Returns images start to stop, at most `block` of each class, with photon noise: uint16 (n, height, width)."""
+    """Returns images start to stop, at most `block` of each class: uint16 (n, height, width)."""
     images = np.empty((stop - start, priors.num_pixels, priors.num_pixels), np.uint16)
-    # On a CPU NumPy's Poisson variates are exact too and several times faster than JAX's.
-    on_device = jax.default_backend() != "cpu"
     for label, name in enumerate(classes):
         # Always a whole block, so that the bits of an image never depend on the number of images.
         indices = start + label + len(classes) * np.arange(block, dtype=np.int32)
         with jax.enable_x64(False):  # its 64-bit loop counters would change the last bit of some pixels
-            rendered = np.asarray(render_block(seed, split, indices, priors=priors, substructure=name, noise=on_device))
-        most = rendered.max()
-        check(most < MAX_COUNTS, f"a pixel has {most:.0f} counts, more than {MAX_COUNTS}; lower the prior `photons`")
-        for index, image in zip(indices.tolist(), rendered, strict=True):
-            if index < stop:
-                rng = np.random.default_rng([seed, split, index])
-                images[index - start] = image if on_device else rng.poisson(image)
+            rendered, most = render_block(seed, split, indices, priors=priors, substructure=name)
+        check_counts(float(most), name)
+        used = indices < stop
+        images[indices[used] - start] = np.asarray(rendered)[used]
     return images
+
+
+def check_counts(most: float, substructure: str) -> None:
+    """Raises InputError if the largest expected counts of some images are no number, or too large to store."""
+    heavy = "its substructure is heavier than the prior `mass`, or a prior is out of the range that can be rendered"
+    check(not np.isnan(most), f"a {substructure} lens cannot be rendered: {heavy}")
+    check(
+        most + 6 * most**0.5 < MAX_COUNTS,
+        f"a pixel has {most:.0f} counts, more than {MAX_COUNTS}; lower the prior `photons`",
+    )
 
 
 def simulate_images(

@@ -3,8 +3,9 @@
 Make your own with `dataclasses.replace(PRIORS["ct1"], shear_max=0.1)`, or `scripts/simulate.py --prior.shear-max 0.1`.
 """
 
+import math
 from dataclasses import dataclass, replace
-from math import ceil, pi, radians, sqrt
+from math import pi, radians
 from typing import Any
 
 from gravlens_jax.config import PriorPreset, check_finite
@@ -23,8 +24,8 @@ class Priors:
     num_pixels: int = 150  # [M] image height and width
     pixel_scale: float = 0.05  # [M] arcsec; one paper prints 0.5
     supersampling: int = 2  # [C] sub-pixels per pixel and axis, averaged
-    psf_sigma: float = 0.087  # [M] arcsec, Gaussian
-    psf_pixels: int = 11  # [M] width of the kernel, odd
+    psf_sigma: float = 0.0858  # [M] arcsec, Gaussian
+    psf_pixels: int | None = None  # width of the kernel, odd; default: 4 psf_sigma on either side
     photons: float = 100.0  # [M] counts per pixel at surface brightness 1
     sky: float = 0.1  # [M] surface brightness: 10 sky counts per pixel
     mass: float = 1e12  # [P] solar masses of the main halo, an isothermal profile at the origin
@@ -66,47 +67,76 @@ class Priors:
     def __post_init__(self):
         check_finite(self)
         values = vars(self)
-        for name, low in values.items():
+        for name, value in values.items():
+            low, high = RANGES.get(name.removesuffix("_min").removesuffix("_max"), (-math.inf, math.inf))
+            check(value is None or low <= value <= high, f"{name}={value}: expected {low:g} to {high:g}")
             if name.endswith("_min"):
-                high = values[name.removesuffix("_min") + "_max"]
-                check(low <= high, f"{name}={low} is larger than {name.removesuffix('_min')}_max={high}")
-        positive = (
-            *("num_pixels", "pixel_scale", "supersampling", "psf_sigma", "psf_pixels", "photons", "mass", "z_lens_min"),
-            *("source_n", "source_radius_min", "subhalo_mass_min", "vortex_length_min", "source_axis_ratio_min"),
-        )
-        for name in positive:
-            check(values[name] > 0, f"{name}={values[name]}: expected a positive number")
-        not_negative = ("sky", "shear_min", "subhalo_number", "subhalo_offset_min", "vortex_mass_fraction_min")
-        for name in (*not_negative, "vortex_centre_sigma"):
-            check(values[name] >= 0, f"{name}={values[name]}: expected a number >= 0")
-        for name in ("lens_axis_ratio", "source_axis_ratio_max"):
-            check(0 < values[name] <= 1, f"{name}={values[name]}: expected an axis ratio in (0, 1]")
+                largest = values[name.removesuffix("_min") + "_max"]
+                check(value <= largest, f"{name}={value} is larger than {name.removesuffix('_min')}_max={largest}")
         behind = self.z_source_min > self.z_lens_max
         check(behind, f"z_source_min={self.z_source_min} is not behind z_lens_max={self.z_lens_max}")
-        check(self.psf_pixels % 2 == 1, f"psf_pixels={self.psf_pixels}: expected an odd number")
-        small = f"num_pixels={self.num_pixels}: the grid is smaller than the PSF of {self.psf_pixels} pixels"
-        check(self.num_pixels >= self.psf_pixels, small)
+        check(self.psf_size % 2 == 1, f"psf_pixels={self.psf_pixels}: expected an odd number")
+        cut = 1 - math.erf(self.psf_size * self.pixel_scale / (math.sqrt(8) * self.psf_sigma)) ** 2
+        wide = f"psf_pixels={self.psf_pixels} cut {cut:.1%} of the flux of a PSF with psf_sigma={self.psf_sigma}"
+        check(cut <= 0.01, f"{wide}, more than 1 %; leave psf_pixels out for 4 sigma on either side")
         check(self.subhalo_slope != -1, "subhalo_slope=-1 has no power-law integral; try -0.999")
-        check(self.vortex_mass_fraction_max < 1, f"vortex_mass_fraction_max={self.vortex_mass_fraction_max}: is over 1")
-        most = self.subhalo_number + (6 * sqrt(self.subhalo_number) if self.subhalo_poisson else 0)
+        most = self.subhalo_number + (6 * math.sqrt(self.subhalo_number) if self.subhalo_poisson else 0)
         check(
             most <= self.subhalo_padding,
             f"subhalo_padding={self.subhalo_padding} is too few for subhalo_number={self.subhalo_number}; set it to "
-            f"{ceil(most)} or more",
+            f"{math.ceil(most)} or more",
         )
+
+    @property
+    def psf_size(self) -> int:
+        """Width of the PSF's kernel in pixels."""
+        return self.psf_pixels or 2 * math.ceil(4 * self.psf_sigma / self.pixel_scale) + 1
+
+
+# Smallest and largest value of each number above, with and without _min and _max: what can be rendered correctly.
+RANGES: dict[str, tuple[float, float]] = {
+    "num_pixels": (2, 2**12),
+    "pixel_scale": (1e-4, 10),
+    "supersampling": (1, 16),
+    "psf_sigma": (1e-4, 10),
+    "psf_pixels": (1, 2**10 - 1),
+    "photons": (1e-3, 6e4),
+    "sky": (0, 1e4),
+    "mass": (1e6, 1e16),
+    "lens_axis_ratio": (0.05, 1),
+    "z_lens": (0.01, 10),
+    "z_source": (0.01, 10),
+    "shear": (0, 0.9),
+    "shear_angle": (-10, 10),
+    "source_offset": (-60, 60),
+    "source_n": (0.5, 10),
+    "source_radius": (1e-3, 60),
+    "source_axis_ratio": (0.05, 1),
+    "source_angle": (-10, 10),
+    "subhalo_number": (0, 1e4),
+    "subhalo_mass": (1, 1e13),
+    "subhalo_slope": (-3, 3),
+    "subhalo_offset": (0, 60),
+    "subhalo_padding": (0, 2e4),
+    "vortex_mass_fraction": (0, 0.99),
+    "vortex_length": (1e-3, 60),
+    "vortex_centre_sigma": (0, 60),
+}
 
 
 def _fixed(**values: float) -> dict[str, Any]:
     return {f"{name}_{bound}": value for name, value in values.items() for bound in ("min", "max")}
 
 
+CT1 = Priors(psf_pixels=11)  # [M]
 PRIORS: dict[PriorPreset, Priors] = {
     # Re-simulates the public "Common Test I" images.
-    "ct1": Priors(),
+    "ct1": CT1,
     # The same at fixed redshifts, as in the papers' Model A.
-    "model_a": Priors(**_fixed(z_lens=0.5, z_source=1.0)),
+    "model_a": replace(CT1, **_fixed(z_lens=0.5, z_source=1.0)),
     # arXiv 2008.12731, Table I as printed: an ablation, in which subhalos are all but invisible.
-    "paper": Priors(
+    "paper": replace(
+        CT1,
         shear_angle_max=2 * pi,
         source_angle_max=2 * pi,
         source_radius_min=0.25,
@@ -145,4 +175,10 @@ PRIORS: dict[PriorPreset, Priors] = {
 def make_easy(priors: Priors, factor: float = 4.0) -> Priors:
     """Returns the population with substructure `factor` times as heavy, which a network learns to recognize first."""
     names = ("subhalo_mass_min", "subhalo_mass_max", "vortex_mass_fraction_min", "vortex_mass_fraction_max")
+    heaviest = factor * priors.vortex_mass_fraction_max
+    check(
+        heaviest < 1,
+        f"vortex_mass_fraction_max={priors.vortex_mass_fraction_max}: expected less than {1 / factor:g}, "
+        f"because substructure of easy images is {factor:g} times as heavy; lower it or simulate no easy images",
+    )
     return replace(priors, **{name: factor * getattr(priors, name) for name in names})

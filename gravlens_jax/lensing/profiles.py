@@ -220,13 +220,15 @@ def bin_pixels(image: jax.Array, factor: int) -> jax.Array:
     return reduce(operator.add, (rows[:, i::factor] for i in range(factor))) / factor**2
 
 
-def blur(image: jax.Array, sigma: float, size: int) -> jax.Array:
-    """Convolves an image (height, width) with a normalized Gaussian, zero outside; `sigma` and odd `size` in pixels."""
+def psf_kernel(sigma: float, size: int) -> np.ndarray:
+    """Returns one factor of a separable Gaussian, normalized, float64 (size,); `sigma` and odd `size` in pixels."""
     half = size // 2
     kernel = np.exp(-0.5 * (np.arange(-half, half + 1) / sigma) ** 2)
-    kernel /= kernel.sum()
-    height, width = image.shape
-    padded = jnp.pad(image, ((half, half), (0, 0)))
-    image = reduce(operator.add, (k * padded[i : i + height] for i, k in enumerate(kernel.tolist())))
-    padded = jnp.pad(image, ((0, 0), (half, half)))
-    return reduce(operator.add, (k * padded[:, i : i + width] for i, k in enumerate(kernel.tolist())))
+    return kernel / kernel.sum()
+
+
+def blur(image: jax.Array, kernel: np.ndarray) -> jax.Array:
+    """Convolves an image with the outer product of `kernel` (size,): (height, width) loses size - 1 in both."""
+    height, width = (length - len(kernel) + 1 for length in image.shape)
+    image = reduce(operator.add, (k * image[i : i + height] for i, k in enumerate(kernel.tolist())))
+    return reduce(operator.add, (k * image[:, i : i + width] for i, k in enumerate(kernel.tolist())))

@@ -4,9 +4,10 @@ p = sample_lens(jax.random.key(0), PRIORS["ct1"], "vort")  # the parameters of o
 counts = render_lens(p, PRIORS["ct1"])                     # its expected photon counts, differentiable in p
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from math import pi
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,17 @@ import jax.numpy as jnp
 from gravlens_jax.config import CLASSES
 from gravlens_jax.errors import check
 from gravlens_jax.lensing import profiles
+from gravlens_jax.lensing.noise import poisson
 from gravlens_jax.lensing.priors import Priors
 
 LensParams = dict[str, jax.Array]
+
+SOURCE = ("source", "source_radius", "source_axis_ratio", "source_angle")  # names of `render_lens`
+SMOOTH = ("z_lens", "z_source", "theta_E", "shear", "shear_angle", *SOURCE)
+SUBHALOS = ("subhalo_masses", "subhalo_centres")
+VORTEX = ("vortex_mass", "vortex_angle", "vortex_length", "vortex_centre")
+OPTIONAL = ("halo_mass", "lens_axis_ratio", "lens_angle", "lens_centre")
+PAIRS = ("source", "vortex_centre", "lens_centre")  # of x and y
 
 
 def sample_lens(key: jax.Array, priors: Priors, substructure: str) -> LensParams:
@@ -69,7 +78,7 @@ def _position(radius: jax.Array, angle: jax.Array) -> jax.Array:
 
 
 def _sample_subhalos(keys: Iterator[jax.Array], priors: Priors) -> LensParams:
-    number: jax.Array | int = jax.random.poisson(next(keys), priors.subhalo_number, dtype=jnp.int32)
+    number: jax.Array | int = poisson(next(keys)[None], jnp.float32([priors.subhalo_number]))[0]
     if not priors.subhalo_poisson:
         number = round(priors.subhalo_number)
     shape = (priors.subhalo_padding,)
@@ -131,29 +140,63 @@ def deflection_map(lens_params: LensParams, priors: Priors, cells: int, width: f
     p = lens_params
     x, y = profiles.pixel_grid(cells, width, dtype=jnp.float32)
     smooth = jnp.sqrt(profiles.einstein_radius_squared(priors.mass, p["z_lens"], p["z_source"]))
-    halo = _deflect_halo(x, y, p["theta_E"] - smooth, priors)  # linear in theta_E
+    halo = _deflect_halo(x, y, p["theta_E"] - smooth, p, priors)  # linear in theta_E
     substructure = deflect_substructure(x, y, p, softening=0.375 * width)
     return jnp.stack([a + b for a, b in zip(halo, substructure, strict=True)], axis=-1)
 
 
-def render_lens(lens_params: LensParams, priors: Priors) -> jax.Array:
+def render_lens(lens_params: Mapping[str, Any], priors: Priors) -> jax.Array:
     """Returns the expected photon counts per pixel, float32 (num_pixels, num_pixels), sky included.
 
-    `lens_params` are a result of `sample_lens`; of `priors` only the camera and the source's fixed profile are used.
+    Of `priors` only the camera and the source's fixed profile are used, and its `lens_axis_ratio` if the lens has none.
+
+    Args:
+      lens_params: a result of `sample_lens`, or numbers and tuples under the same names; halo_mass is not used. Optional
+        are lens_axis_ratio, lens_angle (radians) and lens_centre (2,) of an elliptical main halo. Differentiable in
+        all. Values that cannot be rendered, such as a negative theta_E squared, give NaN.
+      priors: the camera.
+
+    Raises:
+      InputError: names that are missing or unknown, or arrays of other shapes.
     """
-    p = lens_params
+    p = _as_arrays(lens_params)
+    # An odd number of sub-pixels would put a ray on the singular centre of the halo.
+    supersampling = priors.supersampling + priors.num_pixels * priors.supersampling % 2
+    field = priors.num_pixels + priors.psf_size - 1  # light from outside of the image reaches its border
     dtype = jnp.result_type(jnp.float32, *p.values())  # float32, unless a parameter has more bits
-    x, y = profiles.pixel_grid(priors.num_pixels, priors.pixel_scale, priors.supersampling, dtype)
-    halo = _deflect_halo(x, y, p["theta_E"], priors)
+    x, y = profiles.pixel_grid(field, priors.pixel_scale, supersampling, dtype)
+    halo = _deflect_halo(x, y, p["theta_E"], p, priors)
     shear = profiles.deflect_shear(x, y, p["shear"], p["shear_angle"])
     substructure = deflect_substructure(x, y, p)
     beta_x = x - halo[0] - shear[0] - substructure[0] - p["source"][0]
     beta_y = y - halo[1] - shear[1] - substructure[1] - p["source"][1]
     shape = (p["source_radius"], p["source_axis_ratio"], p["source_angle"])
     light = profiles.sersic_light(beta_x, beta_y, priors.source_n, *shape)
-    image = profiles.bin_pixels(light, priors.supersampling)
-    image = profiles.blur(image, priors.psf_sigma / priors.pixel_scale, priors.psf_pixels)
+    image = profiles.bin_pixels(light, supersampling)
+    image = profiles.blur(image, profiles.psf_kernel(priors.psf_sigma / priors.pixel_scale, priors.psf_size))
     return priors.photons * (image + priors.sky)
+
+
+def _as_arrays(lens_params: Mapping[str, Any]) -> LensParams:
+    """Returns the parameters of one lens as arrays; InputError unless their names and shapes belong together."""
+    p = {
+        name: jnp.asarray(value, None if hasattr(value, "dtype") else jnp.float32)
+        for name, value in lens_params.items()
+    }
+    groups = [group for group in (SUBHALOS, VORTEX) if p.keys() & set(group)]
+    needed = {name for group in (SMOOTH, *groups) for name in group}
+    check(needed <= p.keys(), f"lens_params lack {', '.join(sorted(needed - p.keys()))}")
+    unknown = p.keys() - needed - set(OPTIONAL)
+    check(
+        not unknown,
+        f"lens_params have unknown names {', '.join(sorted(unknown))}; expected {', '.join(sorted(needed))}",
+    )
+    n = len(p["subhalo_masses"]) if SUBHALOS in groups and p["subhalo_masses"].ndim == 1 else 0
+    shapes = {"subhalo_masses": (n,), "subhalo_centres": (n, 2)} | dict.fromkeys(PAIRS, (2,))
+    for name, value in p.items():
+        expected = shapes.get(name, ())
+        check(value.shape == expected, f"{name} has shape {value.shape}, expected {expected}")
+    return p
 
 
 def render_lenses(lens_params: LensParams, priors: Priors) -> jax.Array:
@@ -169,7 +212,10 @@ def render_lenses(lens_params: LensParams, priors: Priors) -> jax.Array:
     return jax.lax.platform_dependent(lens_params, cpu=partial(jax.lax.map, render), default=jax.vmap(render))
 
 
-def _deflect_halo(x: jax.Array, y: jax.Array, theta_E: jax.Array, priors: Priors) -> profiles.Pair:
-    if priors.lens_axis_ratio == 1:
+def _deflect_halo(x: jax.Array, y: jax.Array, theta_E: jax.Array, p: LensParams, priors: Priors) -> profiles.Pair:
+    if "lens_centre" in p:
+        x, y = x - p["lens_centre"][0], y - p["lens_centre"][1]
+    axis_ratio, angle = p.get("lens_axis_ratio", priors.lens_axis_ratio), p.get("lens_angle", 0.0)
+    if "lens_axis_ratio" not in p and priors.lens_axis_ratio == 1:
         return profiles.deflect_sis(x, y, theta_E)
-    return profiles.deflect_sie(x, y, theta_E, priors.lens_axis_ratio, 0.0)
+    return profiles.deflect_sie(x, y, theta_E, axis_ratio, angle)

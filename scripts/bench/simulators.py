@@ -20,8 +20,8 @@ Lenses = dict[str, Any]  # parameters of n lenses, each with a leading axis of l
 
 
 def psf_kernel(priors: Priors) -> np.ndarray:
-    """Returns the normalized PSF, float64 (psf_pixels, psf_pixels)."""
-    half = priors.psf_pixels // 2
+    """Returns the normalized PSF, float64 (psf_size, psf_size)."""
+    half = priors.psf_size // 2
     profile = np.exp(-0.5 * (np.arange(-half, half + 1) * priors.pixel_scale / priors.psf_sigma) ** 2)
     return np.outer(profile, profile) / profile.sum() ** 2
 
@@ -152,7 +152,7 @@ def make_caustics(priors: Priors, backend: str, lenses: Lenses) -> tuple[Callabl
     import caustics
 
     kernel = psf_kernel(priors)
-    sparse = np.zeros([priors.supersampling * (priors.psf_pixels - 1) + 1] * 2, np.dtype(jnp.result_type(float)))
+    sparse = np.zeros([priors.supersampling * (priors.psf_size - 1) + 1] * 2, np.dtype(jnp.result_type(float)))
     sparse[:: priors.supersampling, :: priors.supersampling] = kernel  # of sub-pixels, the same as after binning
     cosmology = caustics.FlatLambdaCDM(name="cosmology")
     centre = {"cosmology": cosmology, "x0": 0.0, "y0": 0.0}

@@ -127,8 +127,8 @@ def test_pixel_grid_has_plus_y_in_row_0_and_supersamples():
 
 
 def test_blur_is_a_normalized_gaussian():
-    image = jnp.zeros((31, 31)).at[15, 15].set(1.0)
+    image = jnp.zeros((41, 41)).at[20, 20].set(1.0)
     rows = np.arange(-5, 6)
     kernel = np.exp(-(rows[:, None] ** 2 + rows**2) / (2 * 1.74**2))
     expected = np.pad(kernel / kernel.sum(), 10)
-    np.testing.assert_allclose(profiles.blur(image, 1.74, 11), expected, atol=1e-12)
+    np.testing.assert_allclose(profiles.blur(image, profiles.psf_kernel(1.74, 11)), expected, atol=1e-12)

@@ -127,3 +127,58 @@ def test_deflection_of_subhalos_and_a_vortex_is_the_sum_of_both():
 def test_unknown_substructure_is_refused():
     with pytest.raises(InputError, match="substructure='vortex': expected one of no, sphere, vort"):
         sample_lens(jax.random.key(0), CT1, "vortex")
+
+
+def test_light_from_outside_of_the_image_reaches_its_border():
+    p = sample_lens(jax.random.key(0), CT1, "no")
+    small, large = (render_lens(p, replace(CT1, num_pixels=n)) for n in (40, 60))
+    np.testing.assert_allclose(small, large[10:-10, 10:-10], rtol=1e-5)
+
+
+def test_odd_numbers_of_rays_miss_the_singular_centre():
+    priors = replace(PRIORS["deeplensesim_i"], num_pixels=21)  # without sub-pixels
+    p = sample_lens(jax.random.key(0), priors, "vort") | {"source": jnp.float32([0.05, 0.02])}
+
+    def centre(position, priors):
+        return render_lens(p | {"vortex_centre": position}, priors)[10, 10]
+
+    fine = replace(priors, supersampling=8)
+    position = jnp.float32([0.01, 0.02])
+    assert centre(position, priors) == pytest.approx(float(centre(position, fine)), rel=0.1)
+    steps = [(centre(position.at[0].add(h), fine)) for h in (-1e-2, 1e-2)]
+    difference = float(steps[1] - steps[0]) / 2e-2
+    assert jax.grad(centre)(position, priors)[0] == pytest.approx(difference, rel=0.3, abs=30)
+
+
+NUMBERS = {"z_lens": 0.5, "z_source": 1.0, "theta_E": 1.2, "shear": 0.1, "shear_angle": 0.0, "source": (0.1, -0.05)}
+NUMBERS |= {"source_radius": 0.5, "source_axis_ratio": 0.7, "source_angle": 0.2}
+
+
+def test_lens_may_be_written_with_numbers_and_be_elliptical_and_displaced():
+    sphere = render_lens(NUMBERS, SMALL)
+    assert sphere.dtype == jnp.float32
+    same = render_lens(NUMBERS | {"lens_axis_ratio": 1.0, "lens_angle": 0.3, "lens_centre": (0.0, 0.0)}, SMALL)
+    np.testing.assert_allclose(same, sphere, rtol=1e-4)
+    moved = render_lens(NUMBERS | {"lens_centre": (0.5, 0.0), "source": (0.6, -0.05), "shear": 0.0}, SMALL)
+    still = render_lens(NUMBERS | {"shear": 0.0}, SMALL)
+    np.testing.assert_allclose(moved[:, 1:], still[:, :-1], rtol=1e-4)  # by one pixel
+    shape = {"lens_axis_ratio": 0.8, "lens_angle": 0.3, "lens_centre": (0.1, 0.0)}
+    gradient = jax.grad(lambda shape: render_lens(NUMBERS | shape, SMALL)[3, 3])(jax.tree.map(jnp.float32, shape))
+    assert all(np.isfinite(x) and x != 0 for x in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"shear_gamma": 0.1}, "unknown names shear_gamma; expected shear, shear_angle, source"),
+        ({"vortex_mass": 1e10}, "lack vortex_angle, vortex_centre, vortex_length"),
+        ({"source": (0.1,)}, r"source has shape \(1,\), expected \(2,\)"),
+        (
+            {"subhalo_masses": [1e9] * 3, "subhalo_centres": [(0, 0)] * 2},
+            r"subhalo_centres has shape \(2, 2\), expected",
+        ),
+    ],
+)
+def test_parameters_that_do_not_belong_together_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        render_lens(NUMBERS | change, SMALL)
