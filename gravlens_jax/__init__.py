@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gravlens_jax.inference import predict as predict
     from gravlens_jax.inference import predict_logits as predict_logits
     from gravlens_jax.inference import saliency as saliency
+    from gravlens_jax.lensing.priors import PRIORS as PRIORS
     from gravlens_jax.lensing.priors import Priors as Priors
     from gravlens_jax.lensing.render import render_lens as render_lens
     from gravlens_jax.lensing.render import sample_lens as sample_lens
@@ -29,7 +30,7 @@ _NAMES = {
     "config": ("CLASSES", "Config"),
     "errors": ("InputError",),
     "inference": ("embed", "predict", "predict_logits", "saliency"),
-    "lensing.priors": ("Priors",),
+    "lensing.priors": ("PRIORS", "Priors"),
     "lensing.render": ("render_lens", "sample_lens"),
     "model": ("ResNet", "ResNet20"),
     "network": ("load_network", "load_pretrained"),

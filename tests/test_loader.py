@@ -108,16 +108,15 @@ def test_stream_batches_are_the_simulated_images_in_order():
         np.testing.assert_array_equal(batch["deflections"], maps)
 
 
-def test_streams_of_accelerators_and_cpus_show_the_same_lenses(monkeypatch):
+def test_streams_of_accelerators_and_cpus_agree_up_to_1_count_in_rare_pixels(monkeypatch):
     ((_, host),) = make_data(StreamData, 4).batches(1)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     ((_, device),) = make_data(StreamData, 4).batches(1)
     np.testing.assert_array_equal(device["labels"], host["labels"])
     np.testing.assert_allclose(device["deflections"], host["deflections"], atol=1e-5)
     assert device["images"].dtype == np.uint16 and device["images"].sharding == host["images"].sharding
-    a, b = (np.asarray(batch["images"]).astype(float) for batch in (device, host))
-    # Two draws of the noise: 576 pixels have a standard error of 0.06; two lenses differ by 1.8 or more.
-    np.testing.assert_allclose(np.mean((a - b) ** 2 / (a + b), axis=(1, 2)), 1, atol=0.25)
+    difference = np.abs(np.asarray(device["images"]).astype(int) - np.asarray(host["images"]))
+    assert difference.max() <= 1 and difference.mean() < 1e-2
 
 
 def test_each_accelerator_renders_only_its_share_of_a_stream(monkeypatch):
@@ -125,7 +124,7 @@ def test_each_accelerator_renders_only_its_share_of_a_stream(monkeypatch):
 
     def render_block(seed, split, indices, **_):
         seen.append(len(indices))
-        return jnp.broadcast_to(indices.astype(jnp.uint16)[:, None, None], (len(indices), 24, 24))
+        return jnp.broadcast_to(indices.astype(jnp.uint16)[:, None, None], (len(indices), 24, 24)), 0.0
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(lensing_images, "render_block", render_block)

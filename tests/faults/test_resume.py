@@ -65,7 +65,7 @@ def test_killed_and_stopped_run_ends_with_exactly_the_same_parameters(tmp_path, 
     step = saved_step(run_dir)
     assert f"0 of 2 epochs done with the auxiliary loss (step {killed_at} of {total})" in out
     assert err == f"{run_dir}: SIGTERM: stopped after step {step} of {total}, which is saved; continue with --resume\n"
-    assert kill_at <= killed_at < total / 2 < stop_at <= step < total and len(history(run_dir)) == 1
+    assert kill_at <= killed_at < total / 2 <= stop_at <= step < total and len(history(run_dir)) == 1
 
     unsaved = json.dumps(history(run_dir)[0] | {"epoch": 2, "step": total})  # as if killed before the checkpoint
     with open(run_dir / "metrics.jsonl", "a") as file:
@@ -109,8 +109,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(
     "changes, number, at, total",
     [
-        pytest.param({}, signal.SIGINT, 4, 10, id="file"),
-        pytest.param({"device_data": True}, signal.SIGTERM, 4, 10, id="device"),
+        pytest.param({"device_data": True}, signal.SIGINT, 4, 10, id="device"),
         pytest.param({"data": "simulate:ct1"}, signal.SIGHUP, 2, 8, id="stream"),
     ],
 )
