@@ -71,10 +71,10 @@ def test_simulated_files_are_kept_if_they_come_from_the_same_arguments(simulated
 
 
 def test_images_do_not_depend_on_the_default_random_generator_of_jax(simulated):
-    lensing_images.render_block.clear_cache()
+    jax.clear_caches()
     with jax.default_prng_impl("rbg"):
         images = np.concatenate(list(simulate_images(12, 4, 0, SMALL)))
-    lensing_images.render_block.clear_cache()
+    jax.clear_caches()
     np.testing.assert_array_equal(images, open_npz(simulated / "train.npz").images[:])
 
 

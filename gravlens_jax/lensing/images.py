@@ -39,7 +39,6 @@ def labels_of(n: int, start: int = 0) -> np.ndarray:
     return np.arange(start, start + n, dtype=np.int32) % len(CLASSES)
 
 
-@partial(jax.jit, static_argnames=("priors", "substructure"))
 def render_block(seed, split, indices, *, priors: Priors, substructure: str) -> tuple[jax.Array, jax.Array]:
     """Returns images `indices` of a split, all of one class, with photon noise, and their largest expected counts.
 
@@ -51,11 +50,22 @@ def render_block(seed, split, indices, *, priors: Priors, substructure: str) -> 
     Returns:
       uint16 (n, num_pixels, num_pixels), counts of at most MAX_COUNTS; float32 (), NaN if a lens cannot be rendered.
     """
+    # Two programs, because on a CPU XLA would compute the light again in each loop of the noise.
+    expected = _render_expected(seed, split, indices, priors=priors, substructure=substructure)
+    return _draw_counts(seed, split, indices, expected, least=priors.photons * priors.sky)
+
+
+@partial(jax.jit, static_argnames=("priors", "substructure"))
+def _render_expected(seed, split, indices, *, priors: Priors, substructure: str) -> jax.Array:
     keys = jax.vmap(partial(lens_key, seed, split))(indices)
-    expected = render_lenses(_sample(keys, priors, substructure), priors)
-    counts = poisson(jax.vmap(partial(jax.random.fold_in, data=1))(keys), expected)
+    return render_lenses(_sample(keys, priors, substructure), priors)
+
+
+@partial(jax.jit, static_argnames="least")
+def _draw_counts(seed, split, indices, expected, *, least: float) -> tuple[jax.Array, jax.Array]:
+    keys = jax.vmap(lambda index: jax.random.fold_in(lens_key(seed, split, index), 1))(indices)
     most = jnp.where(jnp.isfinite(expected).all(), expected.max(), jnp.nan)  # compiled maxima may drop NaN
-    return jnp.minimum(counts, MAX_COUNTS).astype(jnp.uint16), most
+    return jnp.minimum(poisson(keys, expected, least), MAX_COUNTS).astype(jnp.uint16), most
 
 
 def _sample(keys: jax.Array, priors: Priors, substructure: str) -> LensParams:

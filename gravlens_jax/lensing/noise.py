@@ -7,26 +7,24 @@ SMALL_RATE = 9.5  # below, the expansion is less accurate than 2e-4 and the dist
 TERMS = 32  # of that sum; the chance of more counts is below 1e-7
 
 
-def poisson(keys: jax.Array, rates: jax.Array) -> jax.Array:
+def poisson(keys: jax.Array, rates: jax.Array, least: float = 0.0) -> jax.Array:
     """Returns Poisson variates, int32 (n, ...).
 
     The inverse of the distribution function at a normal variate, by the asymptotic expansion of Giles (2016, ACM Trans.
     Math. Softw. 42, 6, eq. 10 to 12), rounded down. The total variation distance from the Poisson distribution is below
-    2e-4 for rates from 0.1 to 60,000. Not under `jax.vmap`, where the sum for small rates would always be computed.
+    2e-4 for rates from 0.1 to 60,000.
 
     Args:
       keys: of `jax.random`, (n,).
       rates: float32 (n, ...), not negative.
+      least: a lower bound of the rates; the sum for small rates is left out if it is at least SMALL_RATE.
     """
     shape = rates.shape[1:]
     normal = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
     counts = expand(normal, jnp.maximum(rates, SMALL_RATE))
-
-    def invert_small(counts):
+    if least < SMALL_RATE:
         uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), shape, jnp.float32))(keys)
-        return jnp.where(rates < SMALL_RATE, invert(uniform, rates), counts)
-
-    counts = jax.lax.cond(jnp.any(rates < SMALL_RATE), invert_small, lambda counts: counts, counts)
+        counts = jnp.where(rates < SMALL_RATE, invert(uniform, rates), counts)
     return jnp.maximum(counts, 0).astype(jnp.int32)
 
 

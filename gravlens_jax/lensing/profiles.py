@@ -229,6 +229,10 @@ def psf_kernel(sigma: float, size: int) -> np.ndarray:
 
 def blur(image: jax.Array, kernel: np.ndarray) -> jax.Array:
     """Convolves an image with the outer product of `kernel` (size,): (height, width) loses size - 1 in both."""
-    height, width = (length - len(kernel) + 1 for length in image.shape)
-    image = reduce(operator.add, (k * image[i : i + height] for i, k in enumerate(kernel.tolist())))
-    return reduce(operator.add, (k * image[:, i : i + width] for i, k in enumerate(kernel.tolist())))
+    half, (height, width) = len(kernel) // 2, image.shape
+    # The padding is not needed, but XLA fuses loops through slices alone: on a CPU 12 times slower for a string.
+    padded = jnp.pad(image, ((half, half), (0, 0)))
+    image = reduce(operator.add, (k * padded[i : i + height] for i, k in enumerate(kernel.tolist())))
+    padded = jnp.pad(image, ((0, 0), (half, half)))
+    image = reduce(operator.add, (k * padded[:, i : i + width] for i, k in enumerate(kernel.tolist())))
+    return image[half : height - half, half : width - half]

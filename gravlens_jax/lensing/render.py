@@ -78,7 +78,7 @@ def _position(radius: jax.Array, angle: jax.Array) -> jax.Array:
 
 
 def _sample_subhalos(keys: Iterator[jax.Array], priors: Priors) -> LensParams:
-    number: jax.Array | int = poisson(next(keys)[None], jnp.float32([priors.subhalo_number]))[0]
+    number: jax.Array | int = poisson(next(keys)[None], jnp.float32([priors.subhalo_number]), priors.subhalo_number)[0]
     if not priors.subhalo_poisson:
         number = round(priors.subhalo_number)
     shape = (priors.subhalo_padding,)
@@ -113,16 +113,17 @@ def deflect_substructure(
     `softening` (arcsec) is that of the point masses: see `profiles.deflect_points`.
     """
     p = lens_params
-    alpha = jnp.zeros_like(x), jnp.zeros_like(y)
+    parts = []
     if "subhalo_masses" in p:
         strengths = profiles.einstein_radius_squared(p["subhalo_masses"], p["z_lens"], p["z_source"])
-        alpha = profiles.deflect_points(x, y, p["subhalo_centres"], strengths, softening)
+        parts.append(profiles.deflect_points(x, y, p["subhalo_centres"], strengths, softening))
     if "vortex_mass" in p:
         strength = profiles.einstein_radius_squared(p["vortex_mass"], p["z_lens"], p["z_source"])
         shape = (p["vortex_centre"], p["vortex_angle"], p["vortex_length"])
-        string = profiles.deflect_string(x, y, *shape, strength, softening)
-        alpha = alpha[0] + string[0], alpha[1] + string[1]
-    return alpha
+        parts.append(profiles.deflect_string(x, y, *shape, strength, softening))
+    if len(parts) == 2:
+        return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
+    return parts[0] if parts else (jnp.zeros_like(x), jnp.zeros_like(y))
 
 
 def deflection_map(lens_params: LensParams, priors: Priors, cells: int, width: float) -> jax.Array:
