@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gravlens_jax.config import CLASSES, InputConfig, ModelConfig
-from gravlens_jax.layers import Conv
+from gravlens_jax.layers import BatchNorm, Conv
 
 
 class ResNet(nn.Module):
@@ -52,7 +52,7 @@ class ResNet(nn.Module):
           last two with a half and a quarter of the pixels along each axis.
         """
         conv = partial(Conv, dtype=self.dtype, train=train)
-        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype)
+        norm = partial(BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype)
         x = nn.relu(norm(name="norm0")(conv(self.width, name="conv0")(x)))
         feature_maps = [x]
         for stage in range(3):

@@ -13,7 +13,7 @@ import pytest
 
 from gravlens_jax import model as model_module
 from gravlens_jax.cli import CPU_FLAGS, has_cpu_flags
-from gravlens_jax.layers import Conv
+from gravlens_jax.layers import BatchNorm, Conv
 from helpers import run_code
 
 SHAPES = [  # size, channels, filters and stride of the convolutions of ResNet-20 for images of 50 x 50 pixels
@@ -26,23 +26,23 @@ def flax_conv(filters, size=3, stride=1, train=True, **options):
     return nn.Conv(filters, (size, size), stride, padding=size // 2, use_bias=False, **options)
 
 
-def layers(conv, dtype):
+def layers(conv, norm, dtype):
     """Returns a function: gradients of one convolution and normalization of each of SHAPES."""
 
     def loss(params, images):
         total = 0.0
         for (_, _, filters, stride), kernel, x in zip(SHAPES, params, images, strict=True):
             y = conv(filters, stride=stride, dtype=dtype, train=True).apply({"params": {"kernel": kernel}}, x)
-            y, _ = nn.BatchNorm(False, dtype=dtype).init_with_output(jax.random.key(0), y)
+            y, _ = norm(False, dtype=dtype).init_with_output(jax.random.key(0), y)
             total += jnp.mean(jnp.sin(y) * (jnp.arange(y.size) % 7 - 3).reshape(y.shape))
         return total
 
     return jax.grad(loss, (0, 1))
 
 
-def network(conv, dtype):
+def network(conv, norm, dtype):
     """Returns a function: value and gradient of the loss of ResNet-20."""
-    model_module.Conv = conv
+    model_module.Conv, model_module.BatchNorm = conv, norm
     model = model_module.ResNet20(dtype=dtype)
 
     def loss(params, variables, images):
@@ -53,10 +53,10 @@ def network(conv, dtype):
 
 
 def relative_errors(make, params, x):
-    """Returns the errors of our convolution in float32 by name; flax's in float64 is taken for exact."""
-    ours = jax.device_get(jax.jit(make(Conv, jnp.float32))(params, x))
+    """Returns the errors of our layers in float32 by name; flax's in float64 are taken for exact."""
+    ours = jax.device_get(jax.jit(make(Conv, BatchNorm, jnp.float32))(params, x))
     with jax.enable_x64(True):
-        exact = jax.jit(make(flax_conv, jnp.float64))(*jax.tree.map(np.float64, (params, x)))
+        exact = jax.jit(make(flax_conv, nn.BatchNorm, jnp.float64))(*jax.tree.map(np.float64, (params, x)))
     errors = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b), ours, jax.device_get(exact))
     return {jax.tree_util.keystr(path): float(error) for path, error in jax.tree_util.tree_leaves_with_path(errors)}
 

@@ -152,7 +152,7 @@ def render_lens(lens_params: Mapping[str, Any], priors: Priors) -> jax.Array:
     Of `priors` only the camera and the source's fixed profile are used, and its `lens_axis_ratio` if the lens has none.
 
     Args:
-      lens_params: a result of `sample_lens`, or numbers and tuples under the same names, of which halo_mass is not used.
+      lens_params: a result of `sample_lens`, or numbers and tuples under the same names; halo_mass is not used.
         Optional are lens_axis_ratio, lens_angle (radians) and lens_centre (2,), those of the main halo. Values that
         cannot be rendered give NaN.
       priors: the camera.
