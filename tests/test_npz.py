@@ -281,3 +281,13 @@ def test_pages_of_a_file_do_not_stay_in_memory(tmp_path):
     with limited_memory(images.nbytes * 0.6):
         check_pixels(mapped)
     assert resident() - before < images.nbytes / 4
+
+
+def test_rows_beyond_2_gib_are_read_by_indices_of_32_bits(tmp_path):
+    with open(tmp_path / "a", "wb+") as file:
+        file.truncate(3000 * 900**2)  # a sparse file
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\7")
+        file.flush()
+        images = npz.map_images(file, np.dtype("u1"), 0, (3000, 900, 900))
+    assert read_rows(images, np.array([0, 2999], np.int32)).max((1, 2)).tolist() == [0, 7]
