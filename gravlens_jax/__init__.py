@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from gravlens_jax.config import Config as Config
     from gravlens_jax.errors import InputError as InputError
     from gravlens_jax.inference import embed as embed
+    from gravlens_jax.inference import logits as logits
     from gravlens_jax.inference import predict as predict
     from gravlens_jax.inference import predict_logits as predict_logits
     from gravlens_jax.inference import saliency as saliency
@@ -29,7 +30,7 @@ __version__ = "0.8.0"
 _NAMES = {
     "config": ("CLASSES", "Config"),
     "errors": ("InputError",),
-    "inference": ("embed", "predict", "predict_logits", "saliency"),
+    "inference": ("embed", "logits", "predict", "predict_logits", "saliency"),
     "lensing.priors": ("PRIORS", "Priors"),
     "lensing.render": ("render_lens", "sample_lens"),
     "model": ("ResNet", "ResNet20"),

@@ -16,7 +16,7 @@ from gravlens_jax.errors import InputError, check, check_installed
 from gravlens_jax.files import is_visible
 from gravlens_jax.npz import Dataset, MappedImages, read_rows, scale
 
-FITS = (".fits", ".fit", ".fts", ".fits.gz")
+FITS = (".fits", ".fit", ".fts", ".fits.gz", ".fits.bz2", ".fits.fz")
 SUFFIXES = (".npy", *FITS)  # in any case
 LABELS = ("labels", "label", "y", "targets", "target")
 PAIRS = [(images, labels) for images in ("images", "image", "x", "data") for labels in LABELS]

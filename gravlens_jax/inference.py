@@ -21,6 +21,16 @@ from gravlens_jax.preprocess import check_images, prepare, to_unit
 Images = np.ndarray | MappedImages
 
 
+def logits(model: ResNet, variables: Any, images: jax.Array) -> jax.Array:
+    """Returns the logits of images, float32 (n, len(model.classes)): a pure function for jit, vmap and derivatives.
+
+    `images` are float32 (n, height, width). They are scaled in float32, unlike by `predict_logits`, which checks them
+    first and scales in float64: here NaN and infinite pixels, and ranges beyond float32, are the caller's to exclude.
+    """
+    outputs: Any = model.apply(variables, prepare(to_unit(images), model.input))
+    return outputs[0]
+
+
 @partial(jax.jit, static_argnames=("model", "tta"))
 def _outputs(variables, images: jax.Array, *, model: ResNet, tta: bool) -> tuple[jax.Array, jax.Array]:
     """Returns the logits and the channel means: see `outputs`."""
@@ -141,7 +151,9 @@ def saliency(
 def _batches(images: Images, model: ResNet, batch_size: int) -> Iterator[tuple[slice, np.ndarray]]:
     """Yields (rows, images[rows]); the last batch is padded with zeros, so that all have one shape and compile once."""
     if not isinstance(images, MappedImages):
+        check(not np.ma.isMaskedArray(images), "images are a masked array; fill it first, for example with its median")
         images = np.asarray(images)
+    check(images.dtype.kind in "uif", f"images have dtype {images.dtype}, expected real numbers")
     check_images(images.shape, model.input)
     check(batch_size >= 1, f"batch_size={batch_size}: expected at least 1")
     batch_size = max(1, min(batch_size, len(images)))

@@ -29,7 +29,7 @@ def main(
     Args:
         data: .npz, or a folder with one folder of images for each class.
         checkpoint: the epoch of lowest validation loss, or the last one.
-        out: folder for the report, by default RUN/report or, for a file, RUN-report; existing files are replaced.
+        out: folder for the report, by default RUN/report-DATA or, for a file, RUN-report; existing files are replaced.
         tta: average the logits over each image and its three mirror images.
         classes: name in the network = name in DATA, for each class; needed only where they differ, or for an .npz that
             does not name its classes: then in the order of its labels 0, 1, ...
@@ -38,7 +38,7 @@ def main(
     from gravlens_jax.report import evaluate_network, table
     from gravlens_jax.run_files import read_history
 
-    out = out or (run / "report" if run.is_dir() else Path(f"{run.stem}-report"))
+    out = out or (run / f"report-{data.stem}" if run.is_dir() else Path(f"{run.stem}-report"))
     network = load_network(run, checkpoint)
     known = network.model.classes
     names = cli.parse_classes(classes) if classes else dict(zip(known, known, strict=True))

@@ -27,14 +27,14 @@ def export_program(network: "Network") -> bytes:
     import jax.numpy as jnp
     from jax import export
 
-    from gravlens_jax.preprocess import prepare, to_unit
+    from gravlens_jax.inference import logits
 
     model, variables = network
     (n,) = export.symbolic_shape("n")
     images = jax.ShapeDtypeStruct((n, *network.image_shape), jnp.float32)
 
     def predict(images):
-        return jax.nn.softmax(model.apply(variables, prepare(to_unit(images), model.input))[0])
+        return jax.nn.softmax(logits(model, variables, images))
 
     return bytes(export.export(jax.jit(predict), platforms=("cpu", "cuda", "tpu"))(images).serialize())
 
@@ -85,11 +85,16 @@ def main(
 
     Args:
         out: .npz, which evaluate.py and predict.py accept in place of a run; .safetensors, the same arrays for other
-            programs; or .stablehlo, the whole prediction, which runs by jax.export.deserialize without this package.
+            programs; or .stablehlo, the whole prediction, which runs by jax.export.deserialize without this package,
+            in the version of JAX that wrote it and those of the next six months.
         checkpoint: the epoch of lowest validation loss, or the last one.
     """
+    from jax import __version__
+
     about = export_network(run, out, checkpoint)
     print(f"{out}: {out.stat().st_size / 2**20:.2f} MiB, classes {', '.join(about['classes'])}")
+    if out.suffix == ".stablehlo":
+        print(f"It loads in JAX {__version__} and in versions of the next six months; export it again for others.")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,15 @@ from gravlens_jax import cli, npz
 from gravlens_jax.config import CLASSES
 from gravlens_jax.errors import InputError, check
 from gravlens_jax.files import temporary_name
-from gravlens_jax.folders import Classes, find_names, list_folder, named, open_images
+from gravlens_jax.folders import (
+    Classes,
+    find_names,
+    list_classes,
+    list_folder,
+    named,
+    open_images,
+    show_unread,
+)
 from gravlens_jax.npz import read_rows, scale, write_npz
 from gravlens_jax.progress import show_progress
 
@@ -31,6 +39,7 @@ OPCODES = re.compile(
     "MEMOIZE|(SHORT_)?BIN(STRING|BYTES|UNICODE)|EMPTY_LIST|APPENDS?|(EMPTY_)?TUPLE|TUPLE[123]"
 )
 DEFAULT_CLASSES = {name: name for name in CLASSES}
+SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # in any case
 MAX_OPCODES = 200  # NumPy writes about 100
 
 
@@ -172,16 +181,27 @@ def split_indices(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.nd
 
 
 def find_folders(source: Path, classes: Classes, val_fraction: float | None) -> dict[str, Path]:
-    """Returns the folders of train and val, as far as they exist, or `source` itself as train; see `pack`."""
+    """Returns the folders of train, val and test, as far as they exist, or `source` itself as train; see `pack`.
+
+    Other visible folders beside them are named on stderr.
+    """
     check(source.is_dir(), f"{source}: no such folder")
-    folders = {name: source / name for name in ("train", "val") if (source / name).is_dir()}
+    folders: dict[str, Path] = {}
+    others = [source / name for name in list_classes(source)]
+    for split, names in SPLIT_FOLDERS.items():
+        for folder in [folder for folder in others if folder.name.lower() in names]:
+            check(split not in folders, f"{folder} and {folders.get(split)} are both the {split} split; remove one")
+            folders[split] = folder
+            others.remove(folder)
     if val_fraction is not None:
-        check("val" not in folders, f"{source / 'val'} exists and is the validation split; leave --val-fraction out")
-        return folders or {"train": source}
+        exists = f"{folders.get('val')} exists and is the validation split; leave --val-fraction out"
+        check("val" not in folders, exists)
     first = next(iter(classes.values()))
     expected = f"expected {source}/train/{first}/1.npy and so on, or {source}/{first}/1.npy and --val-fraction 0.2"
-    check(bool(folders), f"{source}: has neither train/ nor val/; {expected}")
-    return folders
+    check(bool(folders) or val_fraction is not None, f"{source}: has neither train/ nor val/ nor test/; {expected}")
+    if folders:
+        show_unread(others)
+    return folders or {"train": source}
 
 
 def pack(
@@ -189,29 +209,34 @@ def pack(
     out: Path,
     dtype: str = "float32",
     classes: Classes = DEFAULT_CLASSES,
-    test_fraction: float = 0.5,
+    test_fraction: float | None = None,
     seed: int = 0,
     val_fraction: float | None = None,
 ) -> dict[str, int]:
-    """Packs `source/{train,val}/<class>/*` into `out/{train,val,test}.npz`; returns the number of images of each.
+    """Packs `source/{train,val,test}/<class>/*` into `out/{train,val,test}.npz`; returns the number of images of each.
 
     Each image is scaled to [0, 1] by its own minimum and maximum, as for the network. Splits are stratified by class;
     the files of each are recorded in its `info`. All .npz are published together, or none.
 
     Args:
-      source: holds train/, val/, or both; or, with `val_fraction`, a folder for each class.
+      source: holds some of train/, val/ (or valid/, validation/) and test/, in any case, used as they are; or, with
+        `val_fraction`, a folder for each class.
       out: folder of the .npz files; existing ones are refused.
       dtype: "float32" or "float16", of the stored images.
       classes: name -> name of its folder, in the order of the labels.
-      test_fraction: of val that becomes test, in [0, 1).
+      test_fraction: of val that becomes test, in [0, 1), by default a half; an error if there is test.
       seed: of the splits.
       val_fraction: of train, or of `source` without train, that becomes val, in (0, 1); an error if there is val.
     """
     source, out = Path(source), Path(out)
     check(dtype in ("float16", "float32"), f"dtype={dtype!r}: expected float16 or float32")
-    check(0 <= test_fraction < 1, f"test_fraction={test_fraction}: expected a number in [0, 1)")
+    check(test_fraction is None or 0 <= test_fraction < 1, f"test_fraction={test_fraction}: expected one in [0, 1)")
     check(val_fraction is None or 0 < val_fraction < 1, f"val_fraction={val_fraction}: expected a number in (0, 1)")
     folders = find_folders(source, classes, val_fraction)
+    if "test" in folders:
+        check(test_fraction is None, f"{folders['test']} exists and is the test split; leave --test-fraction out")
+    elif test_fraction is None:
+        test_fraction = 0.5
     names, steps = list(folders), []
     for name, part, fraction in (("train", "val", val_fraction), ("val", "test", test_fraction)):
         if name in names and fraction:
@@ -221,7 +246,7 @@ def pack(
         check(not (out / f"{name}.npz").exists(), f"{out / name}.npz exists; remove it or choose another folder")
     splits: dict[str, Images] = {}
     for name, folder in folders.items():
-        splits[name] = list_images(folder, classes, splits["train"].shape if splits else None)
+        splits[name] = list_images(folder, classes, next((found.shape for found in splits.values()), None))
     fractions = {"val_fraction": val_fraction, "test_fraction": test_fraction}
     for name, part, fraction in steps:
         rest, taken = split_indices(splits[name].labels, fraction, seed)
@@ -311,10 +336,10 @@ def main(
     dtype: Literal["float32", "float16"] = "float32",
     classes: str | None = None,
     val_fraction: float | None = None,
-    test_fraction: float = 0.5,
+    test_fraction: float | None = None,
     seed: int = 0,
 ) -> None:
-    """Packs SOURCE/{train,val}/<class>/* into OUT/train.npz, OUT/val.npz and OUT/test.npz, each image scaled to [0, 1].
+    """Packs SOURCE/{train,val,test}/<class>/* into OUT/train.npz, val.npz and test.npz, each image scaled to [0, 1].
 
     Files are .npy or FITS, of one image or of several; an .npy may also hold [image, mass], as in DeepLenseSim's Models
     I to III, whose masses become an array `mass`. SOURCE may also be an .npz from elsewhere with images and labels: it
@@ -326,14 +351,14 @@ def main(
       python scripts/pack.py theirs.npz packed/train.npz --classes no,vort,sphere
 
     Args:
-        source: folder that holds train/ and val/ (the public data set's is called dataset) or, with --val-fraction, a
-            folder for each class; or an .npz.
+        source: folder that holds some of train/, val/ (or valid/, validation/) and test/ (the public data set's, with
+            train/ and val/, is called dataset) or, with --val-fraction, a folder for each class; or an .npz.
         out: folder to write to, or a file if SOURCE is an .npz.
         dtype: of the stored images.
         classes: names of labels 0, 1, ..., separated by commas, and of their folders or classes in an .npz where these
             differ: name=folder. By default no,sphere,vort.
         val_fraction: part of each class of train, or of SOURCE, that becomes the validation split, if there is no val.
-        test_fraction: part of each class of val that becomes the test split.
+        test_fraction: part of each class of val that becomes the test split, if there is no test; by default a half.
         seed: of the splits.
     """
     names = cli.parse_classes(classes) if classes else None

@@ -28,7 +28,7 @@ def write(path, images):
     return path
 
 
-@pytest.mark.parametrize("name", ["a.npy", "A.NPY", "a.fits", "a.FIT", "a.fts", "a.fits.gz", "comp.fits"])
+@pytest.mark.parametrize("name", ["a.npy", "A.NPY", "a.fits", "a.FIT", "a.fts", "a.fits.gz", "a.fits.bz2", "comp.fits"])
 @pytest.mark.parametrize("shape", [(8, 6), (1, 8, 6), (8, 6, 1), (3, 8, 6), (3, 1, 8, 6), (3, 8, 6, 1)])
 def test_files_hold_one_image_or_several_with_or_without_a_channel(tmp_path, name, shape):
     for order, dtype in (("C", "f4"), ("F", ">f8"), ("C", "i2"), ("C", "u2")):

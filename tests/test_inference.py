@@ -1,5 +1,6 @@
 import pkgutil
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 import gravlens_jax
 from gravlens_jax.config import CLASSES, SPLITS, InputConfig
 from gravlens_jax.errors import InputError
-from gravlens_jax.inference import embed, outputs, predict, predict_logits, saliency
+from gravlens_jax.inference import embed, logits, outputs, predict, predict_logits, saliency
 from gravlens_jax.lensing.images import simulate_images, simulate_parameters
 from gravlens_jax.lensing.priors import PRIORS
 from gravlens_jax.lensing.profiles import pixel_grid, sersic_light
@@ -181,3 +182,32 @@ def test_saliency_of_the_pretrained_network_peaks_on_the_substructure(lenses, la
     hits = np.array([distance_to_substructure(x, y, p) for p in lenses]) < 0.2
     rate, chance = np.diag(hits).mean(), hits[~np.eye(n // 3, dtype=bool)].mean()  # of its own lens, of others
     assert rate > 0.75 and chance < 0.25  # of 430 lenses of each class: .87 and .97, by chance .05 and .14
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (np.ma.masked_greater(IMAGES, 0.9), "images are a masked array"),
+        (IMAGES * 1j, "dtype complex64, expected real numbers"),
+        (IMAGES.astype(object), "dtype object, expected real numbers"),
+        (IMAGES.astype(str), "dtype <U32, expected real numbers"),
+        (IMAGES > 0.5, "dtype bool, expected real numbers"),
+    ],
+)
+def test_images_that_are_no_real_numbers_are_refused(images, message):
+    with pytest.raises(InputError, match=message):
+        predict(*make_network(), images)
+
+
+def test_logits_can_be_traced_and_differentiated_in_both_modes():
+    (model, variables), images = make_network(), jnp.float32(IMAGES[:2])
+    expected = predict_logits(model, variables, IMAGES[:2])
+    np.testing.assert_allclose(jax.jit(partial(logits, model, variables))(images), expected, atol=1e-5)
+    each = jax.vmap(lambda image: logits(model, variables, image[None])[0])(images)
+    np.testing.assert_allclose(each, expected, atol=1e-5)
+
+    def brighter(x):
+        return logits(model, variables, images[:1] + x * (jnp.arange(16.0) / 16)[None, None])[0, 0]
+
+    forward, backward = jax.jacfwd(brighter)(0.1), jax.grad(brighter)(0.1)
+    assert forward == pytest.approx(float(backward), rel=1e-3) and np.isfinite(jax.hessian(brighter)(0.1))

@@ -62,6 +62,23 @@ def test_val_fraction_makes_stratified_splits_that_are_a_function_of_the_seed(tm
     assert files[0] == files[1] != files[2]
 
 
+def test_splits_that_exist_are_used_as_they_are_and_other_folders_are_named(tmp_path, capsys):
+    source = make_folders(tmp_path / "dataset", train=3, val=2)
+    (source / "val").rename(source / "Validation")
+    (make_folders(tmp_path / "more", train=0, val=1) / "val").rename(source / "TEST")
+    (source / "notes").mkdir()
+    assert pack(source, tmp_path / "out") == {"train": 9, "val": 6, "test": 3}
+    assert f"not read: {source / 'notes'}" in capsys.readouterr().err
+    assert open_npz(tmp_path / "out/test.npz").info["files"][0] == "TEST/no/1.npy"
+    for name, message in (("valid", "are both the val split"), ("Test", "are both the test split")):
+        (source / name).mkdir()
+        with pytest.raises(InputError, match=message):
+            pack(source, tmp_path / "again")
+        (source / name).rmdir()
+    with pytest.raises(InputError, match="TEST exists and is the test split; leave --test-fraction out"):
+        pack(source, tmp_path / "again", test_fraction=0.5)
+
+
 @pytest.mark.parametrize(
     "train, val, options, message",
     [
@@ -69,7 +86,12 @@ def test_val_fraction_makes_stratified_splits_that_are_a_function_of_the_seed(tm
         (2, 0, {"val_fraction": 1.0}, r"val_fraction=1\.0: expected a number in \(0, 1\)"),
         (2, 0, {"val_fraction": 0.1}, "--val-fraction 0.1 leaves no images for val; choose another"),
         (2, 2, {"test_fraction": 0.1}, "--test-fraction 0.1 leaves no images for test; choose another"),
-        (0, 0, {}, r"dataset: has neither train/ nor val/; .* or \S+/dataset/no/1.npy and --val-fraction 0.2"),
+        (
+            0,
+            0,
+            {},
+            r"dataset: has neither train/ nor val/ nor test/; .* or \S+/dataset/no/1.npy and --val-fraction 0.2",
+        ),
         (None, None, {"val_fraction": 0.5}, "dataset: no such folder"),
     ],
 )
