@@ -15,13 +15,13 @@ ORDER = (  # a module imports only modules before it; those in one string do not
     *("run_files", "datasets", "checkpoint", "network", "report", "training", "cli", "__main__"),
 )
 CORE = ("model", "optim", "train_step", "loader", "checkpoint", "training")
-LIMITS = [
-    ("gravlens_jax/**/*.py", "lines", 4_580),
+LIMITS = [  # sizes as they are: lower them when something is removed
+    ("gravlens_jax/**/*.py", "lines", 4_600),
     ("gravlens_jax/**/[a-z]*.py", "files", 28),  # not __init__.py and __main__.py
     (" ".join(f"gravlens_jax/{name}.py" for name in CORE), "lines", 800),
-    ("scripts/**/*.py", "lines", 2_910),
+    ("scripts/**/*.py", "lines", 2_950),
     ("scripts/bench/*.py", "lines", 1_390),
-    ("tests/**/*.py", "lines", 5_400),
+    ("tests/**/*.py", "lines", 5_450),
     ("README.md", "lines", 160),
     ("README.md", "words", 1_500),
 ]
