@@ -72,6 +72,6 @@ class StreamData:
                 batch["deflections"] = self._deflections(start, seed, split, share)
             return batch
 
-        # check_vma=False: jax.random.poisson has loops that the check of shard_map does not support.
+        # check_vma=False: that check of shard_map refuses the conditional in `profiles.deflect_points`.
         whole, shares = PartitionSpec(), PartitionSpec("data")
         return jax.jit(jax.shard_map(render_share, mesh=self.mesh, in_specs=whole, out_specs=shares, check_vma=False))

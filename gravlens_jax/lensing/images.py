@@ -57,8 +57,7 @@ def render_block(seed, split, indices, *, priors: Priors, substructure: str) -> 
 
 @partial(jax.jit, static_argnames=("priors", "substructure"))
 def _render_expected(seed, split, indices, *, priors: Priors, substructure: str) -> jax.Array:
-    keys = jax.vmap(partial(lens_key, seed, split))(indices)
-    return render_lenses(_sample(keys, priors, substructure), priors)
+    return render_lenses(_sample_block(seed, split, indices, priors=priors, substructure=substructure), priors)
 
 
 @partial(jax.jit, static_argnames="least")
@@ -66,10 +65,6 @@ def _draw_counts(seed, split, indices, expected, *, least: float) -> tuple[jax.A
     keys = jax.vmap(lambda index: jax.random.fold_in(lens_key(seed, split, index), 1))(indices)
     most = jnp.where(jnp.isfinite(expected).all(), expected.max(), jnp.nan)  # compiled maxima may drop NaN
     return jnp.minimum(poisson(keys, expected, least), MAX_COUNTS).astype(jnp.uint16), most
-
-
-def _sample(keys: jax.Array, priors: Priors, substructure: str) -> LensParams:
-    return jax.vmap(partial(sample_lens, priors=priors, substructure=substructure))(keys)
 
 
 def _in_turn(make: Callable[[str, jax.Array], jax.Array], first: jax.Array, n: int) -> jax.Array:
@@ -234,7 +229,7 @@ def simulate_parameters(n: int, seed: int, split: int, priors: Priors) -> dict[s
 
 @partial(jax.jit, static_argnames=("priors", "substructure"))
 def _sample_block(seed, split, indices, *, priors: Priors, substructure: str) -> LensParams:
-    return _sample(jax.vmap(partial(lens_key, seed, split))(indices), priors, substructure)
+    return jax.vmap(lambda index: sample_lens(lens_key(seed, split, index), priors, substructure))(indices)
 
 
 def without_nan(lens_params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
