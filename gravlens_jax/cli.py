@@ -20,10 +20,12 @@ import tyro
 
 from gravlens_jax import __version__
 from gravlens_jax.errors import InputError, check
+from gravlens_jax.folders import Planes
 from gravlens_jax.progress import Stopped
 
 HELP = "directory made by train.py or import_torch.py, .npz made by export.py, or the word pretrained"
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=HELP)]
+PlaneOptions = Annotated[Planes, tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff]
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 CPU_FLAGS = (  # the first moves convolutions to oneDNN, the second keeps another library from taking them before
     "--xla_cpu_experimental_onednn_custom_call=true --xla_cpu_experimental_ynn_fusion_type=-individual_convolution"

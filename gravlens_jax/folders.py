@@ -1,13 +1,17 @@
 """Images from elsewhere: .npy, FITS and other .npz, of one image or of several, and folders of them, one per class."""
 
+import hashlib
 import math
 import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +27,21 @@ PAIRS = [(images, labels) for images in ("images", "image", "x", "data") for lab
 PAIRS += [("x_train", "y_train"), ("arr_0", "arr_1")]  # names of the arrays in an .npz from elsewhere, in lower case
 FOREIGN_BYTES = 2**30  # limit for images from elsewhere that are read into memory
 Classes = Mapping[str, str]  # name in the network -> name in the data
+
+
+@dataclass(frozen=True)
+class Planes:
+    """What is read of an .npy or FITS file that holds several planes (height, width)."""
+
+    band: int | None = None  # number, from 0, of the one plane that is read of files with several bands
+    stack: bool = False  # the planes of a file are images of different lenses: read all
+    hdu: str | None = None  # of FITS files, number or name. Default: SCI, or the only one with suitable images
+
+    def __post_init__(self):
+        check(self.band is None or not self.stack, "give --band for bands, or --stack for images of different lenses")
+
+
+ALL_PLANES = Planes()
 
 
 def load_npz(path: Path, label_names: Sequence[str] | None = None, need_labels: bool = True) -> Dataset:
@@ -68,29 +87,60 @@ def find_names(path: Path, members: npz.Members, need_labels: bool = True) -> tu
     return found
 
 
-def open_images(path: Path) -> np.ndarray | MappedImages:
+def open_images(
+    path: Path, planes: Planes = ALL_PLANES, shape: tuple[int, ...] | None = None
+) -> np.ndarray | MappedImages:
     """Returns the images of a file, (n, height, width); those of .npy are not read yet: see `read_rows`.
 
-    The file's name ends in one of SUFFIXES; it holds (height, width) or (n, height, width), perhaps with an axis of
-    length 1 for the channel. Of FITS, the first image of 2 to 4 axes. InputError if it is unreadable, or has Python
+    The file's name ends in one of SUFFIXES; it holds one plane (height, width), or several along the first axis, or up
+    to four along the last one; axes of length 1 are ignored. `planes` chooses among several. If a FITS file has several
+    images, `shape` (height, width) finds the right one. InputError if it is unreadable or ambiguous, or has Python
     objects, another shape, or more than 64 bits a pixel.
     """
     check(path.is_file(), f"{path}: no such file")
     if path.name.lower().endswith(FITS):
-        return _open_fits(path)
+        return _open_fits(path, planes, shape)
     try:
         with open(path, "rb") as file:
-            header = npz.read_image_header(file, os.stat(path).st_size, str(path))
-            if not header.fortran_order:
-                return npz.map_images(file, header.dtype, header.offset, header.shape)
-        return np.ascontiguousarray(np.load(path, allow_pickle=False)).reshape(header.shape)
+            header = npz.read_header(file, os.stat(path).st_size, "uif", str(path))
+            npz.check_bits(header.dtype, str(path))
+            lengths, rows, last = _find_planes(header.shape, planes, str(path))
+            if not (header.fortran_order or last):
+                n, plane = rows.stop - rows.start, math.prod(lengths[1:]) * header.dtype.itemsize
+                return npz.map_images(file, header.dtype, header.offset + rows.start * plane, (n, *lengths[1:]))
+        return choose_planes(np.load(path, allow_pickle=False), planes, str(path))
     except OSError as error:
         raise InputError(f"{path}: not a readable .npy ({error})") from error
 
 
-def read_images(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
+def choose_planes(array: np.ndarray, planes: Planes, where: str) -> np.ndarray:
+    """Returns the images (n, height, width) of an array of one plane or of several: see `open_images`."""
+    lengths, rows, last = _find_planes(array.shape, planes, where)
+    array = array.reshape(lengths)
+    return np.ascontiguousarray((np.moveaxis(array, 2, 0) if last else array)[rows])
+
+
+def _find_planes(shape: tuple[int, ...], planes: Planes, where: str) -> tuple[tuple[int, ...], slice, bool]:
+    """Returns the shape with three axes, the chosen planes, and whether they are along the last axis."""
+    lengths = tuple(length for length in shape if length > 1)
+    right = len(shape) <= 4 and len(lengths) in (2, 3) and 0 not in shape
+    check(right, f"{where}: images have shape {shape}, expected (height, width), or several such planes")
+    if len(lengths) == 2:
+        lengths = (1, *lengths)
+    last = lengths[0] > 1 and lengths[2] <= 4
+    n, band = lengths[2 if last else 0], planes.band
+    if n == 1 or planes.stack:
+        band = band or 0
+    several = f"{where}: {n} planes in an array of shape {shape}"
+    check(band is not None, f"{several}; give --band 0 to {n - 1}, or --stack if they are images of different lenses")
+    assert band is not None
+    check(0 <= band < n, f"{several}, but --band {band}; expected 0 to {n - 1}")
+    return lengths, slice(0, n) if planes.stack else slice(band, band + 1), last
+
+
+def read_images(path: Path, shape: tuple[int, ...] | None = None, planes: Planes = ALL_PLANES) -> np.ndarray:
     """Returns the images of a file, (n, height, width), as `read_rows` does; InputError also if not of `shape`."""
-    images = open_images(path)
+    images = open_images(path, planes, shape)
     (height, width), expected = images.shape[1:], " x ".join(map(str, shape or ()))
     check(shape in (None, (height, width)), f"{path}: image has {height} x {width} pixels, expected {expected}")
     with named(path):
@@ -143,16 +193,23 @@ def show_unread(files: Iterable[Path]) -> None:
         print(f"not read: {text}", file=sys.stderr)
 
 
-def load_labelled(path: Path, classes: Classes, label_names: Sequence[str] | None = None) -> Dataset:
+def load_labelled(
+    path: Path,
+    classes: Classes,
+    label_names: Sequence[str] | None = None,
+    planes: Planes = ALL_PLANES,
+    shape: tuple[int, int] | None = None,
+) -> Dataset:
     """Opens an .npz, see `load_npz`, or reads a folder with one folder of images for each class, scaled to [0, 1].
 
     Labels of the result index the keys of `classes`. Other folders are not read; an .npz must have just these names.
+    `planes` and `shape` (height, width): see `open_images`.
     """
     names = tuple(classes.values())
     if path.is_dir():
         files, file_labels = list_folder(path, names)
-        shape, origins = open_images(files[0]).shape[1:], []
-        stacks = [np.stack([scale(image) for image in read_images(file, shape)]) for file in files]
+        size, origins = open_images(files[0], planes, shape).shape[1:], []
+        stacks = [np.stack([scale(image) for image in read_images(file, size, planes)]) for file in files]
         for file, stack in zip(files, stacks, strict=True):
             origins += [f"{file.parent.name}/{file.name}" + f"[{i}]" * (len(stack) > 1) for i in range(len(stack))]
         labels = np.repeat(file_labels, [len(stack) for stack in stacks])
@@ -165,22 +222,74 @@ def load_labelled(path: Path, classes: Classes, label_names: Sequence[str] | Non
     return dataset._replace(labels=order[dataset.labels], classes=tuple(classes))
 
 
-def _open_fits(path: Path) -> np.ndarray:
-    """Reads the first image of 2 to 4 axes; astropy may fail in many ways on a damaged file."""
+def digest(image: np.ndarray) -> bytes:
+    """Returns 16 bytes that identify an image (height, width) as scaled to [0, 1]."""
+    return hashlib.blake2b(scale(image).tobytes(), digest_size=16).digest()
+
+
+def show_notices(splits: Mapping[str, tuple[Sequence[bytes], np.ndarray]], classes: Sequence[str]) -> None:
+    """Names on stderr identical images in two splits or under two labels, and classes of very different numbers.
+
+    `splits` are the digests of the images of each split, and their labels, int32 (n,), which index `classes`.
+    """
+    seen: dict[bytes, tuple[str, int]] = {}
+    copies = [
+        (seen.setdefault(key, (name, label)), (name, label))
+        for name, (keys, labels) in splits.items()
+        for key, label in zip(keys, labels.tolist(), strict=True)
+    ]
+    for i, what in enumerate(("in another split, too: the metrics are too good", "under another label, too")):
+        if count := sum(first[i] != other[i] for first, other in copies):
+            print(f"notice: {count} of {len(copies)} images are {what}", file=sys.stderr)
+    counts = np.bincount(np.concatenate([labels for _, labels in splits.values()]), minlength=len(classes))
+    if counts.max() > 3 * counts.min():
+        numbers = ", ".join(f"{name} {count}" for name, count in zip(classes, counts, strict=True))
+        print(f"notice: very different numbers of images ({numbers}): the rare class is learnt less", file=sys.stderr)
+
+
+def _open_fits(path: Path, planes: Planes, shape: tuple[int, ...] | None) -> np.ndarray:
+    """Reads the images of one HDU; astropy may fail in many ways on a damaged file."""
     check_installed("astropy", str(path), '"gravlens_jax[fits]"')
     from astropy.io import fits
 
+    kinds = fits.PrimaryHDU | fits.ImageHDU | fits.CompImageHDU
     try:
         with warnings.catch_warnings(action="ignore"), open(path, "rb") as file:
-            for hdu in islice(fits.open(file, memmap=False), 100):  # damaged files can seem endless
-                if isinstance(hdu, fits.PrimaryHDU | fits.ImageHDU | fits.CompImageHDU) and 2 <= len(hdu.shape) <= 4:
-                    shape = npz.as_stack(hdu.shape, str(path))
-                    size = math.prod(shape) * abs(hdu.header["BITPIX"]) // 8
-                    expected = f"expected at most {FOREIGN_BYTES:,}"
-                    check(size <= FOREIGN_BYTES, f"{path} would unpack to {size:,} bytes, {expected}")
-                    return np.asarray(hdu.data).reshape(shape)
+            hdus = enumerate(islice(fits.open(file, memmap=False), 100))  # damaged files can seem endless
+            found = [(i, hdu) for i, hdu in hdus if isinstance(hdu, kinds) and 2 <= len(hdu.shape) <= 4]
+            hdu = _choose_hdu(path, found, planes.hdu, shape)
+            size = math.prod(hdu.shape) * abs(hdu.header["BITPIX"]) // 8
+            expected = f"expected at most {FOREIGN_BYTES:,}"
+            check(size <= FOREIGN_BYTES, f"{path} would unpack to {size:,} bytes, {expected}")
+            _find_planes(hdu.shape, planes, str(path))
+            return choose_planes(np.asarray(hdu.data), planes, str(path))
     except InputError:
         raise
     except Exception as error:
         raise InputError(f"{path}: not a readable FITS file ({error!r:.200})") from error
-    raise InputError(f"{path}: holds no image of 2 to 4 axes")
+
+
+def _choose_hdu(path: Path, found: list[tuple[int, Any]], wanted: str | None, shape: tuple[int, ...] | None) -> Any:
+    """Returns the wanted one of several (number, HDU): SCI, or the only one of `shape`, or with two axes."""
+    names = {i: f"{i} {hdu.name} ({' x '.join(map(str, hdu.shape))})" for i, hdu in found}
+    check(bool(found), f"{path}: holds no image of 2 to 4 axes")
+    rules = (
+        [[i for i, hdu in found if wanted.upper() in (str(i), hdu.name)]]
+        if wanted
+        else [
+            [i for i, hdu in found if hdu.name == "SCI"],
+            [i for i, hdu in found if (hdu.shape[-2:] == shape if shape else len(hdu.shape) == 2)],
+            list(names),
+        ]
+    )
+    chosen = next(filter(None, rules), [])
+    several = f"{path}: has the images {', '.join(names.values())}; choose one with --hdu"
+    check(len(chosen) == 1, several + f", not {wanted}" * bool(wanted))
+    if len(found) > 1:
+        _name_hdu(names[chosen[0]])
+    return dict(found)[chosen[0]]
+
+
+@cache
+def _name_hdu(name: str) -> None:
+    print(f"FITS files with several images: HDU {name} is read", file=sys.stderr)  # once for all of a kind

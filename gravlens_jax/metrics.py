@@ -83,21 +83,25 @@ def fit_population(means: np.ndarray, labels: np.ndarray, num_classes: int) -> d
     """Returns the population from which `outlier_scores` measures; None for fewer than 20 images, which are too few.
 
     A Gaussian for each class, with a common covariance (Lee et al. 2018, arXiv 1807.03888, eq. 1 and 2, with channels
-    of all stages as in their section 2.2), scaled so that 1 % of ordinary images exceed 1. This quantile is found by
-    cross-validation, because distances of images that a covariance was estimated from are too short.
+    of all stages as in their section 2.2), and for each class the distance that 1 % of the images nearest to it exceed.
+    This quantile is found by cross-validation, because distances of images that a covariance was estimated from are too
+    short.
 
     `means` are float (n, channels), from `inference.outputs`, of images that the network was not trained on, `labels`
-    int (n,); a class without images gets the mean of all. The result has float32 whitening (channels, channels), and
-    centres (num_classes, channels), which are whitened.
+    int (n,); a class without images gets the mean of all. The result has float32 whitening (channels, channels),
+    centres (num_classes, channels), which are whitened, and radii (num_classes,), those quantiles.
     """
     if len(labels) < 20:
         return None
-    fold, scores = np.arange(len(labels)) % 10, np.empty(len(labels))
+    fold, distances = np.arange(len(labels)) % 10, np.empty((len(labels), num_classes))
     for k in range(10):
-        others = _fit_gaussians(means[fold != k], labels[fold != k], num_classes)
-        scores[fold == k] = outlier_scores(others, means[fold == k])
-    unit = max(np.quantile(scores, 0.99), 1e-6)
-    return {name: (x / unit).astype(np.float32) for name, x in _fit_gaussians(means, labels, num_classes).items()}
+        distances[fold == k] = _distances(
+            _fit_gaussians(means[fold != k], labels[fold != k], num_classes), means[fold == k]
+        )
+    nearest, shortest = distances.argmin(1), distances.min(1)
+    groups = [shortest[nearest == k] if (nearest == k).sum() >= 20 else shortest for k in range(num_classes)]
+    radii = {"radii": np.array([max(np.quantile(group, 0.99), 1e-6) for group in groups])}
+    return {name: x.astype(np.float32) for name, x in (_fit_gaussians(means, labels, num_classes) | radii).items()}
 
 
 def _fit_gaussians(means: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
@@ -114,15 +118,20 @@ def _fit_gaussians(means: np.ndarray, labels: np.ndarray, num_classes: int) -> d
 
 
 def outlier_scores(population: dict[str, np.ndarray] | None, means: np.ndarray) -> np.ndarray:
-    """Returns the Mahalanobis distance to the nearest class, float32 (n,), in units of that which 1 % exceed.
+    """Returns the Mahalanobis distance to the nearest class, float32 (n,), in units of that which 1 % exceed there.
 
     `population` is a result of `fit_population`, `means` float (n, channels); NaN without a population.
     """
     if population is None:
         return np.full(len(means), np.nan, np.float32)
+    distances, radii = _distances(population, means), np.asarray(population["radii"], np.float64)
+    return (distances.min(1) / radii[distances.argmin(1)]).astype(np.float32)
+
+
+def _distances(population: dict[str, np.ndarray], means: np.ndarray) -> np.ndarray:
     whitening, centres = (np.asarray(population[name], np.float64) for name in ("whitening", "centres"))
     white = means @ whitening
-    return np.stack([np.linalg.norm(white - centre, axis=1) for centre in centres]).min(0).astype(np.float32)
+    return np.stack([np.linalg.norm(white - centre, axis=1) for centre in centres], 1)
 
 
 def _loss(probabilities: np.ndarray, labels: np.ndarray) -> float:

@@ -144,15 +144,19 @@ def _check_finite(network: Network, where: Path, use: str) -> None:
 def _read_population(run_dir: Path, step: int, model: ResNet) -> dict[str, np.ndarray] | None:
     path = run_dir / "population.npz"
     arrays = load_arrays(path, "arrays", "f") if path.exists() else {}
-    found = {name: arrays[f"{step}/{name}"] for name in ("whitening", "centres") if f"{step}/{name}" in arrays}
-    right = {name: x.shape for name, x in found.items()} == _population_shapes(model)
+    shapes = _population_shapes(model)
+    found = {name: arrays[f"{step}/{name}"] for name in shapes if f"{step}/{name}" in arrays}
+    if found:
+        found.setdefault("radii", np.ones(len(model.classes), np.float32))  # 0.7 had none
+    right = {name: x.shape for name, x in found.items()} == shapes
     check(right or not found, f"{path}: its arrays do not fit the network; remove it")
     return found or None
 
 
 def _population_shapes(model: ResNet) -> dict[str, tuple[int, ...]]:
     channels = 8 * model.width
-    return {"whitening": (channels, channels), "centres": (len(model.classes), channels)}
+    classes = len(model.classes)
+    return {"whitening": (channels, channels), "centres": (classes, channels), "radii": (classes,)}
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -173,10 +177,11 @@ def _read_about(values: dict[str, Any], where: str) -> tuple[ResNet, _About]:
 def _load_file(path: Path) -> Network:
     values, arrays = read_file(path)
     model, about = _read_about(values, f"{path}: about")
-    shapes = {name: array.shape for name, array in arrays.items() if array.dtype.kind == "f"}
     expected = {name: x.shape for name, x in flatten_dict(variable_shapes(model), sep="/").items()}
-    if "population/whitening" in arrays:  # files of older versions have none
+    if "population/whitening" in arrays:  # files of older versions have none, or one without radii
+        arrays.setdefault("population/radii", np.ones(len(model.classes), np.float32))
         expected |= {f"population/{name}": shape for name, shape in _population_shapes(model).items()}
+    shapes = {name: array.shape for name, array in arrays.items() if array.dtype.kind == "f"}
     check(shapes == expected and len(arrays) == len(shapes), f"{path}: its arrays do not fit its model")
     with np.errstate(over="ignore"):  # of float64; `load_network` finds the infinity
         variables = {name: jnp.asarray(array.astype(np.float32)) for name, array in arrays.items()}

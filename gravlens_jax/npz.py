@@ -238,8 +238,13 @@ def read_header(file: IO[bytes], size: int, kinds: str, where: str) -> Header:
 def read_image_header(file: IO[bytes], size: int, where: str) -> Header:
     """Reads the header of an .npy of images, see `read_header`; its shape becomes (n, height, width)."""
     header = read_header(file, size, "uif", where)
-    check(header.dtype.itemsize <= 8, f"{where}: images are {header.dtype}, expected at most 64 bits a pixel")
+    check_bits(header.dtype, where)
     return header._replace(shape=as_stack(header.shape, where))
+
+
+def check_bits(dtype: np.dtype, where: str) -> None:
+    """Raises InputError for images of more than 64 bits a pixel."""
+    check(dtype.itemsize <= 8, f"{where}: images are {dtype}, expected at most 64 bits a pixel")
 
 
 def as_stack(shape: tuple[int, ...], where: str) -> tuple[int, ...]:

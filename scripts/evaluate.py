@@ -8,7 +8,7 @@ import tyro
 from gravlens_jax import cli
 from gravlens_jax.config import Checkpoint
 from gravlens_jax.errors import check
-from gravlens_jax.folders import load_labelled
+from gravlens_jax.folders import ALL_PLANES, load_labelled
 
 
 def main(
@@ -18,6 +18,7 @@ def main(
     out: Path | None = None,
     tta: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     classes: str | None = None,
+    planes: cli.PlaneOptions = ALL_PLANES,
 ) -> None:
     """Evaluates a network on labelled images: metrics.json, predictions.npz and figures.
 
@@ -45,7 +46,7 @@ def main(
     expected = f"expected a name in the data for each of the network's {', '.join(known)}, as in {known[0]}=other"
     check(names.keys() == set(known), f"--classes {classes}: {expected}")
     label_names = tuple(names.values()) if classes else None
-    dataset = load_labelled(data, {name: names[name] for name in known}, label_names)
+    dataset = load_labelled(data, {name: names[name] for name in known}, label_names, planes, network.image_shape)
     values = evaluate_network(
         network, dataset, checkpoint=checkpoint, out=out, tta=tta, history=read_history(run) if run.is_dir() else ()
     )

@@ -12,7 +12,7 @@ from gravlens_jax import cli
 from gravlens_jax.config import Config, OptimConfig
 from gravlens_jax.errors import check
 from gravlens_jax.files import check_folder
-from gravlens_jax.folders import list_classes, load_labelled
+from gravlens_jax.folders import ALL_PLANES, digest, list_classes, load_labelled, show_notices
 from gravlens_jax.metrics import check_state, mean_metrics
 from gravlens_jax.npz import Dataset, check_pixels
 
@@ -106,6 +106,7 @@ def main(
     learning_rate: float = 0.01,
     batch_size: int = 32,
     seed: int = 0,
+    planes: cli.PlaneOptions = ALL_PLANES,
 ) -> None:
     """Trains a network further, with a new head, on images of your own classes; RUN itself is not changed.
 
@@ -135,7 +136,8 @@ def main(
     chosen = tuple(names.values())
     right = set(chosen) <= set(found) if data.is_dir() else not found or sorted(chosen) == sorted(found)
     check(right, f"--classes {classes}: {data} has the classes {', '.join(found)}; expected these names")
-    dataset = load_labelled(data, names, chosen)
+    dataset = load_labelled(data, names, chosen, planes)
+    show_notices({"train": ([digest(dataset.images[row]) for row in range(dataset.size)], dataset.labels)}, dataset.classes)
     options: dict[str, Any] = {"crop": crop, "pool": pool, "epochs": epochs, "learning_rate": learning_rate}
     options |= {"batch_size": batch_size, "seed": seed}
     cli.use_compile_cache()

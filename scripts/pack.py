@@ -8,6 +8,7 @@ import pickletools
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from itertools import groupby, islice
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, NamedTuple
@@ -20,12 +21,17 @@ from gravlens_jax.config import CLASSES
 from gravlens_jax.errors import InputError, check
 from gravlens_jax.files import temporary_name
 from gravlens_jax.folders import (
+    ALL_PLANES,
     Classes,
+    Planes,
+    choose_planes,
+    digest,
     find_names,
     list_classes,
     list_folder,
     named,
     open_images,
+    show_notices,
     show_unread,
 )
 from gravlens_jax.npz import read_rows, scale, write_npz
@@ -120,22 +126,20 @@ def _bytes(value: Any) -> bytes:
     return value.encode("latin1") if isinstance(value, str) else value
 
 
-def open_file(path: Path) -> tuple[np.ndarray | npz.MappedImages, float]:
+def open_file(path: Path, planes: Planes = ALL_PLANES) -> tuple[np.ndarray | npz.MappedImages, float]:
     """Returns the images (n, height, width) of a file, and the mass of [image, mass], otherwise NaN.
 
     Raises:
       InputError: as `open_images`, except for Python objects that are one image and its mass.
     """
     try:
-        return open_images(path), math.nan
+        return open_images(path, planes), math.nan
     except InputError:
         if (data := _pickled_pair(path)) is None:
             raise
     try:
         image, mass = read_pair(data)
-        images = image.reshape(npz.as_stack(image.shape, str(path)))
-        check(len(images) == 1, f"{len(images)} images")
-        return images, mass
+        return choose_planes(image, ALL_PLANES, str(path)), mass
     except Exception as error:  # damaged pickles fail in many ways
         message = f"{path}: holds Python objects other than one image and its mass, which are never unpickled"
         raise InputError(f"{message} ({error!s:.200}); save it again with numpy.save(path, image)") from error
@@ -152,12 +156,12 @@ def _pickled_pair(path: Path) -> bytes | None:
         return None
 
 
-def list_images(folder: Path, classes: Classes, shape: tuple[int, ...] | None = None) -> Images:
+def list_images(folder: Path, classes: Classes, planes: Planes, shape: tuple[int, ...] | None = None) -> Images:
     """Finds the images of `folder/<class>/` and checks their headers and, if given, their shape (height, width)."""
     places: list[tuple[Path, int | None]] = []
     labels, masses = [], []
     for file, label in zip(*list_folder(folder, tuple(classes.values())), strict=True):
-        images, mass = open_file(file)
+        images, mass = open_file(file, planes)
         n, height, width = images.shape
         shape = shape or (height, width)
         expected = f"expected {shape[0]} x {shape[1]} as before"
@@ -212,6 +216,7 @@ def pack(
     test_fraction: float | None = None,
     seed: int = 0,
     val_fraction: float | None = None,
+    planes: Planes = ALL_PLANES,
 ) -> dict[str, int]:
     """Packs `source/{train,val,test}/<class>/*` into `out/{train,val,test}.npz`; returns the number of images of each.
 
@@ -227,6 +232,7 @@ def pack(
       test_fraction: of val that becomes test, in [0, 1), by default a half; an error if there is test.
       seed: of the splits.
       val_fraction: of train, or of `source` without train, that becomes val, in (0, 1); an error if there is val.
+      planes: of files with several; with `stack` these are images like others, and may come into different splits.
     """
     source, out = Path(source), Path(out)
     check(dtype in ("float16", "float32"), f"dtype={dtype!r}: expected float16 or float32")
@@ -246,7 +252,7 @@ def pack(
         check(not (out / f"{name}.npz").exists(), f"{out / name}.npz exists; remove it or choose another folder")
     splits: dict[str, Images] = {}
     for name, folder in folders.items():
-        splits[name] = list_images(folder, classes, next((found.shape for found in splits.values()), None))
+        splits[name] = list_images(folder, classes, planes, next((found.shape for found in splits.values()), None))
     fractions = {"val_fraction": val_fraction, "test_fraction": test_fraction}
     for name, part, fraction in steps:
         rest, taken = split_indices(splits[name].labels, fraction, seed)
@@ -254,35 +260,46 @@ def pack(
         left = f"--{part}-fraction {fraction} leaves no images for {empty}; choose another fraction or give more images"
         check(len(rest) > 0 and len(taken) > 0, left)
         splits |= {name: splits[name].take(rest), part: splits[name].take(taken)}
-    write_splits(source, out, np.dtype(dtype), tuple(classes), splits, {"seed": seed} | fractions)
+    info = {"source": source.name, "split": {"seed": seed} | fractions, "planes": asdict(planes)}
+    write_splits(source, out, np.dtype(dtype), tuple(classes), splits, info, planes)
     return {name: len(images.places) for name, images in splits.items()}
 
 
 def write_splits(
-    source: Path, out: Path, dtype: np.dtype, classes: tuple[str, ...], splits: dict[str, Images], split: dict
+    source: Path,
+    out: Path,
+    dtype: np.dtype,
+    classes: tuple[str, ...],
+    splits: dict[str, Images],
+    info: dict[str, Any],
+    planes: Planes,
 ) -> None:
     """Writes `out/<name>.npz` of all splits in a temporary folder, then moves them to `out`."""
     temporary = temporary_name(out / "pack")
+    digests: dict[str, tuple[list[bytes], np.ndarray]] = {name: ([], found.labels) for name, found in splits.items()}
     try:
         for name, images in splits.items():
             files = [f.relative_to(source).as_posix() + ("" if i is None else f"[{i}]") for f, i in images.places]
-            info = {"source": source.name, "files": files, "split": split}
             masses = {} if np.isnan(images.masses).all() else {"mass": images.masses}
-            chunks, shape = show_progress(read_scaled(images.places), name, len(files)), (len(files), *images.shape)
-            write_npz(temporary / f"{name}.npz", chunks, shape, dtype, images.labels, classes, info, masses)
+            scaled = read_scaled(images.places, planes, digests[name][0])
+            chunks, shape = show_progress(scaled, name, len(files)), (len(files), *images.shape)
+            about = info | {"files": files}
+            write_npz(temporary / f"{name}.npz", chunks, shape, dtype, images.labels, classes, about, masses)
+        show_notices(digests, classes)
         for name in splits:
             os.replace(temporary / f"{name}.npz", out / f"{name}.npz")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_scaled(places: list[tuple[Path, int | None]]) -> Iterator[np.ndarray]:
-    """Yields images float32 (1, height, width), scaled to [0, 1]; opens each file once."""
+def read_scaled(places: list[tuple[Path, int | None]], planes: Planes, digests: list[bytes]) -> Iterator[np.ndarray]:
+    """Yields images float32 (1, height, width), scaled to [0, 1], and appends their digests; opens each file once."""
     for file, rows in groupby(places, lambda place: place[0]):
-        images, _ = open_file(file)
+        images, _ = open_file(file, planes)
         for _, row in rows:
             with named(file):
                 (image,) = read_rows(images, np.array([row or 0]))
+            digests.append(digest(image))
             yield scale(image)[None]
 
 
@@ -338,11 +355,12 @@ def main(
     val_fraction: float | None = None,
     test_fraction: float | None = None,
     seed: int = 0,
+    planes: cli.PlaneOptions = ALL_PLANES,
 ) -> None:
     """Packs SOURCE/{train,val,test}/<class>/* into OUT/train.npz, val.npz and test.npz, each image scaled to [0, 1].
 
-    Files are .npy or FITS, of one image or of several; an .npy may also hold [image, mass], as in DeepLenseSim's Models
-    I to III, whose masses become an array `mass`. SOURCE may also be an .npz from elsewhere with images and labels: it
+    Files are .npy or FITS; an .npy may also hold [image, mass], as in DeepLenseSim's Models I to III, whose masses
+    become an array `mass`. SOURCE may also be an .npz from elsewhere with images and labels: it
     is copied to the file OUT, uncompressed and with class names.
 
     examples:
@@ -367,7 +385,7 @@ def main(
         convert(source, out, names)
         print(out)
     else:
-        counts = pack(source, out, dtype, names or DEFAULT_CLASSES, test_fraction, seed, val_fraction)
+        counts = pack(source, out, dtype, names or DEFAULT_CLASSES, test_fraction, seed, val_fraction, planes)
         print(f"{out}: " + ", ".join(f"{split}.npz {n:,} images" for split, n in counts.items()))
 
 

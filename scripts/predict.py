@@ -13,7 +13,7 @@ import tyro
 from gravlens_jax import cli
 from gravlens_jax.errors import InputError, check
 from gravlens_jax.files import is_visible
-from gravlens_jax.folders import SUFFIXES, load_npz, named, open_images, show_unread
+from gravlens_jax.folders import ALL_PLANES, SUFFIXES, Planes, load_npz, named, open_images, show_unread
 from gravlens_jax.npz import MappedImages, read_rows
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ BATCH = 128  # images that are read and predicted together
 
 
 def predict_files(
-    network: "Network", files: Iterable[Path], tta: bool = False, skip_bad: bool = False
+    network: "Network", files: Iterable[Path], tta: bool = False, skip_bad: bool = False, planes: Planes = ALL_PLANES
 ) -> Iterator[tuple[str, tuple[np.ndarray, float] | InputError]]:
     """Yields (name, (probabilities (classes,), outlier score)) for each image, and (file, error) for what is unusable.
 
@@ -33,6 +33,7 @@ def predict_files(
       files: from `find_images`; the images of an .npz and of a stack are named file[i].
       tta: average over mirror images: see `predict_logits`.
       skip_bad: whether an image with bad pixels is left out alone, instead of its file.
+      planes: of files with several.
     """
     from gravlens_jax.inference import predict
     from gravlens_jax.preprocess import check_image_shape
@@ -41,8 +42,9 @@ def predict_files(
     for path in files:
         try:
             with named(path):
-                images = load_npz(path, need_labels=False).images if _is_npz(path) else open_images(path)
-                check_image_shape(images.shape[1:], network.image_shape, str(path))
+                shape, packed = network.image_shape, _is_npz(path)
+                images = load_npz(path, need_labels=False).images if packed else open_images(path, planes, shape)
+                check_image_shape(images.shape[1:], shape, str(path))
                 bad = find_bad(path, images) if skip_bad else {}
                 good = np.setdiff1d(np.arange(len(images)), list(bad))
                 results: list[tuple[np.ndarray, float]] = []
@@ -122,6 +124,7 @@ def main(
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH...")],
     tta: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     skip_bad: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    planes: cli.PlaneOptions = ALL_PLANES,
 ) -> None:
     """Prints one CSV line for each image: file, class, probability of each class, outlier score.
 
@@ -133,7 +136,7 @@ def main(
       python scripts/predict.py runs/default images packed/test.npz > predictions.csv
 
     Args:
-        paths: files of images (.npy or FITS, of one or several; .npz), or folders of them.
+        paths: files of images (.npy, FITS, .npz), or folders of them.
         tta: average the logits over each image and its three mirror images.
         skip_bad: leave out files, and single images, that cannot be used, name them, and exit with status 3.
     """
@@ -145,7 +148,7 @@ def main(
     files = find_images(paths)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["file", "class", *(f"p_{name}" for name in classes), "outlier"])
-    for name, result in predict_files(network, files, tta, skip_bad):
+    for name, result in predict_files(network, files, tta, skip_bad, planes):
         if isinstance(result, InputError):
             errors.append(str(result))
             if skip_bad:

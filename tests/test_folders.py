@@ -6,13 +6,22 @@ import pytest
 from gravlens_jax import folders
 from gravlens_jax.config import CLASSES
 from gravlens_jax.errors import InputError
-from gravlens_jax.folders import list_classes, list_folder, load_labelled, load_npz, open_images, read_images
+from gravlens_jax.folders import (
+    Planes,
+    list_classes,
+    list_folder,
+    load_labelled,
+    load_npz,
+    open_images,
+    read_images,
+)
 from gravlens_jax.npz import MappedImages, open_npz, read_rows, scale
 from helpers import make_folders, save_npz
 
 RNG = np.random.default_rng(0)
 IMAGES, LABELS = RNG.random((3, 8, 6), np.float32), np.array([0, 1, 2])
 SCALED = read_rows(IMAGES, slice(None))
+STACK = Planes(stack=True)
 SAME_NAMES = {name: name for name in CLASSES}
 
 
@@ -34,10 +43,10 @@ def test_files_hold_one_image_or_several_with_or_without_a_channel(tmp_path, nam
     for order, dtype in (("C", "f4"), ("F", ">f8"), ("C", "i2"), ("C", "u2")):
         path, images = tmp_path / f"{order}{dtype}{name}", np.arange(np.prod(shape), dtype=dtype).reshape(shape)
         stored = np.asarray(images, order=order)
-        opened = open_images(write(path, stored))
+        opened = open_images(write(path, stored), STACK)
         expected = read_rows(images.reshape(3 if 3 in shape else 1, 8, 6), slice(None))
         np.testing.assert_array_equal(read_rows(opened, slice(None)), expected)
-        np.testing.assert_array_equal(list(read_images(path, (8, 6))), expected)
+        np.testing.assert_array_equal(list(read_images(path, (8, 6), STACK)), expected)
         assert isinstance(opened, MappedImages) == (name.lower() == "a.npy" and stored.flags.c_contiguous)
 
 
@@ -47,9 +56,9 @@ def test_errors_name_file_and_image(tmp_path, name):
     images[2, 3, 4] = np.nan
     path = write(tmp_path / name, images)
     with pytest.raises(InputError, match=rf"{name}: images\[2\] has NaN or infinite pixels"):
-        list(read_images(path))
+        list(read_images(path, planes=STACK))
     with pytest.raises(InputError, match=rf"{name}: image has 8 x 6 pixels, expected 6 x 8"):
-        list(read_images(path, (6, 8)))
+        list(read_images(path, (6, 8), STACK))
 
 
 def test_images_of_other_shapes_or_large_fits_or_fits_without_astropy_are_refused(tmp_path, monkeypatch):
@@ -57,7 +66,7 @@ def test_images_of_other_shapes_or_large_fits_or_fits_without_astropy_are_refuse
     with pytest.raises(InputError, match=r"a\.fits: holds no image of 2 to 4 axes"):
         open_images(tmp_path / "a.fits")
     for shape in ((5,), (3, 2, 8, 6), (1, 1, 1, 8, 6), (3, 8, 6, 3)):
-        with pytest.raises(InputError, match=r"a.npy: images have shape .* expected \(height, width\) or \(n, height"):
+        with pytest.raises(InputError, match=r"a.npy: images have shape .* expected \(height, width\), or several"):
             open_images(write(tmp_path / "a.npy", np.ones(shape)))
     monkeypatch.setattr(folders, "FOREIGN_BYTES", 2**16)
     with pytest.raises(InputError, match=r"a\.fits\.gz would unpack to 8,388,608 bytes"):
@@ -67,6 +76,69 @@ def test_images_of_other_shapes_or_large_fits_or_fits_without_astropy_are_refuse
         open_images(tmp_path / "a.fits")
 
 
+@pytest.mark.parametrize("name", ["a.npy", "Fortran.npy", "a.fits"])
+@pytest.mark.parametrize("axis", [0, 2])
+def test_one_band_or_all_of_a_stack_is_read_of_files_with_several_planes(tmp_path, name, axis):
+    path = write(tmp_path / name, np.asarray(np.moveaxis(IMAGES, 0, axis), order="F" if "F" in name else "C"))
+    several = rf"{name}: 3 planes in an array of shape .*; give --band 0 to 2, or --stack if they are images of"
+    with pytest.raises(InputError, match=several):
+        open_images(path)
+    for band in range(3):
+        np.testing.assert_array_equal(read_images(path, (8, 6), Planes(band)), SCALED[band : band + 1])
+    with pytest.raises(InputError, match="but --band 3; expected 0 to 2"):
+        open_images(path, Planes(3))
+    np.testing.assert_array_equal(read_images(path, (8, 6), STACK), SCALED)
+    with pytest.raises(InputError, match="give --band for bands, or --stack for images of different lenses"):
+        Planes(0, stack=True)
+
+
+@pytest.mark.parametrize(
+    "hdus, shape, expected",
+    [
+        ("ERR-8-6 SCI-8-6", None, 1),
+        ("ERR-8-6 SCI-7-6", (8, 6), 1),
+        ("A-9-6 B-8-6 C-3-8-6", (9, 6), 0),
+        ("A-5-8-6 B-8-6", None, 1),
+        ("A-8-6 B-8-6", (8, 6), r"a\.fits: has the images 1 A \(8 x 6\), 2 B \(8 x 6\); choose one with --hdu$"),
+        ("SCI-8-6 SCI-8-6", None, "choose one with --hdu"),
+    ],
+)
+def test_image_of_a_fits_file_is_chosen_by_name_or_size_and_named_or_asked_for(tmp_path, capsys, hdus, shape, expected):
+    fits = pytest.importorskip("astropy.io.fits")
+    path, made = tmp_path / "a.fits", [fits.PrimaryHDU()]
+    for i, hdu in enumerate(hdus.split()):
+        name, *lengths = hdu.split("-")
+        made.append(fits.ImageHDU(np.full(tuple(map(int, lengths)), i, np.float32), name=name))
+    fits.HDUList(made).writeto(path)
+    for wanted in ("2", made[2].name) if len(set(hdus.split())) > 1 else ("2",):
+        assert (open_images(path, Planes(band=0, hdu=wanted.lower()), shape) == 1).all()
+    with pytest.raises(InputError, match="choose one with --hdu, not NONE"):
+        open_images(path, Planes(hdu="NONE"), shape)
+    capsys.readouterr()
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            open_images(path, shape=shape)
+    else:
+        folders._name_hdu.cache_clear()
+        assert (open_images(path, shape=shape) == expected).all() and (open_images(path, shape=shape) == expected).all()
+        assert capsys.readouterr().err.count(f"HDU {expected + 1} {made[expected + 1].name} (") == 1
+
+
+def test_identical_images_and_unequal_classes_are_noticed(capsys):
+    keys = [folders.digest(image) for image in IMAGES]
+    folders.show_notices(
+        {"train": (keys, LABELS), "val": ([folders.digest(2 * RNG.random((8, 6)))], LABELS[1:2])}, CLASSES
+    )
+    assert not capsys.readouterr().err
+    many = ([folders.digest(2 * IMAGES[0]), *keys[1:]] * 2, np.array([0, 1, 2, 1, 1, 1]))
+    folders.show_notices({"train": (keys, LABELS), "val": many}, CLASSES)
+    err = capsys.readouterr().err
+    assert "6 of 9 images are in another split, too" in err and "2 of 9 images are under another label, too" in err
+    assert "no 2, sphere 5, vort 2" not in err  # less than 3 times
+    folders.show_notices({"train": (keys, np.array([0, 0, 1]))}, CLASSES)
+    assert "very different numbers of images (no 2, sphere 1, vort 0)" in capsys.readouterr().err
+
+
 def test_folder_is_loaded_in_numerical_order_and_may_hold_stacks_of_any_range(tmp_path):
     images = RNG.random((5, 8, 6)) * 1e300
     for name, values in (("b/1.NPY", images[0]), ("b/2.npy", images[1] + 1e300), ("b/10.npy", images[2:4])):
@@ -74,14 +146,14 @@ def test_folder_is_loaded_in_numerical_order_and_may_hold_stacks_of_any_range(tm
         write(tmp_path / name, values)
     (tmp_path / "a").mkdir()
     write(tmp_path / "a/1.npy", images[4])
-    dataset = load_labelled(tmp_path, {"x": "b", "y": "a"})
+    dataset = load_labelled(tmp_path, {"x": "b", "y": "a"}, planes=STACK)
     assert dataset.labels.tolist() == [0, 0, 0, 0, 1] and dataset.classes == ("x", "y")
     assert dataset.info["files"] == ["b/1.NPY", "b/2.npy", "b/10.npy[0]", "b/10.npy[1]", "a/1.npy"]
     np.testing.assert_allclose(dataset.images, [*map(scale, images)], atol=1e-6)
     assert dataset.images.dtype == np.float32 and list_folder(tmp_path, ("b", "a"))[1].tolist() == [0, 0, 0, 1]
     np.save(tmp_path / "a/2.npy", images[:, 1:])
     with pytest.raises(InputError, match=r"a/2\.npy: image has 7 x 6 pixels, expected 8 x 6"):
-        load_labelled(tmp_path, {"x": "b", "y": "a"})
+        load_labelled(tmp_path, {"x": "b", "y": "a"}, planes=STACK)
 
 
 def test_hidden_and_system_files_are_ignored_and_other_ones_named(tmp_path, capsys):

@@ -17,7 +17,7 @@ import pytest
 
 from gravlens_jax.config import CLASSES, PRESETS, Config
 from gravlens_jax.errors import InputError
-from gravlens_jax.folders import load_npz, read_images
+from gravlens_jax.folders import Planes, load_npz, read_images
 from gravlens_jax.network import Network, describe, load_network, write_network
 from gravlens_jax.npz import Dataset, open_npz, read_rows
 from gravlens_jax.run_files import RunInfo, create_run, read_run
@@ -124,7 +124,11 @@ def write_tiny_network(path):
 
 
 def read_all(path):
-    return list(read_images(path))
+    return list(read_images(path, planes=Planes(stack=True)))
+
+
+def read_pair_file(path):
+    return [x for (x,) in read_scaled([(path, 0)], Planes(), [])]
 
 
 PAIR = np.array([np.ones((6, 4)), 1.0], object)
@@ -137,7 +141,7 @@ KINDS = {  # file -> how it is written, damaged and read
     "a.npy": (write_stack, lambda rng, x: rng.choice([edited, with_header])(rng, x), read_all),
     "a.fits": (write_stack, edited, read_all),
     "a.fits.gz": (write_stack, edited, read_all),
-    "pair.npy": (lambda path: np.save(path, PAIR), edited, lambda path: [x for (x,) in read_scaled([(path, 0)])]),
+    "pair.npy": (lambda path: np.save(path, PAIR), edited, read_pair_file),
     "net.npz": (write_tiny_network, damaged_archive, load_network),
     "config.json": (lambda path: create_run(path.parent, RUN), damaged_json, lambda path: read_run(path.parent)),
 }

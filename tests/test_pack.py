@@ -7,6 +7,7 @@ import pytest
 from gravlens_jax import npz
 from gravlens_jax.config import CLASSES
 from gravlens_jax.errors import InputError
+from gravlens_jax.folders import Planes
 from gravlens_jax.npz import open_npz, scale
 from helpers import limited_memory, make_folders
 from pack import convert, open_file, pack
@@ -31,7 +32,11 @@ def test_every_image_is_stored_once_under_its_label_scaled_to_0_1(tmp_path, shap
     source = make_folders(tmp_path / "dataset", shape=shape, dtype=dtype)
     classes = {name[0]: name for name in CLASSES[::-1]}
     np.save(source / "val/no/5.npy", (RNG.random((4, *shape)) * 200).astype(dtype))  # several images in a file
-    assert pack(source, tmp_path / "out", packed, classes, 0.25, 3) == {"train": 6, "val": 12, "test": 4}
+    assert pack(source, tmp_path / "out", packed, classes, 0.25, 3, planes=Planes(stack=True)) == {
+        "train": 6,
+        "val": 12,
+        "test": 4,
+    }
     found, split = [], {"seed": 3, "val_fraction": None, "test_fraction": 0.25}
     for dataset in open_all(tmp_path / "out", "train", "val", "test"):
         assert dataset.images.dtype == packed and dataset.classes == tuple(classes) and dataset.info["split"] == split
@@ -122,7 +127,7 @@ def test_bad_image_of_val_is_named_and_leaves_no_file_of_train_either(tmp_path, 
     else:
         np.save(path, image, allow_pickle=True)
     with pytest.raises(InputError, match=rf"4\.npy:? {message}"):
-        pack(tmp_path / "dataset", tmp_path / "out", "float16")
+        pack(tmp_path / "dataset", tmp_path / "out", "float16", planes=Planes(stack=True))
     assert not list(tmp_path.glob("out/*"))
 
 
@@ -246,7 +251,7 @@ HOSTILE = {
     "many": (b"\x80\x02" + b"N" * 10**6 + b".", "more than 200 opcodes"),
     "complex": (pickled(IMAGE * 1j, 1.0), "numbers of dtype <c16"),
     "NaN": (pickled(IMAGE, np.nan), "the mass is nan, not a finite float32"),
-    "stack": (pickled(np.stack([IMAGE] * 2), 1.0), "2 images"),
+    "stack": (pickled(np.stack([IMAGE] * 2), 1.0), "2 planes"),
     "text": (pickled(IMAGE, "1"), "the mass is not a number"),
     "list": (pickle.dumps([IMAGE, 1.0], 4), "not an array"),
 }

@@ -11,8 +11,10 @@ import pytest
 
 import evaluate
 from gravlens_jax.errors import InputError
+from gravlens_jax.folders import Planes
 from gravlens_jax.inference import predict
 from gravlens_jax.network import describe, write_network
+from gravlens_jax.npz import scale
 from helpers import limited_memory, make_network, save_npz
 from predict import find_images, main, predict_files
 
@@ -42,13 +44,27 @@ def test_stacks_fits_and_npz_with_any_labels_are_predicted_like_single_images(fo
     (folder / "stack.npy").rename(folder / "STACK.NPY")
     fits.PrimaryHDU(IMAGES[0]).writeto(folder / "a.fits.gz")
     np.savez_compressed(folder / "x.npz", X=IMAGES[:2], y=np.eye(2), z=1)
-    main(Path("net.npz"), (folder,))
+    with pytest.raises(InputError, match=r"STACK\.NPY: 3 planes .* give --band 0 to 2, or --stack"):
+        main(Path("net.npz"), (folder,))
+    capsys.readouterr()
+    main(Path("net.npz"), (folder,), planes=Planes(stack=True))
     out, err = capsys.readouterr()
     names = ["0.npy", "1.npy", "2.npy", "STACK.NPY[0]", "STACK.NPY[1]", "STACK.NPY[2]", "a.fits.gz", "x.npz[0]"]
     assert list(rows(out)) == [f"images/{name}" for name in [*names, "x.npz[1]"]]
     found = list(rows(out).values())
     np.testing.assert_allclose(found, [found[i] for i in (0, 1, 2, 0, 1, 2, 0, 0, 1)], atol=2e-6)
     assert len(set(found[:3])) == 3 and "x.npz: images are 'X'" in err and "left out: z" in err
+
+
+def test_evaluate_reads_one_band(folder, monkeypatch):
+    found = []
+    for name in ("no", "sphere", "vort"):
+        (folder / name).mkdir()
+        np.save(folder / name / "1.npy", IMAGES)
+    monkeypatch.setattr("gravlens_jax.report.evaluate_network", lambda _, dataset, **options: found.append(dataset))
+    monkeypatch.setattr("gravlens_jax.report.table", lambda *_: "")
+    evaluate.main(Path("net.npz"), folder, planes=Planes(band=1))
+    np.testing.assert_allclose(found[0].images, np.repeat([scale(IMAGES[1])], 3, 0))
 
 
 def test_linked_folders_are_searched_once_and_unread_files_are_named(folder, capsys, monkeypatch):
@@ -82,10 +98,10 @@ def test_bad_files_and_images_can_be_skipped(folder, capsys):
     np.save(folder / "f.npy", bad[1])
     np.save(folder / "g.npy", IMAGES[0])
     with pytest.raises(InputError, match=r"a\.npy: images\[1\] has NaN.*; .*f\.npy: images\[0\] has NaN"):
-        main(Path("net.npz"), (folder,))
+        main(Path("net.npz"), (folder,), planes=Planes(stack=True))
     assert list(rows(capsys.readouterr().out)) == ["images/g.npy"]
     with pytest.raises(SystemExit) as stop:
-        main(Path("net.npz"), (folder,), skip_bad=True)
+        main(Path("net.npz"), (folder,), skip_bad=True, planes=Planes(stack=True))
     out, err = capsys.readouterr()
     good = [f"images/{name}[{i}]" for name in ("a.npy", "b.npz", "e.npy") for i in (0, 2)]
     assert stop.value.code == 3 and list(rows(out)) == [*good, "images/g.npy"]
