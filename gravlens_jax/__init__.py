@@ -10,15 +10,17 @@ if TYPE_CHECKING:
     from gravlens_jax.config import CLASSES as CLASSES
     from gravlens_jax.config import Config as Config
     from gravlens_jax.errors import InputError as InputError
+    from gravlens_jax.inference import deflection_grid as deflection_grid
     from gravlens_jax.inference import embed as embed
     from gravlens_jax.inference import logits as logits
     from gravlens_jax.inference import predict as predict
+    from gravlens_jax.inference import predict_deflection as predict_deflection
     from gravlens_jax.inference import predict_logits as predict_logits
-    from gravlens_jax.inference import saliency as saliency
     from gravlens_jax.lensing.priors import PRIORS as PRIORS
     from gravlens_jax.lensing.priors import Priors as Priors
     from gravlens_jax.lensing.render import render_lens as render_lens
     from gravlens_jax.lensing.render import sample_lens as sample_lens
+    from gravlens_jax.metrics import convergence as convergence
     from gravlens_jax.model import ResNet as ResNet
     from gravlens_jax.model import ResNet20 as ResNet20
     from gravlens_jax.network import load_network as load_network
@@ -30,9 +32,10 @@ __version__ = "0.8.0"
 _NAMES = {
     "config": ("CLASSES", "Config"),
     "errors": ("InputError",),
-    "inference": ("embed", "logits", "predict", "predict_logits", "saliency"),
+    "inference": ("deflection_grid", "embed", "logits", "predict", "predict_deflection", "predict_logits"),
     "lensing.priors": ("PRIORS", "Priors"),
     "lensing.render": ("render_lens", "sample_lens"),
+    "metrics": ("convergence",),
     "model": ("ResNet", "ResNet20"),
     "network": ("load_network", "load_pretrained"),
     "npz": ("open_npz",),

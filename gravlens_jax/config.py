@@ -160,6 +160,11 @@ class Config:
         """The preset of the population, if training images are simulated during training; None for files."""
         return next((preset for preset in PRIOR_PRESETS if self.data == STREAM + preset), None)
 
+    @property
+    def uses_deflections(self) -> bool:
+        """Whether the auxiliary loss is on, if the images have lens parameters."""
+        return bool(self.deflection_weight) and not self.augment.max_rotation and not self.augment.max_shift
+
     def resolve(self) -> "Config":
         """Returns the config that a run saves: with absolute paths of its images, and numbers for its input."""
         data = self.data if self.data is None or self.stream else str(Path(self.data).absolute())

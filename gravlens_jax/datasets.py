@@ -14,11 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gravlens_jax import npz, preprocess, sharding
-from gravlens_jax.config import CLASSES, REQUIRED_SPLITS, SPLITS, Config, SimulationConfig, from_dict
+from gravlens_jax.config import CLASSES, REQUIRED_SPLITS, SPLITS, Config, InputConfig, SimulationConfig, from_dict
 from gravlens_jax.errors import InputError, check
 from gravlens_jax.files import locked
 from gravlens_jax.lensing import images
 from gravlens_jax.lensing.priors import PRIORS, Priors, make_easy
+from gravlens_jax.lensing.render import Grid
 from gravlens_jax.loader import DeviceData, FileData
 from gravlens_jax.progress import show_progress
 from gravlens_jax.stream import StreamData
@@ -35,6 +36,7 @@ class Splits(NamedTuple):
     test: npz.Dataset
     record: dict[str, str]  # split -> `fingerprint` of its file
     has_deflections: bool  # whether batches of training images have `deflections`: see `train_step`
+    pixel_scale: float | None  # arcsec; None for images from elsewhere
 
 
 def open_splits(config: Config, mesh: Mesh) -> Splits:
@@ -48,14 +50,16 @@ def open_splits(config: Config, mesh: Mesh) -> Splits:
         holds = f"{name} holds {data.size} images, fewer than batch_size={config.batch_size}"
         check(data.size >= config.batch_size, f"{holds}; give more or lower it")
     record = {split: fingerprint(dataset) for split, dataset in files.items()}
-    return Splits(training["train"], training.get("easy"), files["val"], files["test"], record, has_deflections)
+    priors = find_priors(files["val"])
+    scale = priors.pixel_scale if priors else None
+    return Splits(training["train"], training.get("easy"), files["val"], files["test"], record, has_deflections, scale)
 
 
 def _open_files(config: Config, mesh: Mesh) -> tuple[dict[str, Any], dict[str, npz.Dataset], bool]:
     files = load_splits(_simulate(config) if config.data is None else Path(config.data))
     kinds = {"train": DeviceData if config.device_data else FileData, "easy": FileData}
-    maps = {split: _maps_of(files[split], config) for split in kinds if split in files}
-    has_deflections = None not in maps.values()
+    maps = {split: map_renderer(files[split], config.input) for split in kinds if split in files}
+    has_deflections = config.uses_deflections and None not in maps.values()
     training = {
         split: kinds[split](files[split], config.batch_size, config.seed, mesh, render if has_deflections else None)
         for split, render in maps.items()
@@ -68,36 +72,47 @@ def _open_stream(config: Config, mesh: Mesh) -> tuple[dict[str, Any], dict[str, 
     s, priors = config.simulation, PRIORS[config.stream]
     held_out = replace(config, simulation=replace(s, preset=config.stream, train=0, easy=0))
     files = load_splits(_simulate(held_out), ("val", "test"))
+    grid = map_grid(config.input, priors) if config.uses_deflections else None
     populations, training = {"train": priors} | ({"easy": make_easy(priors)} if s.easy else {}), {}
     for split, population in populations.items():
-        grid, n = deflection_grid(config, population), getattr(s, split)
-        training[split] = StreamData(n, population, SPLITS.index(split), config.batch_size, s.seed, mesh, grid)
-    return training, files, training["train"].grid is not None
+        n, index = getattr(s, split), SPLITS.index(split)
+        training[split] = StreamData(n, population, index, config.batch_size, s.seed, mesh, grid)
+    return training, files, grid is not None
 
 
-def deflection_grid(config: Config, priors: Priors) -> tuple[int, float] | None:
-    """Returns number and width (arcsec) of the cells of the last feature map; None for training without deflections."""
-    if not config.deflection_weight or config.augment.max_rotation or config.augment.max_shift:
+def map_grid(config: InputConfig, priors: Priors) -> Grid:
+    """Returns the cells of the network's last feature map: the deflection is predicted in each."""
+    off_centre = (priors.num_pixels - config.crop) % 2 / 2  # of the crop, in pixels
+    return Grid(config.cells, config.cell * priors.pixel_scale, off_centre * priors.pixel_scale)
+
+
+def map_renderer(dataset: npz.Dataset, config: InputConfig) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Returns a function from rows of simulated images to their deflection maps, see `deflection_map`, on `map_grid`.
+
+    None for other images.
+    """
+    lens_params, priors = dataset.lens_params, find_priors(dataset)
+    if lens_params is None or priors is None:
         return None
-    return config.input.cells, config.input.cell * priors.pixel_scale
+    grid = map_grid(config, priors)
+    return lambda rows: images.deflection_maps({name: x[rows] for name, x in lens_params.items()}, priors, grid)
 
 
-def _maps_of(dataset: npz.Dataset, config: Config) -> Callable[[np.ndarray], np.ndarray] | None:
-    """Returns a function from rows to deflection maps; None for training without, or images from elsewhere."""
-    lens_params, source = dataset.lens_params, dataset.info.get("simulated")
-    if lens_params is None or not isinstance(source, dict) or source.get("version") != images.SIMULATOR_VERSION:
+def find_priors(dataset: npz.Dataset) -> Priors | None:
+    """Returns the population of simulated images; None for other images, or if they do not show their `lens_params`."""
+    source = dataset.info.get("simulated")
+    if dataset.lens_params is None or not isinstance(source, dict) or source.get("version") != images.SIMULATOR_VERSION:
         return None
     try:
-        priors = from_dict(Priors, source.get("priors"))
+        priors: Priors = from_dict(Priors, source.get("priors"))
     except InputError:  # of another version
-        return None
-    grid = deflection_grid(config, priors)
-    if grid is None:
         return None
     with suppress(KeyError, TypeError, ValueError):  # parameters that were edited
         if shows_its_lenses(dataset, priors):
-            return lambda rows: images.deflection_maps({name: x[rows] for name, x in lens_params.items()}, priors, grid)
-    print("the images are not those of their lens parameters: training without the auxiliary loss", file=sys.stderr)
+            return priors
+    print(
+        "the images are not those of their lens parameters: no deflection maps of their substructure", file=sys.stderr
+    )
     return None
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+VISIBLE = 0.05  # mean pixel, of images in [0, 1], from which on the light of a cell shows its deflection
 ADVICE = "saved checkpoints are intact; start again with a lower learning rate"
 
 
@@ -180,6 +181,55 @@ def roc_areas(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     n = members.sum(0)
     wins = (rankdata(probabilities, axis=0) * members).sum(0) - n * (n + 1) / 2
     return np.divide(wins, n * (len(labels) - n), out=np.full(len(n), np.nan), where=n % len(labels) != 0)
+
+
+def convergence(deflection: np.ndarray, cell_width: float) -> np.ndarray:
+    """Returns half the divergence of deflection maps (n, cells, cells, 2) in arcsec: float (n, cells, cells).
+
+    The surface density of what deflects, in units of the critical one. Row 0 is at +y; `cell_width` in arcsec.
+    Differences are central, at the edges one-sided.
+    """
+    dx_dx = np.gradient(deflection[..., 0], cell_width, axis=-1)
+    return (dx_dx - np.gradient(deflection[..., 1], cell_width, axis=-2)) / 2
+
+
+def evaluate_maps(
+    predicted: np.ndarray,
+    true: np.ndarray,
+    light: np.ndarray,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    width: float,
+) -> dict[str, Any]:
+    """Returns how well deflections are predicted, class -> metrics ready for JSON, in cells with visible light.
+
+    They are rms_mas of the true deflection and error_mas, the root mean square error, in milliarcseconds; r2, 1 -
+    sum(error^2) / sum((true - mean)^2) over both components; peak_found and peak_near, the fractions of images whose
+    predicted convergence is largest in the cell where the true one is, or in one of the eight cells around it. None
+    where there is no substructure, or no image.
+
+    Args:
+      predicted, true: float (n, cells, cells, 2), arcsec.
+      light: float (n, cells, cells), mean pixel of each cell, of images in [0, 1]: visible is at least VISIBLE.
+      labels: int (n,), index `classes`.
+      width: of a cell, arcsec.
+    """
+    visible, values = light >= VISIBLE, {}
+    peaks = [np.where(visible, convergence(maps, width), -np.inf).reshape(len(maps), -1) for maps in (predicted, true)]
+    rows, columns = np.unravel_index([peak.argmax(1) for peak in peaks], light.shape[1:])
+    distance = np.maximum(abs(rows[0] - rows[1]), abs(columns[0] - columns[1]))
+    for k, name in enumerate(classes):
+        images = (labels == k) & visible.any((1, 2))
+        error, truth = (maps[images][visible[images]].astype(np.float64) for maps in (predicted - true, true))
+        dark = not images.any() or not truth.any()
+        values[name] = {
+            "rms_mas": 1e3 * float(np.sqrt((truth**2).mean())) if images.any() else None,
+            "error_mas": 1e3 * float(np.sqrt((error**2).mean())) if images.any() else None,
+            "r2": None if dark else float(1 - (error**2).sum() / ((truth - truth.mean()) ** 2).sum()),
+            "peak_found": None if dark else float((distance[images] == 0).mean()),
+            "peak_near": None if dark else float((distance[images] <= 1).mean()),
+        }
+    return values
 
 
 def evaluate(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class ResNet(nn.Module):
         channels on both sides.
       dtype: of activations; parameters, statistics and logits are float32.
       input: how images become `x`; see `gravlens_jax.preprocess`.
+      pixel_scale: of the training images, arcsec; None if unknown. Deflection maps are in its unit.
     """
 
     depth: int = 20
@@ -35,17 +36,15 @@ class ResNet(nn.Module):
     projection: bool = False
     dtype: Any = jnp.float32
     input: InputConfig = InputConfig()
+    pixel_scale: float | None = None
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, train: bool = False, perturbation: jax.Array | float = 0.0
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Returns the logits and the four feature maps: after the first convolution and after each stage.
 
         Args:
           x: float (n, height, width, 1), prepared images.
           train: normalize by the batch and update the running statistics (then pass mutable=["batch_stats"]).
-          perturbation: added to the feature map after stage 2, for derivatives with respect to it.
 
         Returns:
           logits, float32 (n, len(classes)); and maps of `dtype`, of width, width, 2 width and 4 width channels, the
@@ -70,8 +69,7 @@ class ResNet(nn.Module):
                     extra = filters - x.shape[-1]
                     x = jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
                 x = nn.relu(x + y)
-            feature_maps.append(x + perturbation if stage == 1 else x)
-            x = feature_maps[-1]
+            feature_maps.append(x)
         features = x.astype(jnp.float32).mean((1, 2))
         return nn.Dense(len(self.classes), dtype=jnp.float32, name="head")(features), tuple(feature_maps)
 
@@ -79,10 +77,12 @@ class ResNet(nn.Module):
 ResNet20 = partial(ResNet, depth=20)
 
 
-def make_model(config: ModelConfig, input_config: InputConfig, classes: tuple[str, ...]) -> ResNet:
+def make_model(
+    config: ModelConfig, input_config: InputConfig, classes: tuple[str, ...], pixel_scale: float | None = None
+) -> ResNet:
     """Returns the network that a run's config describes."""
     fields = asdict(config) | {"dtype": jnp.dtype(config.dtype)}
-    return ResNet(**fields, classes=classes, input=input_config.resolve())
+    return ResNet(**fields, classes=classes, input=input_config.resolve(), pixel_scale=pixel_scale)
 
 
 def variable_shapes(model: ResNet) -> Any:

@@ -14,8 +14,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gravlens_jax import __version__, files, metrics, run_files
 from gravlens_jax.checkpoint import load_variables
 from gravlens_jax.config import Checkpoint, InputConfig, ModelConfig, from_dict
+from gravlens_jax.datasets import map_renderer
 from gravlens_jax.errors import check, parse_json
-from gravlens_jax.inference import outputs
+from gravlens_jax.inference import fit_deflection, outputs
 from gravlens_jax.model import ResNet, make_model, variable_shapes
 from gravlens_jax.npz import Dataset, load_arrays
 
@@ -28,9 +29,14 @@ class Network:
     """A trained network; iterating yields its model and variables: `model, variables = load_pretrained()`."""
 
     model: ResNet
-    variables: Any  # {"params", "batch_stats"}, calibrated, and perhaps "population": see `metrics.fit_population`
+    variables: Any  # {"params", "batch_stats"}, calibrated, and perhaps "population" and "deflection": see `calibrate`
     image_shape: tuple[int, int]  # height and width of the training images
     temperature: float = 1.0  # already applied to the head
+
+    @property
+    def cell_width(self) -> float:
+        """Width of the cells of deflection maps, arcsec; pixels if their scale is not known."""
+        return self.model.input.cell * (self.model.pixel_scale or 1.0)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.variables))
@@ -45,7 +51,8 @@ class _About(NamedTuple):  # the part of `describe` that loading needs
     input: InputConfig
     classes: tuple[str, ...]
     image_shape: tuple[int, int]
-    temperature: float
+    temperature: float = 1.0
+    pixel_scale: float | None = None
 
 
 def load_network(run: str | Path, checkpoint: Checkpoint = "best") -> Network:
@@ -60,10 +67,10 @@ def load_network(run: str | Path, checkpoint: Checkpoint = "best") -> Network:
         network = _load_file(path)
     else:
         values = run_files.read_config(path)
-        model, about = _read_about(values["config"] | values | {"temperature": 1.0}, f"{path}/config.json")
+        model, about = _read_about(values["config"] | values, f"{path}/config.json")
         variables, step = load_variables(path, model, checkpoint)
         temperature = run_files.read_temperature(path, step)
-        variables = calibrated(variables, temperature, _read_population(path, step, model))
+        variables = calibrated(variables, temperature, _read_added(path, step, model))
         network = Network(model, variables, about.image_shape, temperature)
     _check_finite(network, path, "used")
     return network
@@ -80,11 +87,18 @@ def find_network(run: str | Path) -> Path:
     return PRETRAINED if str(run) == "pretrained" and not path.exists() else path
 
 
-def calibrate(model: ResNet, variables: Any, dataset: Dataset) -> tuple[float, dict[str, np.ndarray] | None]:
-    """Returns the temperature and the population, fitted to images that the network was not trained on."""
-    logits, means = outputs(model, variables, dataset.images)
-    population = metrics.fit_population(means, dataset.labels, len(model.classes))
-    return metrics.fit_temperature(logits, dataset.labels), population
+def calibrate(model: ResNet, variables: Any, dataset: Dataset) -> tuple[float, dict[str, np.ndarray]]:
+    """Returns what is fitted to images that the network was not trained on: its temperature, and arrays by their names.
+
+    population/... is where outlier scores measure from, see `metrics.fit_population`. deflection/kernel, float32 (4
+    width, 2), and deflection/bias, (2,), turn each cell of the last feature map into the deflection there, see
+    `inference.predict_deflection`; they need simulated images.
+    """
+    logits, means = outputs(model, variables, dataset.images)[:2]
+    added = {"population": metrics.fit_population(means, dataset.labels, len(model.classes)) or {}}
+    if render := map_renderer(dataset, model.input):
+        added["deflection"] = fit_deflection(model, variables, dataset.images, render)
+    return metrics.fit_temperature(logits, dataset.labels), flatten_dict(added, sep="/")
 
 
 def calibrate_run(run_dir: Path, model: ResNet, dataset: Dataset, write: bool) -> None:
@@ -97,11 +111,10 @@ def calibrate_run(run_dir: Path, model: ResNet, dataset: Dataset, write: bool) -
         run_files.write_calibration(run_dir, calibrations)
 
 
-def calibrated(variables: Any, temperature: float, population: dict[str, np.ndarray] | None = None) -> dict[str, Any]:
-    """Returns the variables with the head, and so the logits, divided by `temperature`, and with the population."""
+def calibrated(variables: Any, temperature: float, added: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Returns the variables with the head, and so the logits, divided by `temperature`, and with the `added` arrays."""
     head = jax.tree.map(lambda x: x / temperature, variables["params"]["head"])
-    added = {} if population is None else {"population": population}
-    return {**variables, "params": {**variables["params"], "head": head}, **added}
+    return {**variables, "params": {**variables["params"], "head": head}, **unflatten_dict(added, sep="/")}
 
 
 def describe(network: Network, run: Path | None = None) -> dict[str, Any]:
@@ -113,6 +126,7 @@ def describe(network: Network, run: Path | None = None) -> dict[str, Any]:
         "classes": model.classes,
         "image_shape": network.image_shape,
         "temperature": network.temperature,
+        "pixel_scale": model.pixel_scale,
         "version": __version__,
     }
     if run is not None and (run / "config.json").exists():
@@ -141,22 +155,28 @@ def _check_finite(network: Network, where: Path, use: str) -> None:
     check(finite, f"{where}: {reason}; train again with a lower learning rate")
 
 
-def _read_population(run_dir: Path, step: int, model: ResNet) -> dict[str, np.ndarray] | None:
+def _read_added(run_dir: Path, step: int, model: ResNet) -> dict[str, np.ndarray]:
     path = run_dir / "population.npz"
     arrays = load_arrays(path, "arrays", "f") if path.exists() else {}
-    shapes = _population_shapes(model)
-    found = {name: arrays[f"{step}/{name}"] for name in shapes if f"{step}/{name}" in arrays}
-    if found:
-        found.setdefault("radii", np.ones(len(model.classes), np.float32))  # 0.7 had none
-    right = {name: x.shape for name, x in found.items()} == shapes
-    check(right or not found, f"{path}: its arrays do not fit the network; remove it")
-    return found or None
+    of_step = {name.partition("/")[2]: x for name, x in arrays.items() if name.startswith(f"{step}/")}
+    # Those of 0.7 had no group.
+    added = {name if "/" in name else f"population/{name}": x for name, x in of_step.items()}
+    shapes = _added_shapes(model, added)
+    check({name: x.shape for name, x in added.items()} == shapes, f"{path} does not fit the network; remove it")
+    return added
 
 
-def _population_shapes(model: ResNet) -> dict[str, tuple[int, ...]]:
-    channels = 8 * model.width
-    classes = len(model.classes)
-    return {"whitening": (channels, channels), "centres": (classes, channels), "radii": (classes,)}
+def _added_shapes(model: ResNet, added: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes that the arrays of `calibrate` must have, of the groups that are there."""
+    channels, classes = 8 * model.width, len(model.classes)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if "population/whitening" in added:
+        added.setdefault("population/radii", np.ones(classes, np.float32))  # 0.7 had none
+        shapes |= {"population/whitening": (channels, channels), "population/centres": (classes, channels)}
+        shapes |= {"population/radii": (classes,)}
+    if "deflection/kernel" in added:
+        shapes |= {"deflection/kernel": (4 * model.width, 2), "deflection/bias": (2,)}
+    return shapes
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -166,21 +186,20 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     check(text.dtype.kind == "U" and text.ndim == 0, f"{path}: has no text 'about'; expected {EXPECTED}")
     about = parse_json(text.item(), f"{path}: about")
     check(isinstance(about, dict), f"{path}: about is not a JSON object")
-    return {"temperature": 1.0} | about, arrays
+    return about, arrays
 
 
 def _read_about(values: dict[str, Any], where: str) -> tuple[ResNet, _About]:
-    about = from_dict(_About, {name: values[name] for name in _About._fields if name in values}, where)
-    return make_model(about.model, about.input, about.classes), about
+    needed = _About._field_defaults | {name: values[name] for name in _About._fields if name in values}
+    about = from_dict(_About, needed, where)
+    return make_model(about.model, about.input, about.classes, about.pixel_scale), about
 
 
 def _load_file(path: Path) -> Network:
     values, arrays = read_file(path)
     model, about = _read_about(values, f"{path}: about")
     expected = {name: x.shape for name, x in flatten_dict(variable_shapes(model), sep="/").items()}
-    if "population/whitening" in arrays:  # files of older versions have none, or one without radii
-        arrays.setdefault("population/radii", np.ones(len(model.classes), np.float32))
-        expected |= {f"population/{name}": shape for name, shape in _population_shapes(model).items()}
+    expected |= _added_shapes(model, arrays)
     shapes = {name: array.shape for name, array in arrays.items() if array.dtype.kind == "f"}
     check(shapes == expected and len(arrays) == len(shapes), f"{path}: its arrays do not fit its model")
     with np.errstate(over="ignore"):  # of float64; `load_network` finds the infinity

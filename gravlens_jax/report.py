@@ -10,6 +10,7 @@ import numpy as np
 
 from gravlens_jax import files, inference, metrics
 from gravlens_jax.config import Checkpoint
+from gravlens_jax.datasets import map_renderer
 from gravlens_jax.network import Network
 from gravlens_jax.npz import Dataset, read_rows
 from gravlens_jax.preprocess import check_image_shape
@@ -33,12 +34,17 @@ def evaluate_network(
     Existing files are replaced. `checkpoint` is recorded; `tta` averages over mirror images, see `predict_logits`;
     `history`, lines of metrics.jsonl, is for history.png. Returns the contents of metrics.json: those of
     `metrics.evaluate`, and `checkpoint`, `tta`, `interval_95` (see `metrics.intervals`), `temperature`,
-    `ece_uncalibrated`, without the temperature, and `outliers`, the fraction of images with an outlier score above 1
-    (None if the network has no population).
+    `ece_uncalibrated`, without the temperature, `outliers`, the fraction of images with an outlier score above 1 (None
+    if the network has no population), and `deflection`, see `metrics.evaluate_maps` (None unless the network predicts
+    deflections and the images are simulated).
     """
     (model, variables), images, labels = network, dataset.images, dataset.labels
     check_image_shape(dataset.image_shape, network.image_shape, "the images")
-    logits, means = inference.outputs(model, variables, images, tta=tta)
+    has_maps = "deflection" in variables
+    logits, means, *maps = inference.outputs(model, variables, images, tta=tta, maps=has_maps)
+    render = map_renderer(dataset, model.input) if has_maps else None
+    if render:
+        maps.append(render(np.arange(dataset.size)))
     outlier = metrics.outlier_scores(variables.get("population"), means)
     values = metrics.evaluate(logits, labels, model.classes) | {
         "checkpoint": checkpoint,
@@ -47,7 +53,11 @@ def evaluate_network(
         "temperature": network.temperature,
         "ece_uncalibrated": metrics.calibration_error(metrics.softmax(logits * network.temperature), labels),
         "outliers": None if np.isnan(outlier).any() else float(np.mean(outlier > 1)),
+        "deflection": None,
     }
+    if render:
+        light = inference.visible_light(model, images)
+        values["deflection"] = metrics.evaluate_maps(maps[0], maps[1], light, labels, model.classes, network.cell_width)
     if out is None:
         return values
     arrays = {"logits": logits, "outlier": outlier, "labels": labels, "classes": np.array(model.classes)}
@@ -60,12 +70,10 @@ def evaluate_network(
         save_figure(draw_examples(images, logits, labels, model.classes), out / "examples.png")
         if history:
             save_figure(draw_history(history), out / "history.png")
-        correct = np.where(logits.argmax(1) == labels, labels, -1)
-        rows = np.concatenate([np.flatnonzero(correct == k)[:3] for k in range(len(model.classes))])
-        if len(rows):
-            shown = read_rows(images, rows)
-            figure = draw_saliency(shown, inference.saliency(model, variables, shown), labels[rows], model.classes)
-            save_figure(figure, out / "saliency.png")
+        rows = np.concatenate([np.flatnonzero(labels == k)[:3] for k in range(len(model.classes))])
+        if has_maps:
+            few = read_rows(images, rows), [array[rows] for array in maps], logits[rows], labels[rows]
+            save_figure(draw_substructure(network, *few), out / "substructure.png")
     return values
 
 
@@ -75,12 +83,18 @@ def table(values: dict[str, Any], where: Path) -> str:
     confusion = zip(values["classes"], values["confusion"], strict=True)
     recall = {name: row[k] / sum(row) if sum(row) else None for k, (name, row) in enumerate(confusion)}
     (low, high), outliers = values["interval_95"]["accuracy"], values["outliers"]
+    maps = "".join(
+        f"\n  deflection of {name}: R2 {m['r2']:.3f}, error {m['error_mas']:.1f} of {m['rms_mas']:.1f} mas, "
+        f"densest cell found in {m['peak_found']:.0%}, with its neighbours in {m['peak_near']:.0%}"
+        for name, m in (values["deflection"] or {}).items()
+        if m["r2"] is not None
+    )
     return f"""{values["n"]:,} images, {values["checkpoint"]} checkpoint
   accuracy {values["accuracy"]:.4f} (95 % interval {low:.4f} to {high:.4f})   loss {values["loss"]:.4f}
   calibration error {values["ece"]:.4f} ({values["ece_uncalibrated"]:.4f} without temperature scaling)
   outliers {"-" if outliers is None else f"{outliers:.1%}"} (about 1 % of images like those of training)
   recall   {"   ".join(f"{name} {'-' if v is None else f'{v:.3f}'}" for name, v in recall.items())}
-  AUC      {"   ".join(f"{name} {'-' if v is None else f'{v:.4f}'}" for name, v in auc.items())}
+  AUC      {"   ".join(f"{name} {'-' if v is None else f'{v:.4f}'}" for name, v in auc.items())}{maps}
 report: {where}"""
 
 
@@ -98,9 +112,9 @@ def save_figure(figure: Any, path: Path) -> None:
     files.write_atomically(path, data.getvalue())
 
 
-def show_image(axes: Any, image: np.ndarray) -> None:
+def show_image(axes: Any, image: np.ndarray, extent: tuple[float, ...] | None = None) -> None:
     """Draws the square root of the pixels above the image's minimum."""
-    axes.imshow(np.sqrt(image - image.min()), cmap="inferno")
+    axes.imshow(np.sqrt(image - image.min()), cmap="inferno", extent=extent)
 
 
 def draw_history(lines: Sequence[dict[str, Any]]) -> Any:
@@ -173,18 +187,37 @@ def draw_examples(images: inference.Images, logits: np.ndarray, labels: np.ndarr
     return figure
 
 
-def draw_saliency(images: np.ndarray, maps: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> Any:
-    """Returns a figure with a row of up to 3 images and their saliency maps, of the class `labels`, for each class."""
-    columns = 3
-    figure = new_figure(3.1 * columns + 0.4, 1.6 * len(classes) + 0.3)
-    grid = figure.subplots(len(classes), 2 * columns, squeeze=False)
+def draw_substructure(
+    network: Network, images: np.ndarray, maps: list[np.ndarray], logits: np.ndarray, labels: np.ndarray
+) -> Any:
+    """Returns a figure with a row of up to 3 images for each class, each with its maps of the substructure.
+
+    `maps`, float (n, cells, cells, 2) in arcsec, are the predicted deflections and, perhaps, the true ones; drawn is
+    their convergence, on one scale.
+    """
+    columns, probabilities, (model, _), width = 3, metrics.softmax(logits), network, network.cell_width
+    x, y = inference.deflection_grid(model, network.image_shape)
+    shown = [metrics.convergence(array, width) for array in maps[::-1]]
+    limit = max(float(np.quantile(np.abs(shown[0]), 0.999)), 1e-6)
+    each, names = 1 + len(maps), ["image", *["true map"] * (len(maps) - 1), "predicted map"]
+    figure = new_figure(1.25 * each * columns + 1, 1.5 * len(model.classes) + 0.4)
+    grid = figure.subplots(len(model.classes), each * columns, squeeze=False, sharex=True, sharey=True)
     for axes in grid.ravel():
-        axes.set(xticks=[], yticks=[], frame_on=False)
+        axes.set(frame_on=False)
+        axes.tick_params(labelsize=6, length=2)
+    edges = [x[0, 0] - width / 2, x[0, -1] + width / 2, y[-1, 0] - width / 2, y[0, 0] + width / 2]
+    half = [length / 2 * (model.pixel_scale or 1) for length in network.image_shape]
     for label, row in enumerate(grid):
-        row[0].set_ylabel(classes[label], fontsize=11)
-        for index, left, right in zip(np.flatnonzero(labels == label), row[::2], row[1::2], strict=False):
-            show_image(left, images[index])
-            right.imshow(maps[index], cmap="viridis", vmin=0)
-    for axes, title in zip(grid[0], ["image", "saliency map (LayerCAM)"] * columns, strict=True):
-        axes.set_title(title, fontsize=8)
+        row[0].set_ylabel(f"{model.classes[label]}\n[arcsec]", fontsize=8)
+        for column, index in enumerate(np.flatnonzero(labels == label)):
+            left, *others = row[column * each : (column + 1) * each]
+            show_image(left, images[index], extent=(-half[1], half[1], -half[0], half[0]))
+            predicted = model.classes[probabilities[index].argmax()]
+            colour = "black" if predicted == model.classes[label] else WRONG
+            left.set_title(f"predicted: {predicted} {probabilities[index].max():.2f}", fontsize=8, color=colour)
+            for axes, array, name in zip(others, shown, names[1:], strict=True):
+                drawn = axes.imshow(array[index], cmap="PuOr_r", vmin=-limit, vmax=limit, extent=edges)
+                axes.set_title(name, fontsize=8)
+    grid[0, 0].set(xlim=edges[:2], ylim=edges[2:])
+    figure.colorbar(drawn, ax=grid, label="convergence of the substructure", shrink=0.8, pad=0.01, extend="both")
     return figure

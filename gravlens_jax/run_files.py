@@ -4,7 +4,7 @@ runs/<name>/config.json              the configuration; written before the first
 runs/<name>/metrics.jsonl            one line per epoch
 runs/<name>/checkpoints/             see `checkpoint`
 runs/<name>/calibration.json         step -> temperature of the logits, for the checkpoints of a finished run
-runs/<name>/population.npz           <step>/<array>: see `metrics.fit_population`
+runs/<name>/population.npz           <step>/<array>, the same for the arrays of `network.calibrate`
 runs/<name>/report/                  figures, metrics and predictions on the test split
 """
 
@@ -30,6 +30,7 @@ class RunInfo(NamedTuple):
     classes: tuple[str, ...]
     image_shape: tuple[int, int]  # height and width of the training images
     data: dict = {}  # noqa: RUF012 - never changed; see `datasets.Splits.record`
+    pixel_scale: float | None = None  # arcsec, if known
 
 
 def saved_step(run_dir: Path) -> int | None:
@@ -131,10 +132,10 @@ def write_history(run_dir: Path, lines: list[dict[str, Any]]) -> None:
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def write_calibration(run_dir: Path, calibrations: dict[int, tuple[float, dict[str, np.ndarray] | None]]) -> None:
-    """Writes calibration.json and population.npz: temperature and population for the checkpoint of each step."""
+def write_calibration(run_dir: Path, calibrations: dict[int, tuple[float, dict[str, np.ndarray]]]) -> None:
+    """Writes calibration.json and population.npz: temperature and arrays for the checkpoint of each step."""
     temperatures = {step: temperature for step, (temperature, _) in calibrations.items()}
-    arrays = {f"{step}/{name}": x for step, (_, found) in calibrations.items() for name, x in (found or {}).items()}
+    arrays = {f"{step}/{name}": x for step, (_, added) in calibrations.items() for name, x in added.items()}
     with catch_write_errors(run_dir):
         write_atomically(run_dir / "calibration.json", json.dumps(temperatures) + "\n")
         write_arrays(run_dir / "population.npz", arrays)

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from gravlens_jax.lensing.images import labels_of, render_batch, render_deflections, simulate_images
 from gravlens_jax.lensing.priors import Priors
+from gravlens_jax.lensing.render import Grid
 from gravlens_jax.loader import Batch
 from gravlens_jax.sharding import local_rows, shard_batch
 
@@ -27,7 +28,7 @@ class StreamData:
     batch_size: int  # over all devices
     seed: int  # of the images
     mesh: Mesh
-    grid: tuple[int, float] | None  # cells and width of deflection maps, see `render_deflections`; None: no maps
+    grid: Grid | None  # of deflection maps, see `render_deflections`; None: no maps
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Batch]]:
         """Yields one step at a time: see `loader`."""

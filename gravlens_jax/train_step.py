@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from gravlens_jax.config import Config, OptimConfig
+from gravlens_jax.metrics import VISIBLE
 from gravlens_jax.model import ResNet
 from gravlens_jax.optim import init_plateau, update_plateau
 from gravlens_jax.preprocess import augment, augment_vectors, cell_means, prepare, to_unit
@@ -17,7 +18,6 @@ Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]  # over images: loss float32, correct int32, count int32; over steps: gradient float32
 
 DEFLECTION_UNIT = 0.03  # arcsec, of the auxiliary head's output; about the deflection by the heaviest subhalos
-VISIBLE = 0.05  # cells at least this bright (mean pixel, of images in [0, 1]) get full weight
 
 
 class TrainState(NamedTuple):

@@ -58,10 +58,10 @@ def fit(
     sharding.check_batch_size(config.batch_size, mesh)
     splits = open_splits(config, mesh)
     plan = _make_plan(config, splits)
-    info = run_files.RunInfo(config, splits.val.classes, splits.val.image_shape, splits.record)
+    info = run_files.RunInfo(config, splits.val.classes, splits.val.image_shape, splits.record, splits.pixel_scale)
     if resume:
         run_files.check_same_images(run_dir, info)
-    model = make_model(config.model, config.input, info.classes)
+    model = make_model(config.model, config.input, info.classes, info.pixel_scale)
     with locked(run_dir) if main else nullcontext():
         if main:
             (run_files.update_run if resume else run_files.create_run)(run_dir, info)

@@ -48,13 +48,17 @@ def finetune(
       InputError: images smaller than the crop, NaN or infinite pixels, fewer than two classes, or a bad option.
       FloatingPointError: a parameter is not finite, or the network no longer learns (no gradient).
     """
+    from gravlens_jax.datasets import find_priors
     from gravlens_jax.loader import FileData
     from gravlens_jax.network import Network, calibrate, calibrated
     from gravlens_jax.preprocess import check_images
     from gravlens_jax.sharding import data_mesh
 
     given: dict[str, Any] = {name: x for name, x in (("crop", crop), ("pool", pool)) if x is not None}
-    model = network.model.clone(classes=dataset.classes, input=replace(network.model.input, **given))
+    priors = find_priors(dataset)
+    scale = priors.pixel_scale if priors else None
+    new_input = replace(network.model.input, **given)
+    model = network.model.clone(classes=dataset.classes, input=new_input, pixel_scale=scale)
     check(epochs >= 1 and batch_size >= 1, f"epochs={epochs}, batch_size={batch_size}: both must be at least 1")
     check(len(dataset.classes) > 1, f"only one class, {', '.join(dataset.classes)}; at least two are needed")
     check_images((dataset.size, *dataset.image_shape), model.input)
@@ -73,8 +77,8 @@ def finetune(
         show(f"epoch {epoch + 1}/{epochs}: train loss {loss:.3f} acc {accuracy:.3f}")
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     # Not the temperature: the network was trained on these images. Of others, 1.2 % had an outlier score above 1.
-    _, population = calibrate(model, variables, dataset)
-    return Network(model, calibrated(variables, 1.0, population), dataset.image_shape)
+    _, added = calibrate(model, variables, dataset)
+    return Network(model, calibrated(variables, 1.0, added), dataset.image_shape)
 
 
 def _compile(network: "Network", model: Any, config: OptimConfig, steps: int, seed: int, mesh: Any) -> tuple:
@@ -137,7 +141,9 @@ def main(
     right = set(chosen) <= set(found) if data.is_dir() else not found or sorted(chosen) == sorted(found)
     check(right, f"--classes {classes}: {data} has the classes {', '.join(found)}; expected these names")
     dataset = load_labelled(data, names, chosen, planes)
-    show_notices({"train": ([digest(dataset.images[row]) for row in range(dataset.size)], dataset.labels)}, dataset.classes)
+    show_notices(
+        {"train": ([digest(dataset.images[row]) for row in range(dataset.size)], dataset.labels)}, dataset.classes
+    )
     options: dict[str, Any] = {"crop": crop, "pool": pool, "epochs": epochs, "learning_rate": learning_rate}
     options |= {"batch_size": batch_size, "seed": seed}
     cli.use_compile_cache()

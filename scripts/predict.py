@@ -5,15 +5,16 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 import tyro
 
 from gravlens_jax import cli
 from gravlens_jax.errors import InputError, check
-from gravlens_jax.files import is_visible
+from gravlens_jax.files import catch_write_errors, check_folder, is_visible, write_arrays
 from gravlens_jax.folders import ALL_PLANES, SUFFIXES, Planes, load_npz, named, open_images, show_unread
+from gravlens_jax.metrics import convergence
 from gravlens_jax.npz import MappedImages, read_rows
 
 if TYPE_CHECKING:
@@ -23,10 +24,18 @@ IMAGE_SUFFIXES = (*SUFFIXES, ".npz")
 BATCH = 128  # images that are read and predicted together
 
 
+class Prediction(NamedTuple):
+    """Of one image."""
+
+    probabilities: np.ndarray  # (classes,)
+    outlier: np.ndarray  # (), see `predict`
+    deflection: np.ndarray  # (cells, cells, 2), see `predict_deflection`; empty if the network predicts none
+
+
 def predict_files(
     network: "Network", files: Iterable[Path], tta: bool = False, skip_bad: bool = False, planes: Planes = ALL_PLANES
-) -> Iterator[tuple[str, tuple[np.ndarray, float] | InputError]]:
-    """Yields (name, (probabilities (classes,), outlier score)) for each image, and (file, error) for what is unusable.
+) -> Iterator[tuple[str, Prediction | InputError]]:
+    """Yields (name, prediction) for each image, and (file, error) for what is unusable.
 
     Args:
       network: from `load_network`.
@@ -35,10 +44,14 @@ def predict_files(
       skip_bad: whether an image with bad pixels is left out alone, instead of its file.
       planes: of files with several.
     """
-    from gravlens_jax.inference import predict
+    import jax
+
+    from gravlens_jax.inference import outputs
+    from gravlens_jax.metrics import outlier_scores
     from gravlens_jax.preprocess import check_image_shape
 
     model, variables = network
+    has_maps = "deflection" in variables
     for path in files:
         try:
             with named(path):
@@ -47,18 +60,19 @@ def predict_files(
                 check_image_shape(images.shape[1:], shape, str(path))
                 bad = find_bad(path, images) if skip_bad else {}
                 good = np.setdiff1d(np.arange(len(images)), list(bad))
-                results: list[tuple[np.ndarray, float]] = []
+                results: list[Prediction] = []
                 for start in range(0, len(good), BATCH):
                     batch = read_rows(images, good[start : start + BATCH])
-                    scores = predict(model, variables, batch, batch_size=BATCH, tta=tta, return_outlier=True)
-                    results += zip(*scores, strict=True)
+                    logits, means, *maps = outputs(model, variables, batch, BATCH, tta, maps=has_maps)
+                    scores = outlier_scores(variables.get("population"), means)
+                    found = jax.device_get(jax.nn.softmax(logits)), scores, *(maps or [np.empty((len(logits), 0))])
+                    results += map(Prediction._make, zip(*found, strict=True))
         except InputError as error:
             yield str(path), error
             continue
         yield from ((str(path), error) for error in bad.values())
-        for row, (probabilities, outlier) in zip(good, results, strict=True):
-            name = f"{path}[{row}]" if _is_npz(path) or len(images) > 1 else str(path)
-            yield name, (probabilities, float(outlier))
+        for row, prediction in zip(good, results, strict=True):
+            yield f"{path}[{row}]" if packed or len(images) > 1 else str(path), prediction
 
 
 def find_bad(path: Path, images: np.ndarray | MappedImages) -> dict[int, InputError]:
@@ -119,47 +133,81 @@ def _is_npz(path: Path) -> bool:
     return path.suffix.lower() == ".npz"
 
 
+def print_row(values: Iterable[str]) -> None:
+    """Prints a line of the CSV."""
+    csv.writer(sys.stdout, lineterminator="\n").writerow(values)
+
+
+def describe_prediction(network: "Network", prediction: Prediction) -> list[str]:
+    """Returns the columns of an image after its name."""
+    probabilities, outlier, deflection = prediction
+    peak = f"{convergence(deflection, network.cell_width).max():.4f}" if deflection.size else ""
+    name = network.model.classes[int(probabilities.argmax())]
+    return [name, *(f"{p:.6f}" for p in probabilities), f"{outlier:.3f}", peak]
+
+
+def write_maps(out: Path, network: "Network", names: list[str], deflections: np.ndarray) -> None:
+    """Writes deflections (n, cells, cells, 2), their convergence, the grid and the names of the images, atomically."""
+    from gravlens_jax.inference import deflection_grid
+
+    x, y = deflection_grid(network.model, network.image_shape)
+    kappa = convergence(deflections, network.cell_width)
+    arrays = {"files": np.array(names), "deflection": deflections, "convergence": kappa, "x": x, "y": y}
+    with catch_write_errors(out):
+        write_arrays(out, arrays)
+
+
 def main(
     run: cli.Run,
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH...")],
     tta: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     skip_bad: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    maps: Path | None = None,
     planes: cli.PlaneOptions = ALL_PLANES,
 ) -> None:
-    """Prints one CSV line for each image: file, class, probability of each class, outlier score.
+    """Prints one CSV line for each image: file, class, probability of each class, outlier score, peak convergence.
 
     The class of an image unlike those of training, with an outlier score far above 1, means nothing; about 1 % of
-    ordinary images are above 1. Files that cannot be used are an error, after all others are done.
+    ordinary images are above 1. The convergence is that of the dark substructure, where it is largest: see --maps.
+    Files that cannot be used are an error, after all others are done.
 
     examples:
       python scripts/predict.py pretrained dataset/val/no/1.npy
       python scripts/predict.py runs/default images packed/test.npz > predictions.csv
+      python scripts/predict.py pretrained images --maps maps.npz
 
     Args:
         paths: files of images (.npy, FITS, .npz), or folders of them.
         tta: average the logits over each image and its three mirror images.
         skip_bad: leave out files, and single images, that cannot be used, name them, and exit with status 3.
+        maps: .npz to write, with maps of the dark substructure: files (n,), deflection (n, cells, cells, 2) and
+            convergence (n, cells, cells), see gravlens_jax.predict_deflection, and x and y (cells, cells) in arcsec.
     """
+    from gravlens_jax.inference import check_deflection
     from gravlens_jax.network import load_network
 
     check(bool(paths), "no PATH given; name at least one file of images or folder of them")
     network = load_network(run)
-    classes, errors, scores = network.model.classes, [], []
-    files = find_images(paths)
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["file", "class", *(f"p_{name}" for name in classes), "outlier"])
-    for name, result in predict_files(network, files, tta, skip_bad, planes):
+    if maps:
+        check_folder(maps)
+        check_deflection(*network)
+    errors: list[str] = []
+    names: list[str] = []
+    found: list[Prediction] = []
+    print_row(["file", "class", *(f"p_{name}" for name in network.model.classes), "outlier", "peak_convergence"])
+    for name, result in predict_files(network, find_images(paths), tta, skip_bad, planes):
         if isinstance(result, InputError):
             errors.append(str(result))
             if skip_bad:
                 print(f"skipped: {result}", file=sys.stderr)
         else:
-            probabilities, outlier = result
-            scores.append(outlier)
-            most = classes[int(probabilities.argmax())]
-            writer.writerow([name, most, *(f"{p:.6f}" for p in probabilities), f"{outlier:.3f}"])
-    if above := sum(score > 1 for score in scores):
-        print(f"{above} of {len(scores)} images have an outlier score above 1; see --help", file=sys.stderr)
+            print_row([name, *describe_prediction(network, result)])
+            names.append(name)
+            found.append(result if maps else result._replace(deflection=result.deflection[:0]))
+    if above := sum(bool(prediction.outlier > 1) for prediction in found):
+        print(f"{above} of {len(found)} images have an outlier score above 1; see --help", file=sys.stderr)
+    if maps and found:
+        write_maps(maps, network, names, np.stack([prediction.deflection for prediction in found]))
     check(skip_bad or not errors, "; ".join(errors))
     if errors:
         sys.stdout.flush()

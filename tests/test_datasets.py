@@ -11,6 +11,7 @@ from gravlens_jax.errors import InputError
 from gravlens_jax.lensing import images as lensing_images
 from gravlens_jax.lensing.images import render_deflections, simulate_images, simulate_parameters
 from gravlens_jax.lensing.priors import PRIORS, make_easy
+from gravlens_jax.lensing.render import Grid
 from gravlens_jax.npz import PARAMETERS, open_npz, write_npz
 from gravlens_jax.sharding import data_mesh
 from gravlens_jax.training import fit
@@ -53,7 +54,7 @@ def test_simulated_file_has_lens_parameters_a_version_and_the_maps_of_its_lenses
     assert data.lens_params.keys() == lens_params.keys()
     for name, values in lens_params.items():
         np.testing.assert_array_equal(data.lens_params[name], values)
-    maps, images = render_deflections(0, 4, index, n=12, priors=priors, grid=(2, 2.4)), data.images[:].tolist()
+    maps, images = render_deflections(0, 4, index, n=12, priors=priors, grid=Grid(2, 2.4)), data.images[:].tolist()
     assert np.abs(maps).max() > 1e-3
     for _, batch in getattr(open_files(simulated), split).batches(0):
         for image, found in zip(np.asarray(batch["images"]).tolist(), batch["deflections"], strict=True):
@@ -95,7 +96,7 @@ def test_deflection_maps_are_a_function_of_the_parameters_in_the_file(simulated,
 def test_deflection_maps_do_not_depend_on_the_number_of_lenses(simulated):
     lens_params = open_npz(simulated / "train.npz").lens_params  # or a resumed epoch would differ in the last bits
     many = {name: np.concatenate([values] * 50) for name, values in lens_params.items()}
-    maps = [lensing_images.deflection_maps(lenses, SMALL, (6, 1.2)) for lenses in (lens_params, many)]
+    maps = [lensing_images.deflection_maps(lenses, SMALL, Grid(6, 1.2)) for lenses in (lens_params, many)]
     np.testing.assert_array_equal(maps[0], maps[1][-12:])
 
 
@@ -103,7 +104,7 @@ def test_deflection_maps_do_not_depend_on_the_number_of_lenses(simulated):
 def test_edited_images_have_no_deflections_and_a_notice_says_so(simulated, tmp_path, capsys, change):
     edit(simulated, tmp_path, images=change(open_npz(simulated / "train.npz").images[:]))
     assert not open_files(tmp_path).has_deflections
-    notice = "the images are not those of their lens parameters: training without the auxiliary loss\n"
+    notice = "the images are not those of their lens parameters: no deflection maps of their substructure\n"
     assert capsys.readouterr().err == notice
 
 

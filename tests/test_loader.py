@@ -12,13 +12,14 @@ from gravlens_jax.errors import InputError
 from gravlens_jax.lensing import images as lensing_images
 from gravlens_jax.lensing.images import labels_of, render_deflections, simulate_images
 from gravlens_jax.lensing.priors import PRIORS
+from gravlens_jax.lensing.render import Grid
 from gravlens_jax.loader import DeviceData, FileData, Plan, epoch_rows, eval_batches, prefetch, train_batches
 from gravlens_jax.npz import Dataset
 from gravlens_jax.sharding import data_mesh
 from gravlens_jax.stream import StreamData
 
 SMALL = replace(PRIORS["ct1"], num_pixels=24, pixel_scale=0.3)
-GRID = (6, 1.2)  # cells and width of the deflection maps
+GRID = Grid(6, 1.2)  # of the deflection maps
 
 
 def make_dataset(n):

@@ -109,3 +109,33 @@ def test_the_array_that_is_not_finite_is_named():
     assert metrics.find_not_finite(variables) is None
     variables["batch_stats"]["norm0"]["mean"] = np.array([0, -np.inf], np.float32)
     assert metrics.find_not_finite(variables) == "batch_stats/norm0/mean"
+
+
+def test_convergence_of_a_mass_sheet_is_its_density_and_that_of_shear_is_0():
+    x, y = np.meshgrid(np.arange(-2, 3) * 0.4, -np.arange(-2, 3) * 0.4)
+    sheet, shear = np.stack([0.3 * x, 0.3 * y], -1), np.stack([0.1 * x + 0.2 * y, 0.2 * x - 0.1 * y], -1)
+    np.testing.assert_allclose(
+        metrics.convergence(np.stack([sheet, sheet + shear, shear]), 0.4), [[[0.3]], [[0.3]], [[0]]], atol=1e-12
+    )
+
+
+def test_maps_are_compared_in_cells_with_light_and_by_their_densest_cells():
+    rng = np.random.default_rng(0)
+    true, labels = 0.01 * rng.normal(size=(30, 6, 6, 2)), np.arange(30) % 3
+    true[labels == 0] = 0
+    light = np.ones((30, 6, 6))
+    light[:, :, 0] = 0
+    predicted = true + 0.001 * rng.normal(size=true.shape)
+    predicted[:, :, 0] = 100  # without light
+    values = metrics.evaluate_maps(predicted, true, light, labels, CLASSES, 0.4)
+    assert values["no"]["r2"] is None and values["no"]["rms_mas"] == 0
+    assert values["no"]["error_mas"] == pytest.approx(1, rel=0.1)
+    assert values["vort"]["rms_mas"] == pytest.approx(10, rel=0.1)
+    assert values["vort"]["r2"] == pytest.approx(0.99, abs=0.003)
+    light[:, :, 1] = 0  # whose convergence has the error beside it
+    values = metrics.evaluate_maps(predicted, true, light, labels, CLASSES, 0.4)
+    assert values["sphere"]["peak_found"] > 0.6 and values["sphere"]["peak_near"] >= values["sphere"]["peak_found"]
+    shifted = metrics.evaluate_maps(np.roll(true, 1, 1), true, light, labels, CLASSES, 0.4)["vort"]
+    assert shifted["peak_found"] < 0.4 and shifted["peak_near"] > 0.5 and shifted["r2"] < 0
+    nothing = metrics.evaluate_maps(predicted, true, 0 * light, labels, CLASSES, 0.4)["vort"]
+    assert set(nothing.values()) == {None}

@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 import evaluate
 from gravlens_jax.errors import InputError
 from gravlens_jax.folders import Planes
-from gravlens_jax.inference import predict
+from gravlens_jax.inference import predict, predict_deflection
+from gravlens_jax.metrics import convergence
 from gravlens_jax.network import describe, write_network
 from gravlens_jax.npz import scale
 from helpers import limited_memory, make_network, save_npz
@@ -54,6 +56,25 @@ def test_stacks_fits_and_npz_with_any_labels_are_predicted_like_single_images(fo
     found = list(rows(out).values())
     np.testing.assert_allclose(found, [found[i] for i in (0, 1, 2, 0, 1, 2, 0, 0, 1)], atol=2e-6)
     assert len(set(found[:3])) == 3 and "x.npz: images are 'X'" in err and "left out: z" in err
+
+
+def test_maps_of_the_substructure_are_written_with_their_grid_and_names(folder, capsys):
+    np.save(folder / "a.npy", IMAGES[0])
+    with pytest.raises(InputError, match="the network predicts no deflections"):
+        main(Path("net.npz"), (folder,), maps=Path("maps.npz"))
+    network = make_network(20)
+    head = {"kernel": np.ones((16, 2), np.float32), "bias": np.zeros(2, np.float32)}
+    mapping = replace(network, model=network.model.clone(pixel_scale=0.1))
+    mapping = replace(mapping, variables={**network.variables, "deflection": head})
+    write_network(Path("maps_net.npz"), mapping, describe(mapping))
+    main(Path("maps_net.npz"), (folder,), maps=Path("maps.npz"))
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    with np.load("maps.npz") as found:
+        deflection = predict_deflection(*mapping, IMAGES[:1])
+        np.testing.assert_allclose(found["deflection"], deflection, atol=1e-6)
+        np.testing.assert_allclose(found["convergence"], convergence(deflection, 0.4), atol=1e-5)
+        assert found["files"].tolist() == ["images/a.npy"] and found["x"].shape == found["y"].shape == (4, 4)
+        assert float(row["peak_convergence"]) == pytest.approx(found["convergence"].max(), abs=1e-4)
 
 
 def test_evaluate_reads_one_band(folder, monkeypatch):
@@ -120,7 +141,7 @@ def test_bad_image_of_many_is_skipped_and_the_others_are_read_in_batches(tmp_pat
         bad, *results = predict_files(make_network(20), [path], skip_bad=True)
     assert re.search(r"a\.npz: images\[300\] has NaN", str(bad[1]))
     assert [name for name, _ in results] == [f"{path}[{row}]" for row in range(len(images)) if row != 300]
-    np.testing.assert_allclose([p for _, (p, _) in results], np.tile(results[0][1][0], (12 * 128, 1)), atol=1e-6)
+    np.testing.assert_allclose([p for _, (p, *_) in results], np.tile(results[0][1][0], (12 * 128, 1)), atol=1e-6)
 
 
 def test_evaluate_takes_names_of_classes_in_the_order_of_the_labels(folder, monkeypatch):

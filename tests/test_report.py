@@ -19,7 +19,7 @@ DATASET = Dataset(IMAGES, np.arange(8, dtype=np.int32) % 3, CLASSES, {})
 
 def test_a_report_gives_the_calibration_error_before_and_after_calibration():
     network = make_network(20)
-    divided = replace(network, variables=calibrated(network.variables, 2.0), temperature=2.0)
+    divided = replace(network, variables=calibrated(network.variables, 2.0, {}), temperature=2.0)
     values = report.evaluate_network(divided, DATASET, checkpoint="final")
     assert values["checkpoint"] == "final" and values["temperature"] == 2
     uncalibrated = report.evaluate_network(network, DATASET)

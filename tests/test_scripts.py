@@ -75,7 +75,7 @@ def folder(tmp_path_factory):
 def test_run_directory_holds_report_history_events_and_checkpoints(folder):
     run_dir = folder / "runs/a"
     names = {f.name for f in (run_dir / "report").iterdir()}
-    figures = {f"{name}.png" for name in ("history", "roc", "confusion", "examples", "saliency")}
+    figures = {f"{name}.png" for name in ("history", "roc", "confusion", "examples", "substructure")}
     assert names == figures | {"metrics.json", "predictions.npz"}
     values = json.loads((run_dir / "report/metrics.json").read_text())
     keys = {"n", "accuracy", "loss", "auc", "macro_auc", "ece", "confusion", "classes", "checkpoint", "tta"}

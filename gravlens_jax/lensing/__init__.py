@@ -10,7 +10,7 @@ from typing import Any
 _NAMES = {
     "images": ("render_images", "simulate_images", "simulate_parameters"),
     "priors": ("PRIORS", "Priors"),
-    "render": ("render_lens", "render_lenses", "sample_lens"),
+    "render": ("render_lens", "render_lenses", "sample_lens", "significance"),
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_MODULES)

@@ -20,7 +20,7 @@ from gravlens_jax.config import CLASSES
 from gravlens_jax.errors import check
 from gravlens_jax.lensing.noise import poisson
 from gravlens_jax.lensing.priors import Priors
-from gravlens_jax.lensing.render import LensParams, deflection_map, render_lenses, sample_lens
+from gravlens_jax.lensing.render import Grid, LensParams, deflection_map, render_lenses, sample_lens
 
 SIMULATOR_VERSION = 2  # raised with every change of the images that a seed gives
 MAX_COUNTS = 60_000  # images are stored as uint16
@@ -80,18 +80,18 @@ def _in_turn(make: Callable[[str, jax.Array], jax.Array], first: jax.Array, n: i
 
 
 @partial(jax.jit, static_argnames=("n", "priors", "grid"))
-def render_deflections(first, seed, split, *, n: int, priors: Priors, grid: tuple[int, float]) -> jax.Array:
+def render_deflections(first, seed, split, *, n: int, priors: Priors, grid: Grid) -> jax.Array:
     """Returns the `deflection_map` of `n` consecutive images of a split: float32 (n, cells, cells, 2), arcsec.
 
     Args:
       first: index of the first image.
       seed, split, priors: as in `simulate_images`.
-      grid: cells and width of the maps.
+      grid: the cells of the maps.
     """
 
     def make(substructure, indices):
         lenses = _sample_block(seed, split, indices, priors=priors, substructure=substructure)
-        return jax.vmap(partial(deflection_map, priors=priors, cells=grid[0], width=grid[1]))(lenses)
+        return jax.vmap(partial(deflection_map, priors=priors, grid=grid))(lenses)
 
     return _in_turn(make, first, n)
 
@@ -240,16 +240,16 @@ def without_nan(lens_params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def deflection_maps(lens_params: dict[str, np.ndarray], priors: Priors, grid: tuple[int, float]) -> np.ndarray:
+def deflection_maps(lens_params: dict[str, np.ndarray], priors: Priors, grid: Grid) -> np.ndarray:
     """Returns `deflection_map` of lenses of any class, float32 (n, cells, cells, 2), arcsec.
 
     Args:
       lens_params: as `simulate_parameters` returns them.
       priors: the population.
-      grid: cells and width (arcsec) of the maps.
+      grid: the cells of the maps.
     """
-    n, (cells, _) = len(lens_params["z_lens"]), grid
-    maps = np.empty((n, cells, cells, 2), np.float32)
+    n = len(lens_params["z_lens"])
+    maps = np.empty((n, grid.cells, grid.cells, 2), np.float32)
     for start in range(0, n, BLOCK):
         rows = np.minimum(np.arange(start, start + BLOCK), n - 1)  # always a whole block: one compiled program
         lenses = without_nan({name: values[rows] for name, values in lens_params.items()})
@@ -258,5 +258,5 @@ def deflection_maps(lens_params: dict[str, np.ndarray], priors: Priors, grid: tu
 
 
 @partial(jax.jit, static_argnames=("priors", "grid"))
-def _map_block(lens_params, *, priors: Priors, grid: tuple[int, float]) -> jax.Array:
-    return jax.vmap(partial(deflection_map, priors=priors, cells=grid[0], width=grid[1]))(lens_params)
+def _map_block(lens_params, *, priors: Priors, grid: Grid) -> jax.Array:
+    return jax.vmap(partial(deflection_map, priors=priors, grid=grid))(lens_params)

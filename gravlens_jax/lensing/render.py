@@ -7,7 +7,7 @@ counts = render_lens(p, PRIORS["ct1"])                     # its expected photon
 from collections.abc import Iterator, Mapping
 from functools import partial
 from math import pi
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,15 @@ from gravlens_jax.lensing.noise import poisson
 from gravlens_jax.lensing.priors import Priors
 
 LensParams = dict[str, jax.Array]
+
+
+class Grid(NamedTuple):
+    """Cells of a `deflection_map`, around the lens's centre; row 0 is at +y."""
+
+    cells: int  # height and width
+    width: float  # of a cell, arcsec
+    shift: float = 0.0  # of all cells toward -x and +y, arcsec
+
 
 SOURCE = ("source", "source_radius", "source_axis_ratio", "source_angle")  # names of `render_lens`
 SMOOTH = ("z_lens", "z_source", "theta_E", "shear", "shear_angle", *SOURCE)
@@ -126,7 +135,7 @@ def deflect_substructure(
     return parts[0] if parts else (jnp.zeros_like(x), jnp.zeros_like(y))
 
 
-def deflection_map(lens_params: LensParams, priors: Priors, cells: int, width: float) -> jax.Array:
+def deflection_map(lens_params: LensParams, priors: Priors, grid: Grid) -> jax.Array:
     """Returns the deflection minus that of a smooth lens of equal mass, on a coarse grid: float32 (cells, cells, 2).
 
     The smooth lens has the same redshifts and the whole `priors.mass` in its main halo, so the map is 0 for a lens
@@ -135,14 +144,14 @@ def deflection_map(lens_params: LensParams, priors: Priors, cells: int, width: f
     Args:
       lens_params: a result of `sample_lens`.
       priors: the population.
-      cells: of the grid, height and width, around the lens's centre; row 0 is at +y.
-      width: of a cell, arcsec.
+      grid: the cells.
     """
     p = lens_params
-    x, y = profiles.pixel_grid(cells, width, dtype=jnp.float32)
+    x, y = profiles.pixel_grid(grid.cells, grid.width, dtype=jnp.float32)
+    x, y = x - grid.shift, y + grid.shift
     smooth = jnp.sqrt(profiles.einstein_radius_squared(priors.mass, p["z_lens"], p["z_source"]))
     halo = _deflect_halo(x, y, p["theta_E"] - smooth, p, priors)  # linear in theta_E
-    substructure = deflect_substructure(x, y, p, softening=0.375 * width)
+    substructure = deflect_substructure(x, y, p, softening=0.375 * grid.width)
     return jnp.stack([a + b for a, b in zip(halo, substructure, strict=True)], axis=-1)
 
 
@@ -220,3 +229,47 @@ def _deflect_halo(x: jax.Array, y: jax.Array, theta_E: jax.Array, p: LensParams,
     if "lens_axis_ratio" not in p and priors.lens_axis_ratio == 1:
         return profiles.deflect_sis(x, y, theta_E)
     return profiles.deflect_sie(x, y, theta_E, axis_ratio, angle)
+
+
+def significance(lens_params: Mapping[str, Any], priors: Priors) -> jax.Array:
+    """Returns by how many standard deviations of the photon noise the substructure stands out, float32 ().
+
+    After a refit of every smooth parameter: theta_E, shear, the source's position, axis ratio and angle, and its radius
+    if the priors leave it free. The imprint of the substructure, less that of the same mass in the halo, is divided by
+    the noise of each pixel; what remains after a least-squares fit of its derivatives in the smooth parameters is the
+    significance. It is 0 for a lens without substructure. For vmap over lenses of one class.
+
+    Args:
+      lens_params: a result of `sample_lens`.
+      priors: the population.
+    """
+    p = _as_arrays(lens_params)
+    smooth = {name: value for name, value in p.items() if name in SMOOTH or name in OPTIONAL}
+    theta_E = jnp.sqrt(profiles.einstein_radius_squared(priors.mass, p["z_lens"], p["z_source"]))
+    ellipticity = (1 - p["source_axis_ratio"]) / (1 + p["source_axis_ratio"])
+    shear, shape = _components(p["shear"], p["shear_angle"]), _components(ellipticity, p["source_angle"])
+    start = jnp.hstack([theta_E, shear, p["source"], shape, p["source_radius"]])
+
+    def render_smooth(values):
+        (shear, shear_angle), (ellipticity, source_angle) = _polar(values[1:3]), _polar(values[5:7])
+        fitted = {"theta_E": values[0], "shear": shear, "shear_angle": shear_angle, "source": values[3:5]}
+        fitted |= {"source_axis_ratio": (1 - ellipticity) / (1 + ellipticity), "source_angle": source_angle}
+        return render_lens(smooth | fitted | {"source_radius": values[7]}, priors)
+
+    expected = render_lens(p, priors)
+    noise = jnp.sqrt(expected).ravel()
+    imprint = (expected - render_smooth(start)).ravel() / noise
+    jacobian = jax.jacfwd(render_smooth)(start).reshape(-1, len(start)) / noise[:, None]
+    basis, _ = jnp.linalg.qr(jacobian if priors.source_radius_min < priors.source_radius_max else jacobian[:, :-1])
+    for _ in range(2):  # the second time removes what float32 has left
+        imprint -= basis @ (basis.T @ imprint)
+    return jnp.linalg.norm(imprint)
+
+
+def _components(length: jax.Array, angle: jax.Array) -> jax.Array:
+    """Returns the components of a shear or an ellipticity, a little off 0, where its angle has no derivative."""
+    return jnp.maximum(length, 1e-3) * jnp.stack([jnp.cos(2 * angle), jnp.sin(2 * angle)])
+
+
+def _polar(components: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.hypot(components[0], components[1]), jnp.arctan2(components[1], components[0]) / 2

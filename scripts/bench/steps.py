@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bench.costs import Case
 from bench.harness import Row, Run, alternate, time_calls
 from gravlens_jax.config import CLASSES, SPLITS, Config, ModelConfig
-from gravlens_jax.datasets import deflection_grid
+from gravlens_jax.datasets import map_grid
 from gravlens_jax.errors import InputError
 from gravlens_jax.lensing.priors import PRIORS
 from gravlens_jax.loader import FileData
@@ -192,7 +192,7 @@ def compile_run(config: Config, mesh: Mesh, platform: str) -> Iterator[Row]:
     whole, shares = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
     _, init, step = _set_up(config, auxiliary=True)
     priors = PRIORS["ct1"]
-    grid = deflection_grid(config, priors)
+    grid = map_grid(config.input, priors)
     source = StreamData(config.batch_size, priors, SPLITS.index("train"), config.batch_size, 0, mesh, grid)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     simulate = source.render.trace(number, number, number)

@@ -12,7 +12,7 @@ from gravlens_jax.inference import predict_logits
 from gravlens_jax.lensing import images
 from gravlens_jax.lensing.images import labels_of, render_images, simulate_parameters, without_nan
 from gravlens_jax.lensing.priors import PRIORS
-from gravlens_jax.lensing.render import deflection_map
+from gravlens_jax.lensing.render import Grid, deflection_map
 from gravlens_jax.model import ResNet
 from import_torch import load_state_dict, to_variables
 
@@ -119,11 +119,11 @@ def test_images_are_those_of_their_parameters_for_lenses_of_one_class_or_of_all(
 
 def test_deflection_maps_are_those_of_each_lens(monkeypatch):
     monkeypatch.setattr(images, "BLOCK", 3)
-    parameters, grid = simulate_parameters(7, 3, 1, CT1), (6, 0.5)
+    parameters, grid = simulate_parameters(7, 3, 1, CT1), Grid(6, 0.5, 0.1)
     maps = images.deflection_maps(parameters, CT1, grid)
     assert maps.dtype == np.float32 and ((np.abs(maps).max((1, 2, 3)) > 1e-3) == (labels_of(7) > 0)).all()
     for label in range(3):
-        expected = jax.vmap(lambda p: deflection_map(p, CT1, *grid))(of_class(label, parameters))
+        expected = jax.vmap(lambda p: deflection_map(p, CT1, grid))(of_class(label, parameters))
         np.testing.assert_allclose(maps[label::3], expected, atol=1e-5)
     for start in (0, 2):
         again = images.render_deflections(start, 3, 1, n=5, priors=CT1, grid=grid)

@@ -5,13 +5,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.optimize import least_squares
 
 from gravlens_jax.config import CLASSES
 from gravlens_jax.errors import InputError
 from gravlens_jax.lensing.images import MAX_COUNTS, render_images
 from gravlens_jax.lensing.priors import PRIORS
 from gravlens_jax.lensing.profiles import deflect_sis, einstein_radius_squared, pixel_grid
-from gravlens_jax.lensing.render import deflect_substructure, deflection_map, render_lens, render_lenses, sample_lens
+from gravlens_jax.lensing.render import (
+    Grid,
+    deflect_substructure,
+    deflection_map,
+    render_lens,
+    render_lenses,
+    sample_lens,
+    significance,
+)
 
 CT1 = PRIORS["ct1"]
 SMALL = replace(CT1, num_pixels=12, pixel_scale=0.5, psf_pixels=3)
@@ -100,7 +109,7 @@ def test_image_is_differentiable_and_does_not_depend_on_the_other_lenses(substru
 @pytest.mark.parametrize("substructure", CLASSES)
 def test_deflection_map_compares_with_a_lens_whose_whole_mass_is_in_the_halo(substructure):
     lenses, (x, y) = take(sample_lenses(substructure), slice(20)), pixel_grid(50, 0.08)
-    maps = jax.vmap(lambda p: deflection_map(p, CT1, 50, 0.08))(lenses)
+    maps = jax.vmap(lambda p: deflection_map(p, CT1, Grid(50, 0.08)))(lenses)
     assert maps.shape == (20, 50, 50, 2) and maps.dtype == np.float32
 
     @jax.vmap
@@ -113,6 +122,35 @@ def test_deflection_map_compares_with_a_lens_whose_whole_mass_is_in_the_halo(sub
         size = np.median(np.abs(expected))
         difference = np.median(np.abs(found - expected))  # large only close to a point mass or string
         assert difference < 0.02 * size + 1e-6 and (size > 1e-3) == (substructure != "no")
+
+
+@pytest.mark.parametrize("substructure", ["sphere", "vort"])
+def test_significance_is_what_a_least_squares_fit_of_the_smooth_parameters_leaves(substructure):
+    with jax.enable_x64(True):
+        p = {name: np.float64(value) for name, value in take(sample_lenses(substructure), 3).items()}
+        expected = np.asarray(render_lens(p, CT1))
+        names = ("theta_E", "shear", "shear_angle", "source", "source_axis_ratio", "source_angle")
+        smooth = {name: value for name, value in p.items() if "subhalo" not in name and "vortex" not in name}
+        whole = np.sqrt(einstein_radius_squared(CT1.mass, p["z_lens"], p["z_source"]))
+        start = np.hstack([(smooth | {"theta_E": whole})[name] for name in names])
+
+        def residual(values):
+            theta, shear, angle, x, y, ratio, source_angle = values
+            lens = smooth | {"theta_E": theta, "shear": shear, "shear_angle": angle, "source": np.array([x, y])}
+            lens |= {"source_axis_ratio": ratio, "source_angle": source_angle}
+            return ((np.asarray(render_lens(lens, CT1)) - expected) / np.sqrt(expected)).ravel()
+
+        fitted = least_squares(residual, start, x_scale=[0.1, 0.1, 1, 0.1, 0.1, 0.1, 1])
+    found = significance({name: np.float32(value) for name, value in p.items()}, CT1)
+    assert found == pytest.approx(np.sqrt(2 * fitted.cost), rel=0.1)  # of 300 lenses the median is 1 % larger
+
+
+def test_significance_is_0_without_substructure_and_finite_for_a_round_source_without_shear():
+    lenses = take(sample_lenses("no"), slice(2))
+    assert np.asarray(jax.vmap(lambda p: significance(p, CT1))(lenses)).max() < 1e-3
+    p = take(sample_lenses("sphere"), 0)
+    plain = significance(p | {"shear": np.float32(0), "source_axis_ratio": np.float32(1)}, CT1)
+    assert plain == pytest.approx(float(significance(p, CT1)), rel=0.5)
 
 
 def test_deflection_of_subhalos_and_a_vortex_is_the_sum_of_both():
