@@ -1,13 +1,13 @@
 import json
 import math
 from dataclasses import asdict, replace
-from typing import NamedTuple, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 
 from gravlens_jax.config import PRESETS, AugmentConfig, Config, InputConfig, ModelConfig, from_dict
-from gravlens_jax.errors import InputError, parse_json
+from gravlens_jax.errors import InputError
 from gravlens_jax.lensing import PRIORS, Priors, simulate_images
 from gravlens_jax.lensing.priors import RANGES
 from gravlens_jax.model import make_model
@@ -94,26 +94,6 @@ def test_json_round_trip_is_exact(preset):
 def test_damaged_json_is_refused(change, message):
     with pytest.raises(InputError, match=message):
         from_dict(Config, values(Config(), **change))
-
-
-@pytest.mark.parametrize("text", [b"\xff\xfe\xfa", b"[" * 10**5, b"1" * 5000, b"{'a': 1}", b""])
-def test_text_that_is_not_json_is_refused(text):
-    with pytest.raises(InputError, match="a file is not readable JSON"):
-        parse_json(text, "a file")
-
-
-class Tuples(NamedTuple):
-    image_shape: tuple[int, int] = (1, 2)
-    classes: tuple[str, ...] = ("a", "b")
-
-
-@pytest.mark.parametrize("value", [None, "ab", [], [1], [1, 2, 3], [1, "2"], [1, 2.0], [1, True], {"a": 1, "b": 2}])
-@pytest.mark.parametrize("field", Tuples._fields)
-def test_tuples_are_lists_of_the_right_length_and_type(field, value):
-    lists = {"image_shape": [1, 2], "classes": ["a", "b"]}
-    assert from_dict(Tuples, lists) == Tuples()
-    with pytest.raises(InputError, match=rf"config\.{field}: expected"):
-        from_dict(Tuples, lists | {field: value})
 
 
 @pytest.mark.parametrize("stretch, mean, std", [("linear", 0.15, 0.17), ("sqrt", 0.34, 0.19), ("log", -2.3, 1.0)])

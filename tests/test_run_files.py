@@ -18,13 +18,6 @@ def test_run_directory_is_created_once_and_keeps_its_config(tmp_path):
     assert run_files.read_run(tmp_path) == info
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"config": {}, "classes": [], "image_shape": [1, 2]}'])
-def test_damaged_config_is_refused(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(InputError, match=r"config\.json"):
-        run_files.read_run(tmp_path)
-
-
 def test_run_of_version_0_6_cannot_be_resumed(tmp_path):
     run_files.create_run(tmp_path, TINY_INFO)
     path = tmp_path / "config.json"

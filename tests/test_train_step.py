@@ -97,6 +97,10 @@ def test_sums_run_until_the_epoch_ends_and_survive_the_donation_of_the_state():
     assert_close(end_epoch(state, None, config=OPTIM).sums, zero_sums())
 
 
+def test_initial_state_depends_on_the_seed():
+    assert (make_state(0).params["head"]["kernel"] != make_state(1).params["head"]["kernel"]).any()
+
+
 def test_steps_on_device_data_equal_steps_on_batches():
     images, steps = make_batch(12), np.random.default_rng(0).permutation(12).reshape(3, 4)
     one_by_one = make_state(0)
@@ -104,12 +108,6 @@ def test_steps_on_device_data_equal_steps_on_batches():
         one_by_one, _ = STEP(one_by_one, {name: array[rows] for name, array in images.items()})
     together, _ = jax.jit(partial(train_steps, **OPTIONS))(make_state(0), images | {"rows": steps})
     assert_close(together, one_by_one, rtol=1e-3, atol=1e-5)  # another program, in which rounding differs
-
-
-def test_initial_state_and_steps_are_functions_of_the_seed():
-    assert_close(STEP(make_state(0), make_batch()), STEP(make_state(0), make_batch()), rtol=0)
-    a, b = (make_state(seed).params["head"]["kernel"] for seed in (0, 1))
-    assert (a != b).any()
 
 
 def test_plateau_scales_the_update_after_patience_epochs_without_improvement():
@@ -130,12 +128,3 @@ def test_evaluation_counts_masked_examples_only(keep):
     padded = make_batch() | {"mask": np.arange(8) < keep}
     whole = {name: value[:keep] for name, value in padded.items()}
     assert_close(evaluate(make_state(0), padded), evaluate(make_state(0), whole), rtol=1e-5)
-
-
-def test_two_devices_give_the_numbers_of_one():
-    single, sums = STEP(make_state(0), make_batch())
-    mesh = sharding.data_mesh(2)
-    double, sharded = STEP(sharding.replicate(make_state(0), mesh), sharding.shard_batch(make_batch(), mesh))
-    np.testing.assert_allclose(sharded["loss"], sums["loss"], rtol=1e-5)
-    # The first step of Adam is the sign of the gradient: compare statistics, which do not depend on it.
-    assert_close(double.batch_stats, single.batch_stats, rtol=1e-4, atol=1e-6)

@@ -173,14 +173,6 @@ def test_run_in_use_is_refused(whole):
         fit(whole, resume=True)
 
 
-def test_damaged_history_is_an_error_and_the_checkpoints_stay(whole, tmp_path):
-    run_dir = shutil.copytree(whole.run_dir, tmp_path / "cut")
-    (run_dir / "metrics.jsonl").write_bytes((run_dir / "metrics.jsonl").read_bytes()[:-9])
-    with pytest.raises(InputError, match=r"cut/metrics\.jsonl has a damaged line"):
-        fit(replace(whole, run_dir=str(run_dir)), resume=True)
-    assert_same_parameters(run_dir, Path(whole.run_dir))
-
-
 def test_diverging_run_is_an_error_and_saves_nothing(whole, tmp_path):
     optim = replace(whole.optim, learning_rate=1e30, warmup_steps=0)
     with pytest.raises(FloatingPointError, match=r"at step .* start again with a lower learning rate"):
