@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from export import export_network
+from export import FORMATS, export_network
 from gravlens_jax import checkpoint
 from gravlens_jax.config import SimulationConfig
 from gravlens_jax.datasets import simulate_dataset
@@ -86,7 +86,7 @@ def write_report(folder):
     [
         ("packed/.*/train.npz", lambda folder: pack(folder / "source", folder / "packed")),
         ("simulated/train.npz", lambda folder: simulate_dataset(folder / "simulated", SimulationConfig(train=30))),
-        ("net.npz", lambda folder: export_network(folder / "run", folder / "net.npz")),
+        *((f"net{x}", lambda folder, x=x: export_network(folder / "run", folder / f"net{x}")) for x in FORMATS),
         ("metrics.jsonl", lambda folder: write_history(folder / "run", [{"step": 2}] * 1000)),
         ("report", write_report),
     ],
@@ -94,12 +94,14 @@ def write_report(folder):
 def test_file_too_large_for_the_disk_is_an_error_and_the_one_before_stays(tmp_path, name, write):
     make_run(tmp_path / "run", [0.5])
     write_history(tmp_path / "run", [{"step": 1}])
-    (tmp_path / "net.npz").write_text("before")
+    for suffix in FORMATS:
+        (tmp_path / f"net{suffix}").write_text("before")
     make_folders(tmp_path / "source", train=1, val=0, shape=(64, 64))
     message = f"{name} could not be written: File too large; existing files are unchanged"
     with small_files(6000), pytest.raises(InputError, match=message):
         write(tmp_path)
-    assert (tmp_path / "net.npz").read_text() == "before" and read_history(tmp_path / "run") == [{"step": 1}]
+    assert {(tmp_path / f"net{suffix}").read_text() for suffix in FORMATS} == {"before"}
+    assert read_history(tmp_path / "run") == [{"step": 1}]
     assert not [f for f in tmp_path.rglob("*") if "tmp" in f.name or f.name == "train.npz"]
 
 
