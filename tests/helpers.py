@@ -93,6 +93,7 @@ def start(folder, script, *arguments, devices=1, before=(), optimized=False, **o
     """
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
     environment |= {"GLIBC_TUNABLES": HUGE_PAGES}  # or train.py would start Python a second time
+    environment |= {"MPLBACKEND": "module://not_there"}  # as a notebook may set it
     if optimized:
         environment.pop("XLA_FLAGS", None)
     command = [*before, sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]

@@ -96,19 +96,13 @@ def test_damaged_json_is_refused(change, message):
         from_dict(Config, values(Config(), **change))
 
 
-@pytest.mark.parametrize("stretch, mean, std", [("linear", 0.15, 0.17), ("sqrt", 0.34, 0.19), ("log", -2.3, 1.0)])
-def test_mean_and_deviation_follow_the_stretch_unless_given(stretch, mean, std):
-    assert InputConfig(stretch=stretch).resolve() == InputConfig(stretch=stretch, mean=mean, std=std)
-    given = InputConfig(stretch=stretch, mean=0.0, std=3.0)
-    assert given.resolve() == given
-    assert make_model(ModelConfig(), InputConfig(stretch=stretch), ("a", "b")).input.mean == mean
-
-
-def test_prepared_images_have_mean_0_and_deviation_1():
+def test_prepared_images_have_mean_0_and_deviation_1_unless_others_are_given():
     images = np.concatenate(list(simulate_images(90, 3, 0, PRIORS["ct1"])))
     for stretch in ("linear", "sqrt", "log"):
-        x = prepare(to_unit(images), InputConfig(stretch=stretch))
+        config, given = InputConfig(stretch=stretch), InputConfig(stretch=stretch, mean=0.0, std=3.0)
+        x = prepare(to_unit(images), config)
         assert abs(float(x.mean())) < 0.1 and abs(float(x.std()) - 1) < 0.1
+        assert make_model(ModelConfig(), config, ("a", "b")).input == config.resolve() and given.resolve() == given
 
 
 def test_paths_of_a_run_are_absolute_but_not_the_name_of_a_stream(tmp_path, monkeypatch):

@@ -73,10 +73,8 @@ def folder(tmp_path_factory):
 
 
 def test_run_directory_holds_report_history_events_and_checkpoints(folder):
-    run_dir = folder / "runs/a"
-    names = {f.name for f in (run_dir / "report").iterdir()}
-    figures = {f"{name}.png" for name in ("history", "roc", "confusion", "examples", "saliency")}
-    assert names == figures | {"metrics.json", "predictions.npz"}
+    run_dir, figures = folder / "runs/a", {"history.png", "roc.png", "confusion.png", "examples.png", "saliency.png"}
+    assert {f.name for f in (run_dir / "report").iterdir()} == figures | {"metrics.json", "predictions.npz"}
     values = json.loads((run_dir / "report/metrics.json").read_text())
     keys = {"n", "accuracy", "loss", "auc", "macro_auc", "ece", "confusion", "classes", "checkpoint", "tta"}
     keys |= {"interval_95", "temperature", "ece_uncalibrated", "outliers"}
@@ -110,8 +108,7 @@ def test_simulate_writes_splits_with_lens_parameters_and_a_figure(folder, run_he
     run_here(folder, "simulate.py", "sim", *arguments, "--figure", "sim.png")
     assert {f.name for f in (folder / "sim").iterdir()} == {".lock", "val.npz"}
     assert (folder / "sim.png").read_bytes()[:8] == PNG
-    with np.load(folder / "sim/val.npz", allow_pickle=False) as archive:
-        assert archive["parameters/shear"].max() < 0.1
+    assert np.load(folder / "sim/val.npz", allow_pickle=False)["parameters/shear"].max() < 0.1
 
 
 @pytest.mark.parametrize(
@@ -120,7 +117,6 @@ def test_simulate_writes_splits_with_lens_parameters_and_a_figure(folder, run_he
         ("train.py --run-dir runs/none --resume", "runs/none is not a run"),
         ("train.py --run-dir runs/a --resume --epochs 1", "--epochs is 1 but step 30 is done; give at least 4"),
         ("train.py --run-dir runs/a --resume --simulation.seed 9", "--simulation.seed is 9 but the run to resume has"),
-        ("train.py --model.depth 21", "depth=21: expected 6n + 2 layers"),
         ("train.py --data nowhere --run-dir runs/c", "no such file"),
         (f"train.py {' '.join(SMALL)} --batch-size 100 --run-dir runs/c", "fewer than batch_size=100"),
         (f"train.py {' '.join(SMALL)} --input.crop 160 --run-dir runs/c", "the network's input is a crop of 160 x 160"),
@@ -130,14 +126,11 @@ def test_simulate_writes_splits_with_lens_parameters_and_a_figure(folder, run_he
         ("predict.py runs/a runs/a/config.json", "expected a file that ends in .npy, .fits, .fit,"),
         ("predict.py runs/a small.npy", "16 x 16 pixels, but the network was trained on 150 x 150"),
         ("simulate.py sim2 --train 0 --val 0 --test 0", "0 images asked for: nothing to do"),
-        ("simulate.py sim2 --figure none/a.png", "there is no folder none"),
         ("pack.py nowhere out --classes a,a", "expected at least two different names"),
         ("import_torch.py nowhere.npz runs/d", "nowhere.npz: no such file"),
         ("export.py runs/a a.pth", "expected a name that ends in .npz, .safetensors, .stablehlo"),
-        ("learning_curve.py", "no RUN given"),
         ("learning_curve.py pretrained --figure none/a.png", "there is no folder none"),
         ("benchmark.py train --batch-size 0", "batch_size=(0,): expected at least 1"),
-        ("benchmark.py simulate --repeats 0", "repeats=0: expected at least 1"),
     ],
 )
 def test_user_errors_print_one_message_and_exit_with_status_2(folder, command, message, run_here):
@@ -201,23 +194,18 @@ def test_power_law_is_fitted_to_errors():
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "command",
     [
-        ["infer", "--image-size", "8", "--batch-size", "4", "6", "--steps", "2", "--warmup", "1"],
-        ["simulate", "--seconds", "0.1"],
-        ["input", "--images", "8", "--batch-size", "4"],
+        "infer --image-size 8 --batch-size 4 6 --steps 2 --warmup 1",
+        "simulate --seconds 0.1",
+        "input --images 8 --batch-size 4",
+        "scale --devices 2 --image-size 8 --batch-per-device 2 --steps 2 --figure scale.png",
     ],
 )
-def test_benchmarks_print_a_table_and_a_json_line(folder, arguments, run_here):
-    *table, line = run_here(folder, "benchmark.py", *arguments, "--repeats", "1").splitlines()
+def test_benchmarks_print_a_table_and_a_json_line(folder, command, run_here):
+    start = run if "--devices" in command else run_here  # it splits the CPU of a process of its own
+    *table, line = start(folder, "benchmark.py", *command.split(), "--repeats", "1").splitlines()
     result = json.loads(line)
-    assert result["benchmark"] == arguments[0] and "jax" in result["versions"]
+    assert result["benchmark"] == command.partition(" ")[0] and "jax" in result["versions"]
     assert len(table) > len(result["rows"]) > 1
-
-
-def test_scaling_benchmark_splits_a_cpu_and_draws(folder):
-    options = ["--devices", "2", "--image-size", "8", "--batch-per-device", "2", "--steps", "2", "--repeats", "1"]
-    out = run(folder, "benchmark.py", "scale", *options, "--figure", "scale.png")
-    rows = json.loads(out.splitlines()[-1])["rows"]
-    assert [(row["scaling"], row["batch_size"]) for row in rows] == [("weak", 4), ("strong", 4)]
-    assert (folder / "scale.png").read_bytes()[:8] == PNG
+    assert "--figure" not in command or (folder / "scale.png").read_bytes()[:8] == PNG
