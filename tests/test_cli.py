@@ -96,7 +96,6 @@ def test_python_m_lists_commands_and_names_them_in_their_usage(arguments, status
     "platforms, options, message, advice",
     [
         ("cuda", [], "JAX_PLATFORMS=cuda: this device cannot be used (", "unset it"),
-
         ("cpu", ["--coordinator", "auto"], "--coordinator auto: JAX detects no complete cluster (", "leave it out"),
     ],
 )
@@ -115,7 +114,6 @@ def test_text_is_printed_in_any_encoding(encoding, expected, quiet, monkeypatch)
     monkeypatch.setattr(sys, "stderr", streams[1])
     cli.run(lambda: [print("é \udcff", file=stream, flush=True) for stream in streams])
     assert [stream.buffer.getvalue() for stream in streams] == [expected, expected]
-
 
 
 @pytest.mark.parametrize("value, expected", [(None, "~/.cache"), ("", "~/.cache"), ("here", "~/.cache"), ("/c", "/c")])
@@ -216,6 +214,3 @@ def test_unknown_error_keeps_its_traceback_and_a_lost_connection_is_one_message_
     if processes > 1:
         assert "another process of this run has ended or cannot be reached" in (text := capsys.readouterr().err)
         assert "with --resume (UNAVAILABLE" in text and text.count("\n") == 1
-
-
-

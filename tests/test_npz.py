@@ -9,6 +9,7 @@ import struct
 import types
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -90,12 +91,10 @@ def test_images_survive_a_round_trip_and_are_indexed_like_an_array(tmp_path, dty
 
 
 def test_arrays_of_numpy_in_any_order_beside_members_of_the_system_are_read(tmp_path):
-    class Pipe(io.BytesIO):
-        def tell(self):
-            raise OSError("a pipe has no position")  # so that sizes follow the data
-
     path, arrays = tmp_path / "a.npz", ARRAYS | {"images": IMAGES[:, None], "F/order": np.asfortranarray(np.eye(4)[:3])}
-    np.savez(pipe := Pipe(), **arrays)
+    pipe = io.BytesIO()
+    pipe.tell = Mock(side_effect=OSError)  # as of a pipe, so that sizes follow the data
+    np.savez(pipe, **arrays)
     path.write_bytes(pipe.getvalue())
     with zipfile.ZipFile(path, "a") as archive:
         for name in ("__MACOSX/._images.npy", "._labels.npy", ".DS_Store"):
@@ -138,7 +137,6 @@ def test_labels_are_not_read_if_only_images_are_needed(tmp_path, save, bad):
         ({"labels": LABELS[:, None]}, "3 images but labels of shape"),
         ({"labels": LABELS * 1.0}, "labels.npy has dtype float64, expected integers"),
         ({"images": IMAGES.astype(np.longdouble)}, "expected at most 64 bits a pixel"),
-        ({"classes": np.array([2**21] * 3, ">u4").view(">U1")}, "code point not in range"),
         ({"classes": np.array([0xD800] * 3, "<u4").view("<U1")}, "surrogate|code point not in range"),
         ({"images": np.asfortranarray(np.eye(4)[:3])}, "is in Fortran order, expected C order"),
         ({"info": np.array("[]")}, "info is not a JSON object"),
@@ -159,11 +157,10 @@ class Evil:
         return os.mkdir, ("executed",)
 
 
-HEADERS = [b"-" * 9000 + b"1", b"(" * 999, b"{'shape': 1}", b"\xff", b"'\\d'", b"{1: 2}"]
-ABSURD_IMAGES = [
+ABSURD_IMAGES = [  # test_fuzz has more
     *map(npy, [(10**12, 150, 150), (-3, -4, 4), (0, 4, 4), (2**62, 4, 1), (1,) * 65]),
-    *(npy((3, 4, 4), dtype=dtype) for dtype in ("<U0", "|V4", ("<f4", (10**8,)), [("a", "<f4")])),
-    *(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header for header in HEADERS),
+    *(npy((3, 4, 4), dtype=dtype) for dtype in ("<U0", ("<f4", (10**8,)), [("a", "<f4")])),
+    *(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text for text in (b"-" * 9000 + b"1", b"(" * 999)),
     b"\x93NUMPY\x02\x00" + struct.pack("<L", 2**23) + bytes(2**23),
 ]
 BOMB = r"unpack to 8,\d\d\d,\d\d\d bytes, expected 2,097,152"
@@ -194,14 +191,11 @@ def test_attacks_are_refused_and_nothing_executed(tmp_path, monkeypatch, reader,
     refuse(reader, edit(path, *change) if change else path, message)
 
 
-def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = save_npz(tmp_path / "a.npz", IMAGES)
-    with pytest.raises(ZeroDivisionError):
-        write_npz(path, (1 / 0 for _ in range(3)), IMAGES.shape, IMAGES.dtype, LABELS, CLASSES, {})
+def test_file_for_which_there_is_no_space_is_refused_before_it_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=191))
     with pytest.raises(InputError, match=r"a\.npz needs 192 bytes, 191 are free; free space"):
-        save_npz(path, IMAGES)
-    assert open_npz(path).size == 3 and list(tmp_path.iterdir()) == [path]
+        save_npz(tmp_path / "a.npz", IMAGES)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

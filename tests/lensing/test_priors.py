@@ -23,11 +23,8 @@ def test_easy_images_differ_only_in_the_mass_of_their_substructure(priors):
     "change, message",
     [
         ({"shear_min": 0.4}, "shear_min=0.4 is larger than shear_max=0.3"),
-
         ({"z_source_min": 0.55}, "z_source_min=0.55 is not behind z_lens_max=0.6"),
-
         ({"pixel_scale": 0.04, "psf_pixels": 11}, "psf_pixels=11 cut 2.1% of the flux .* leave psf_pixels out"),
-
         ({"subhalo_number": 50.0}, "subhalo_padding=64 is too few for subhalo_number=50.0; set it to 93 or more"),
         ({"vortex_mass_fraction_max": 0.3}, "vortex_mass_fraction_max=0.3: expected less than 0.25, because substr"),
     ],
