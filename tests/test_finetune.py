@@ -9,8 +9,8 @@ from gravlens_jax.config import InputConfig
 from gravlens_jax.errors import InputError
 from gravlens_jax.inference import predict
 from gravlens_jax.network import describe, load_network, write_network
-from gravlens_jax.npz import Dataset, write_npz
-from helpers import make_bars, make_network
+from gravlens_jax.npz import Dataset
+from helpers import make_bars, make_folders, make_network, save_npz
 
 INPUT = InputConfig(16, 1, "linear", 0.3, 0.2)
 
@@ -48,7 +48,7 @@ def test_unsuitable_data_and_options_are_refused():
 def test_broken_and_dead_networks_are_errors(scale, bias, message):
     network = make_network(input=INPUT)
     norm = {"scale": np.full(4, scale, np.float32), "bias": np.full(4, bias, np.float32)}
-    variables = {**network.variables, "params": {**network.variables["params"], "norm0": norm}}
+    variables = network.variables | {"params": network.variables["params"] | {"norm0": norm}}
     with pytest.raises(FloatingPointError, match=message):
         finetune(replace(network, variables=variables), bars(40), epochs=5, batch_size=8)
 
@@ -58,17 +58,13 @@ def folder(tmp_path):
     """A folder with a network, net.npz; three.npz and folders of images that are smaller than its crop."""
     network = make_network(input=INPUT)
     write_network(tmp_path / "net.npz", network, describe(network))
-    images = np.random.default_rng(0).random((6, 12, 12)).astype(np.float32)
-    write_npz(tmp_path / "three.npz", [images], images.shape, images.dtype, np.arange(6) % 3, ("a", "b", "c"), {})
-    for name in ("cdm", "axion"):
-        (tmp_path / "small" / name).mkdir(parents=True)
-        for number, image in enumerate(images):
-            np.save(tmp_path / "small" / name / f"{number}.npy", image)
+    save_npz(tmp_path / "three.npz", np.ones((6, 12, 12), np.float32))
+    make_folders(tmp_path / "small", train=6, val=0, shape=(12, 12), classes=("cdm", "axion"))
     return tmp_path
 
 
 def test_images_of_another_size_and_renamed_classes(folder, run_here):
-    finetune = "finetune.py", "net.npz", "small", "new.npz", "--epochs", "1", "--classes", "no=cdm,yes=axion"
+    finetune = "finetune.py", "net.npz", "small/train", "new.npz", "--epochs", "1", "--classes", "no=cdm,yes=axion"
     assert "train with --input.crop 12\n" in run_here(folder, *finetune, status=2)
     bad_pool = "--input.crop", "12", "--input.pool", "5"
     assert "crop=12 is not a multiple of pool=5" in run_here(folder, *finetune, *bad_pool, status=2)
@@ -76,10 +72,12 @@ def test_images_of_another_size_and_renamed_classes(folder, run_here):
     new = load_network(folder / "new.npz")
     assert new.model.input == replace(INPUT, crop=12, pool=2) and new.image_shape == (12, 12)
     run_here(folder, "export.py", "new.npz", "again.npz")
-    assert len(run_here(folder, "predict.py", "again.npz", "small").splitlines()) == 13
+    assert len(run_here(folder, "predict.py", "again.npz", "small/train").splitlines()) == 13
 
 
-@pytest.mark.parametrize("data, classes, found", [("three.npz", "a,b", "a, b, c"), ("small", "cdm,wdm", "axion, cdm")])
+@pytest.mark.parametrize(
+    "data, classes, found", [("three.npz", "no,vort", "no, sphere, vort"), ("small/train", "cdm,wdm", "axion, cdm")]
+)
 def test_unknown_classes_and_other_formats_are_refused(folder, run_here, data, classes, found):
     error = run_here(folder, "finetune.py", "net.npz", data, "new.npz", "--classes", classes, status=2)
     assert error == f"error: --classes {classes}: {data} has the classes {found}; expected these names\n"

@@ -86,6 +86,7 @@ def test_public_names_are_those_for_type_checkers_and_for_completion():
     for name in gravlens_jax.__all__:
         assert getattr(gravlens_jax, name) is getattr(import_module(gravlens_jax._MODULES[name]), name)
     assert dir(gravlens_jax) == sorted([*gravlens_jax.__all__, "__version__"])
+    assert not {*gravlens_jax.__all__} & MODULES.keys()
 
 
 def test_repr_of_a_network_is_one_line():

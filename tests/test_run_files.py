@@ -56,19 +56,6 @@ def test_place_of_the_data_and_number_of_epochs_may_change(tmp_path):
             run_files.check_resumable(tmp_path, replace(before, data=data))
 
 
-def test_run_is_resumed_with_the_images_it_began_with(tmp_path):
-    info = TINY_INFO._replace(data={"train": "fingerprint"})
-    run_files.create_run(tmp_path, info)
-    run_files.check_same_images(tmp_path, info)
-    for changes, message in (
-        ({"data": {"train": "another"}}, r"train\.npz does not hold the images that the run began with \(another; exp"),
-        ({"data": info.data | {"easy": ""}}, r"easy\.npz does not hold"),
-        ({"classes": ("a",)}, r"has \('a',\) in images"),
-    ):
-        with pytest.raises(InputError, match=message):
-            run_files.check_same_images(tmp_path, info._replace(**changes))
-
-
 @pytest.mark.parametrize("damage", [b'{"step"', b'{"step": "\xff"}', b'{"epoch": 1}', b"3"])
 def test_history_ends_at_the_saved_step_also_without_its_damaged_line(tmp_path, damage):
     path, lines = tmp_path / "metrics.jsonl", [b'{"step": 3}\n', b'{"step": 9}\n']

