@@ -13,11 +13,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from gravlens_jax import checkpoint
 from gravlens_jax.checkpoint import load_variables
 from gravlens_jax.cli import HUGE_PAGES
 from gravlens_jax.config import CLASSES, Config, InputConfig, ModelConfig
+from gravlens_jax.errors import InputError
 from gravlens_jax.model import make_model
 from gravlens_jax.network import Network
 from gravlens_jax.npz import write_npz
@@ -196,3 +198,9 @@ def make_bars(n, classes, side=16):
     images[labels == classes - 2, 4:12] += 0.5
     images[labels == classes - 1, :, 4:12] += 0.5
     return images, labels
+
+
+def refuse(message, function, *arguments, **options):
+    """Asserts that the call is an InputError whose text matches the message, a regular expression."""
+    with pytest.raises(InputError, match=message):
+        function(*arguments, **options)

@@ -11,7 +11,7 @@ import pytest
 from gravlens_jax import checkpoint
 from gravlens_jax.errors import InputError
 from gravlens_jax.run_files import create_run
-from helpers import TINY_INFO, TINY_MODEL, assert_equal, make_run, make_state, make_variables
+from helpers import TINY_INFO, TINY_MODEL, assert_equal, make_run, make_state, make_variables, refuse
 
 
 def steps(run_dir):
@@ -83,8 +83,7 @@ def test_run_without_a_checkpoint_is_an_input_error_and_imported_variables_are_b
     create_run(tmp_path, TINY_INFO)
     with checkpoint.open_checkpoints(tmp_path) as manager:
         assert checkpoint.restore_latest(manager, TINY_INFO) is TINY_INFO
-    with pytest.raises(InputError, match="has no checkpoint yet"):
-        checkpoint.load_variables(tmp_path, TINY_MODEL)
+    refuse("has no checkpoint yet", checkpoint.load_variables, tmp_path, TINY_MODEL)
     checkpoint.save_variables(tmp_path, make_variables(1))
     for which in ("best", "final"):
         assert_equal(checkpoint.load_variables(tmp_path, TINY_MODEL, which)[0], make_variables(1))

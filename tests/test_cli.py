@@ -21,7 +21,7 @@ from gravlens_jax import __version__, cli
 from gravlens_jax.cli import CPU_FLAGS, HUGE_PAGES
 from gravlens_jax.errors import InputError
 from gravlens_jax.progress import Stopped
-from helpers import ROOT, run, run_code
+from helpers import ROOT, refuse, run, run_code
 
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 MADVISE = SETTING.exists() and "[madvise]" in SETTING.read_text()
@@ -167,8 +167,7 @@ def test_tensorboard_that_is_missing_or_a_folder_that_cannot_be_written_is_one_e
     train, tmp_path, run_here, monkeypatch
 ):
     (tmp_path / "tensorboard").write_text("mine")
-    with pytest.raises(InputError, match="could not be written: "):
-        train["write_epoch"](tmp_path, LINE)
+    refuse("could not be written: ", train["write_epoch"], tmp_path, LINE)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)  # as if it were not installed
     error = run_here(tmp_path, "train.py", "--preset", "smoke", "--tensorboard", "--run-dir", "run", status=2)
     assert error == 'error: --tensorboard needs tensorboardX; run: pip install "gravlens_jax[tensorboard]"\n'

@@ -14,7 +14,7 @@ from gravlens_jax.lensing.priors import PRIORS, make_easy
 from gravlens_jax.npz import PARAMETERS, open_npz, write_npz
 from gravlens_jax.sharding import data_mesh
 from gravlens_jax.training import fit
-from helpers import save_npz
+from helpers import refuse, save_npz
 
 SMALL = replace(PRIORS["ct1"], num_pixels=24, pixel_scale=0.3)
 SIZES = SimulationConfig(train=12, easy=12, val=12, test=12, seed=4)
@@ -66,8 +66,7 @@ def test_simulated_files_are_kept_if_they_come_from_the_same_arguments(simulated
     assert (simulated / "train.npz").stat().st_mtime_ns == before.st_mtime_ns
     for config, priors in ((replace(SIZES, train=8), SMALL), (SIZES, replace(SMALL, shear_max=0.1))):
         message = r"train\.npz holds 12 other images, or another version's; remove it or choose another folder"
-        with pytest.raises(InputError, match=message):
-            simulate_dataset(simulated, config, priors=priors)
+        refuse(message, simulate_dataset, simulated, config, priors=priors)
 
 
 def test_images_do_not_depend_on_the_random_generator_that_jax_is_set_to(simulated):
@@ -140,8 +139,7 @@ def test_fingerprint_is_that_of_the_origin_of_simulated_images_or_of_pixels_and_
 def test_splits_must_have_the_same_image_size(tmp_path):
     for split, size in (("train", 4), ("val", 5), ("test", 4)):
         save_npz(tmp_path / f"{split}.npz", np.zeros((3, size, size), np.uint8))
-    with pytest.raises(InputError, match=r"val\.npz has classes .* and images of \(5, 5\) pixels"):
-        load_splits(tmp_path)
+    refuse(r"val\.npz has classes .* and images of \(5, 5\) pixels", load_splits, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +152,5 @@ def test_pixels_that_are_not_finite_are_an_error_before_a_run_starts(tmp_path, s
         images[4, 3, 2] = value if name == split else 0
         save_npz(tmp_path / f"{name}.npz", images)
     config = Config(str(tmp_path / "run"), str(tmp_path), batch_size=2, input=InputConfig(crop=16))
-    with pytest.raises(InputError, match=rf"{split}\.npz: images\[4\]"):
-        fit(config)
+    refuse(rf"{split}\.npz: images\[4\]", fit, config)
     assert not (tmp_path / "run").exists()

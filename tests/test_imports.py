@@ -7,7 +7,7 @@ import pytest
 
 import gravlens_jax
 from conftest import ROOT
-from helpers import make_network, run_code
+from helpers import run_code
 
 ORDER = (  # a module imports only modules before it; those in one string do not import each other
     *("errors", "files", "config", "npz", "folders", "progress", "metrics"),
@@ -87,7 +87,3 @@ def test_public_names_are_those_for_type_checkers_and_for_completion():
         assert getattr(gravlens_jax, name) is getattr(import_module(gravlens_jax._MODULES[name]), name)
     assert dir(gravlens_jax) == sorted([*gravlens_jax.__all__, "__version__"])
     assert not {*gravlens_jax.__all__} & MODULES.keys()
-
-
-def test_repr_of_a_network_is_one_line():
-    assert repr(make_network()) == "Network(ResNet-8, no, sphere, vort, 16 x 16 pixels)"

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from gravlens_jax.config import CLASSES, SPLITS, InputConfig
-from gravlens_jax.errors import InputError
 from gravlens_jax.inference import embed, logits, outputs, predict, predict_logits, saliency
 from gravlens_jax.lensing.images import simulate_images, simulate_parameters
 from gravlens_jax.lensing.priors import PRIORS
@@ -15,7 +14,7 @@ from gravlens_jax.network import load_pretrained
 from gravlens_jax.npz import Dataset, open_npz, scale
 from gravlens_jax.preprocess import prepare
 from gravlens_jax.report import evaluate_network
-from helpers import make_network
+from helpers import make_network, refuse
 
 CT1, TEST = PRIORS["ct1"], SPLITS.index("test")
 IMAGES = np.stack([scale(image) for image in np.random.default_rng(0).random((5, 16, 16))])
@@ -36,8 +35,7 @@ def test_pixels_that_are_not_finite_are_refused_by_file_and_image(tmp_path, dtyp
     np.savez(tmp_path / "bad.npz", images=images)
     for function in (predict, embed, saliency, evaluate):
         for given, file in ((open_npz(tmp_path / "bad.npz", need_labels=False).images, r"bad\.npz: "), (images, "^")):
-            with pytest.raises(InputError, match=rf"{file}images\[1\] has NaN or infinite pixels"):
-                function(*make_network(), given)
+            refuse(rf"{file}images\[1\] has NaN or infinite pixels", function, *make_network(), given)
     assert not (tmp_path / "report").exists()
 
 
@@ -99,10 +97,8 @@ def test_tta_is_the_mean_over_mirror_images():
 @pytest.mark.parametrize("function", [predict, embed, saliency])
 def test_wrong_shapes_and_batch_sizes_are_refused(function):
     for shape, message in (((16, 16), r"expected \(n, height, width\)"), ((2, 12, 20), "crop of 16 x 16")):
-        with pytest.raises(InputError, match=message):
-            function(*make_network(), np.zeros(shape))
-    with pytest.raises(InputError, match="batch_size=0"):
-        function(*make_network(), IMAGES, batch_size=0)
+        refuse(message, function, *make_network(), np.zeros(shape))
+    refuse("batch_size=0", function, *make_network(), IMAGES, batch_size=0)
 
 
 @pytest.mark.parametrize("size, crop, pool", [(51, 40, 1), (61, 54, 3)])
@@ -132,8 +128,7 @@ def test_saliency_explains_the_predicted_class_by_default():
         ([0, 1, 2, 1, 7], r"labels are \[0 1 2 7\], expected 0 to 2"),
         ([0, 1, 2, 1, -1], r"labels are \[-1 *0 *1 *2\], expected 0 to 2"),
     ):
-        with pytest.raises(InputError, match=message):
-            saliency(*network, IMAGES, np.array(labels))
+        refuse(message, saliency, *network, IMAGES, np.array(labels))
 
 
 def distance_to_substructure(x, y, p, heaviest=5):
@@ -161,10 +156,8 @@ def test_saliency_of_the_pretrained_network_peaks_on_the_substructure(lenses, la
 
 def test_images_that_are_no_real_numbers_are_refused():
     for images in (IMAGES * 1j, IMAGES.astype(object), IMAGES.astype(str), IMAGES > 0.5):
-        with pytest.raises(InputError, match=f"dtype {images.dtype}, expected real numbers"):
-            predict(*make_network(), images)
-    with pytest.raises(InputError, match="images are a masked array"):
-        predict(*make_network(), np.ma.masked_greater(IMAGES, 0.9))
+        refuse(f"dtype {images.dtype}, expected real numbers", predict, *make_network(), images)
+    refuse("images are a masked array", predict, *make_network(), np.ma.masked_greater(IMAGES, 0.9))
 
 
 def test_logits_can_be_traced_and_differentiated_in_both_modes():

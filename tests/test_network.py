@@ -24,7 +24,7 @@ from gravlens_jax.model import ResNet, variable_shapes
 from gravlens_jax.network import PRETRAINED, describe, load_network, load_pretrained, write_network
 from gravlens_jax.preprocess import prepare
 from gravlens_jax.run_files import create_run, write_calibration
-from helpers import TINY_INFO, TINY_MODEL, assert_equal, make_network, make_run, run_code
+from helpers import TINY_INFO, TINY_MODEL, assert_equal, make_network, make_run, refuse, run_code
 from import_torch import load_state_dict, to_variables
 from learning_curve import load_history
 
@@ -62,8 +62,7 @@ def test_files_that_are_not_networks_are_refused(file):
     damaged += [{name: arrays[name] for name in arrays if name != left_out} for left_out in (bias, "about")]
     for contents in damaged:
         np.savez(file, **contents)
-        with pytest.raises(InputError, match=r"net\.npz"):
-            load_network(file)
+        refuse(r"net\.npz", load_network, file)
 
 
 def test_unknown_fields_and_a_missing_temperature_do_not_matter(file):
@@ -117,8 +116,7 @@ def test_a_run_without_an_epoch_has_no_history(file):
     make_run(file.with_name("run"), [None])
     export_network(file.with_name("run"), file.with_name("run.npz"))
     for name, message in (("run", "no epoch of training"), ("run.npz", "no epoch"), ("net.npz", "no record of its")):
-        with pytest.raises(InputError, match=message):
-            load_history(file.with_name(name))
+        refuse(message, load_history, file.with_name(name))
 
 
 WITHOUT_THE_PACKAGE = """
@@ -158,8 +156,7 @@ def test_a_file_that_cannot_be_written_is_refused_before(file, monkeypatch):
         "none/other.npz": "no folder",
     }
     for name, message in messages.items():
-        with pytest.raises(InputError, match=message):
-            export_network(file, file.parent / name)
+        refuse(message, export_network, file, file.parent / name)
     assert list(file.parent.iterdir()) == [file]
 
 
@@ -195,9 +192,7 @@ def test_each_array_of_a_state_dict_is_used_and_belongs_to_the_network(tmp_path,
         (state_dict | {"block1.1.weight": np.ones(3)}, 8, [0, 1, 2], "is left over: .* not of depth 8"),
         (state_dict, 8, [0, 1], "the head has 3 classes, --classes names 2"),
     ):
-        with pytest.raises(InputError, match=message):
-            to_variables(arrays, depth, order)
+        refuse(message, to_variables, arrays, depth, order)
     (tmp_path / "a.pth").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(InputError, match="needs torch"):
-        load_state_dict(tmp_path / "a.pth")
+    refuse("needs torch", load_state_dict, tmp_path / "a.pth")

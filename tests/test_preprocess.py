@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from gravlens_jax.config import AugmentConfig, InputConfig
-from gravlens_jax.errors import InputError
 from gravlens_jax.lensing.profiles import pixel_grid
 from gravlens_jax.preprocess import augment, augment_vectors, check_images, flip, prepare, rotate_and_shift, to_unit
+from helpers import refuse
 
 IMAGES = np.random.default_rng(0).uniform(0.1, 0.9, (8, 11, 9)).astype(np.float32)
 
@@ -33,8 +33,7 @@ def test_prepare_is_crop_pool_stretch_standardize(stretch, function):
 
 @pytest.mark.parametrize("shape, message", [((16, 16), "expected .n, height"), ((2, 12, 20), "input.crop 10$")])
 def test_images_that_cannot_be_cropped_are_refused(shape, message):
-    with pytest.raises(InputError, match=message):
-        check_images(shape, InputConfig(crop=15, pool=5))
+    refuse(message, check_images, shape, InputConfig(crop=15, pool=5))
     check_images((0, 15, 15), InputConfig(crop=15, pool=5))
 
 

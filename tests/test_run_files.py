@@ -5,7 +5,7 @@ import pytest
 
 from gravlens_jax import run_files
 from gravlens_jax.errors import InputError
-from helpers import TINY, TINY_INFO
+from helpers import TINY, TINY_INFO, refuse
 
 
 def test_run_directory_is_created_once_and_keeps_its_config(tmp_path):
@@ -13,8 +13,7 @@ def test_run_directory_is_created_once_and_keeps_its_config(tmp_path):
     run_files.create_run(tmp_path, TINY_INFO)
     run_files.create_run(tmp_path, info)  # the one before was never saved
     (tmp_path / "checkpoints/3").mkdir(parents=True)
-    with pytest.raises(InputError, match="already holds a run; continue it with --resume"):
-        run_files.create_run(tmp_path, TINY_INFO)
+    refuse("already holds a run; continue it with --resume", run_files.create_run, tmp_path, TINY_INFO)
     assert run_files.read_run(tmp_path) == info
 
 
@@ -35,8 +34,7 @@ def test_only_a_run_of_the_same_config_is_resumed(tmp_path):
         ({"model": replace(TINY.model, depth=14)}, r"--model\.depth is 14 but the run to resume has 8"),
         ({"epochs": 9}, r"has 3, and its cosine schedule ends .* new run with --epochs 9; .* constant"),
     ):
-        with pytest.raises(InputError, match=message):
-            run_files.check_resumable(tmp_path, replace(TINY, **changes))
+        refuse(message, run_files.check_resumable, tmp_path, replace(TINY, **changes))
 
 
 def test_place_of_the_data_and_number_of_epochs_may_change(tmp_path):
@@ -52,8 +50,7 @@ def test_place_of_the_data_and_number_of_epochs_may_change(tmp_path):
         ("gone", r"gone.train\.npz: no such file; .* give .* --data"),
         ("simulate:ct1", "--data is sim"),
     ):
-        with pytest.raises(InputError, match=message):
-            run_files.check_resumable(tmp_path, replace(before, data=data))
+        refuse(message, run_files.check_resumable, tmp_path, replace(before, data=data))
 
 
 @pytest.mark.parametrize("damage", [b'{"step"', b'{"step": "\xff"}', b'{"epoch": 1}', b"3"])
@@ -79,5 +76,4 @@ def test_temperatures_belong_to_steps(tmp_path):
 @pytest.mark.parametrize("damage", ['{"2": 0.0}', "[1]", '{"2": "x"}', "{"])
 def test_damaged_temperatures_are_refused(tmp_path, damage):
     (tmp_path / "calibration.json").write_text(damage)
-    with pytest.raises(InputError, match=r"calibration\.json"):
-        run_files.read_temperature(tmp_path, 2)
+    refuse(r"calibration\.json", run_files.read_temperature, tmp_path, 2)

@@ -180,14 +180,6 @@ def test_64_bit_mode_changes_no_image_and_no_prediction(folder, run_here, monkey
     assert found.replace("data64", "data") == expected
 
 
-def test_finetuned_network_has_the_classes_of_its_folder(folder, run_here):
-    make_folders(folder / "bars", train=8, val=0, shape=(150, 150), classes=("flat", "tall"))
-    out = run_here(folder, "finetune.py", "runs/a", "bars/train", "bars.npz", "--epochs", "2", "--batch-size", "8")
-    assert "epoch 2/2" in out and "bars.npz: classes flat, tall" in out
-    rows = list(csv.DictReader(io.StringIO(run_here(folder, "predict.py", "bars.npz", "bars/train"))))
-    assert len(rows) == 16 and rows[0].keys() == {"file", "class", "p_flat", "p_tall", "outlier"}
-
-
 def test_power_law_is_fitted_to_errors():
     a, b = fit_power_law([1e5, 1e6, 1e7], [0.1, 0.02, 0.004])
     assert a == pytest.approx(0.02) and b == pytest.approx(np.log10(5))

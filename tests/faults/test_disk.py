@@ -27,7 +27,7 @@ from gravlens_jax.npz import open_npz
 from gravlens_jax.report import evaluate_network
 from gravlens_jax.run_files import read_history, write_history
 from gravlens_jax.training import fit
-from helpers import finish, load, make_folders, make_run, make_state, save_npz, start, tiny_config, wait_for
+from helpers import finish, load, make_folders, make_run, make_state, refuse, save_npz, start, tiny_config, wait_for
 from pack import pack
 
 several_tasks_fail = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -157,8 +157,7 @@ def test_run_on_a_read_only_disk_is_read_but_not_resumed(disk, tmp_path):
     make_run(disk / "run", [0.5])
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     load_network(disk / "run")
-    with pytest.raises(InputError, match=r"run could not be written: Read-only file system"):
-        locked(disk / "run").__enter__()
+    refuse(r"run could not be written: Read-only file system", locked(disk / "run").__enter__)
     with pytest.raises(InputError, match=r"new could not be written: Read-only file system"):
         fit(tiny_config(tmp_path, run_dir=str(disk / "new")))
 
@@ -166,10 +165,8 @@ def test_run_on_a_read_only_disk_is_read_but_not_resumed(disk, tmp_path):
 def test_run_directory_that_is_a_file_is_an_error(tmp_path):
     config = tiny_config(tmp_path)
     Path(config.run_dir).write_text("mine")
-    with pytest.raises(InputError, match="run could not be written: File exists"):
-        fit(config)
-    with pytest.raises(InputError, match=r"is not a run \(no config\.json\)"):
-        fit(config, resume=True)
+    refuse("run could not be written: File exists", fit, config)
+    refuse(r"is not a run \(no config\.json\)", fit, config, resume=True)
     assert Path(config.run_dir).read_text() == "mine"
 
 

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 
 from gravlens_jax.config import PRIOR_PRESETS
-from gravlens_jax.errors import InputError
 from gravlens_jax.lensing.priors import PRIORS, Priors, make_easy
+from helpers import refuse
 
 
 def test_presets_are_those_of_the_config_and_the_psf_reaches_4_sigma_by_default():
@@ -19,16 +19,15 @@ def test_easy_images_differ_only_in_the_mass_of_their_substructure(priors):
     assert vars(make_easy(priors, 3)) == vars(priors) | heavier
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"shear_min": 0.4}, "shear_min=0.4 is larger than shear_max=0.3"),
-        ({"z_source_min": 0.55}, "z_source_min=0.55 is not behind z_lens_max=0.6"),
-        ({"pixel_scale": 0.04, "psf_pixels": 11}, "psf_pixels=11 cut 2.1% of the flux .* leave psf_pixels out"),
-        ({"subhalo_number": 50.0}, "subhalo_padding=64 is too few for subhalo_number=50.0; set it to 93 or more"),
-        ({"vortex_mass_fraction_max": 0.3}, "vortex_mass_fraction_max=0.3: expected less than 0.25, because substr"),
-    ],
-)
-def test_impossible_populations_are_refused(change, message):
-    with pytest.raises(InputError, match=message):  # test_config has the bounds of each number
+def test_impossible_populations_are_refused():
+    def make(**change):
         make_easy(replace(Priors(), **change))
+
+    refuse("shear_min=0.4 is larger than shear_max=0.3", make, shear_min=0.4)
+    refuse("z_source_min=0.55 is not behind z_lens_max=0.6", make, z_source_min=0.55)
+    cut = "psf_pixels=11 cut 2.1% of the flux .* leave psf_pixels out"
+    refuse(cut, make, pixel_scale=0.04, psf_pixels=11)
+    few = "subhalo_padding=64 is too few for subhalo_number=50.0; set it to 93 or more"
+    refuse(few, make, subhalo_number=50.0)
+    heavy = "vortex_mass_fraction_max=0.3: expected less than 0.25, because substructure of"
+    refuse(heavy, make, vortex_mass_fraction_max=0.3)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from gravlens_jax.config import CLASSES
-from gravlens_jax.errors import InputError
 from gravlens_jax.lensing.images import MAX_COUNTS, render_images
 from gravlens_jax.lensing.priors import PRIORS
 from gravlens_jax.lensing.profiles import deflect_sis, einstein_radius_squared, pixel_grid
 from gravlens_jax.lensing.render import deflect_substructure, deflection_map, render_lens, render_lenses, sample_lens
+from helpers import refuse
 
 CT1 = PRIORS["ct1"]
 SMALL = replace(CT1, num_pixels=12, pixel_scale=0.5, psf_pixels=3)
@@ -162,17 +162,12 @@ def test_lens_may_be_written_with_numbers_and_be_elliptical_and_displaced():
     assert all(np.isfinite(x) and x != 0 for x in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"shear_gamma": 0.1}, "unknown names shear_gamma; expected shear, shear_angle, source"),
-        ({"vortex_mass": 1e10}, "lack vortex_angle, vortex_centre, vortex_length"),
-        ({"source": (0.1,)}, r"source has shape \(1,\), expected \(2,\)"),
-        ({"subhalo_masses": [1e9] * 3, "subhalo_centres": [(0, 0)] * 2}, r"subhalo_centres has shape \(2, 2\), exp"),
-    ],
-)
-def test_parameters_that_do_not_belong_together_and_unknown_substructure_are_refused(change, message):
-    with pytest.raises(InputError, match=message):
-        render_lens(NUMBERS | change, SMALL)
-    with pytest.raises(InputError, match="substructure='vortex': expected one of no, sphere, vort"):
-        sample_lens(jax.random.key(0), CT1, "vortex")
+def test_parameters_that_do_not_belong_together_and_unknown_substructure_are_refused():
+    for message, change in {
+        "unknown names shear_gamma; expected shear, shear_angle, source": {"shear_gamma": 0.1},
+        "lack vortex_angle, vortex_centre, vortex_length": {"vortex_mass": 1e10},
+        r"source has shape \(1,\), expected \(2,\)": {"source": (0.1,)},
+        r"subhalo_centres has shape \(2, 2\), exp": {"subhalo_masses": [1e9] * 3, "subhalo_centres": [(0, 0)] * 2},
+    }.items():
+        refuse(message, render_lens, NUMBERS | change, SMALL)
+    refuse("substructure='vortex': expected one of no", sample_lens, jax.random.key(0), CT1, "vortex")
