@@ -5,12 +5,15 @@ The others train a tiny network in this process.
 """
 
 import json
+import os
 import shutil
 import signal
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gravlens_jax import loader, training
@@ -22,8 +25,21 @@ from gravlens_jax.lensing.priors import PRIORS
 from gravlens_jax.progress import Stopped
 from gravlens_jax.run_files import read_run
 from gravlens_jax.training import fit
-from helpers import DEFAULT_NETWORK, assert_same_parameters, finish, history, saved_step, start, tiny_config, wait_for
+from helpers import (
+    DEFAULT_NETWORK,
+    SMALL,
+    assert_same_parameters,
+    finish,
+    history,
+    load,
+    run,
+    saved_step,
+    start,
+    tiny_config,
+    wait_for,
+)
 
+KILLS = int(os.environ.get("GRAVLENS_SOAK_KILLS", "50"))
 FILE = ["--data", "data"]
 DEVICE = [*FILE, "--device-data", "--batch-size", "1"]
 STREAM = ["--data", "simulate:ct1", "--simulation.easy", "0", "--simulation.train", "96", "--simulation.val", "24"]
@@ -178,3 +194,32 @@ def test_diverging_run_is_an_error_and_saves_nothing(whole, tmp_path):
     with pytest.raises(FloatingPointError, match=r"at step .* start again with a lower learning rate"):
         fit(replace(whole, run_dir=str(tmp_path), optim=optim))
     assert saved_step(tmp_path) == 0
+
+
+@pytest.mark.slow
+def test_run_killed_many_times_ends_with_exactly_the_same_parameters(tmp_path):
+    """Takes about 10 minutes: python -m pytest -s -m slow tests/faults/test_resume.py -k many."""
+    kills, saving, rng, folder, whole = 0, 0, np.random.default_rng(0), tmp_path / "killed", tmp_path / "whole"
+    long = [*SMALL, "--simulation.train", "48", "--simulation.easy", "0", "--epochs", 10 * KILLS]  # 3 steps each
+    run(tmp_path, "train.py", *long, "--run-dir", whole, optimized=True)
+    while kills < KILLS:
+        options = ["--resume"] if (folder / "config.json").exists() else long
+        options = [*options, "--run-dir", folder, "--save-minutes", "0.0005"]
+        process = start(tmp_path, "train.py", *options, optimized=True)
+        if rng.random() > 0.1:  # otherwise it is killed while the program starts
+            process.stdout.readline()  # "... epochs done": the first step comes next
+        time.sleep(rng.uniform(0, 4))
+        assert process.poll() in (None, 0), process.communicate()
+        process.kill()
+        _, err = process.communicate()
+        if process.returncode == 0:
+            break
+        assert err == ""
+        kills += 1
+        saving += any(not f.name.isdecimal() for f in (folder / "checkpoints").glob("*"))
+        if history(folder)[:-1]:  # of the last epoch the line is there before the checkpoint
+            load(folder, "final")
+    run(tmp_path, "train.py", "--run-dir", folder, "--resume", optimized=True)
+    assert_same_run(folder, whole)
+    print(f"{kills} kills: {saving} while something was saved or removed")
+    assert kills >= KILLS / 2
