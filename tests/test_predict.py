@@ -54,6 +54,10 @@ def test_stacks_fits_and_npz_with_any_labels_are_predicted_like_single_images(fo
     found = list(rows(out).values())
     np.testing.assert_allclose(found, [found[i] for i in (0, 1, 2, 0, 1, 2, 0, 0, 1)], atol=2e-6)
     assert len(set(found[:3])) == 3 and "x.npz: images are 'X'" in err and "left out: z" in err
+    for row in csv.DictReader(io.StringIO(out)):
+        probabilities = {name: float(row[f"p_{name}"]) for name in ("no", "sphere", "vort")}
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
+        assert row["class"] == max(probabilities, key=probabilities.get)
 
 
 def test_linked_folders_are_searched_once_and_unread_files_are_named(folder, capsys, monkeypatch):
@@ -123,6 +127,6 @@ def test_evaluate_takes_names_of_classes_in_the_order_of_the_labels_and_one_band
         (folder / name).mkdir()
         np.save(folder / name / "1.npy", IMAGES)
     evaluate.main(net, folder, classes=classes, planes=Planes(band=1))
-    assert [dataset.labels.tolist() for dataset in found] == [[2, 0, 1], [2, 1, 0], [2, 0, 1]]
+    assert [dataset.labels.tolist() for dataset in found] == [[2, 0, 1], [2, 1, 0], [0, 1, 2]]
     assert {dataset.classes for dataset in found} == {("no", "sphere", "vort")}
     np.testing.assert_allclose(found[2].images, np.repeat([scale(IMAGES[1])], 3, 0))

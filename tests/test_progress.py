@@ -41,27 +41,20 @@ def test_sigusr1_asks_for_a_save_any_number_of_times():
         assert received() == STOP + signal.SIGTERM
 
 
-def test_signal_that_was_ignored_stays_ignored():
+def test_ignored_signal_stays_ignored_and_second_ctrl_c_acts_at_once():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    with recorded_signals() as received:
+    with pytest.raises(KeyboardInterrupt), recorded_signals() as received:
         signal.raise_signal(signal.SIGHUP)
         assert received() == 0
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
-def test_second_ctrl_c_acts_at_once():
-    with pytest.raises(KeyboardInterrupt), recorded_signals():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-
-
 def test_signals_are_not_recorded_outside_the_main_thread():
-    def work():
-        with recorded_signals() as received:
-            return received()
-
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(work).result() == 0
+        pool.submit(recorded_signals().__enter__).result()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_progress_fits_into_80_columns(capsys):

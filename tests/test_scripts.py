@@ -1,7 +1,5 @@
 """The scripts as a user calls them, one after the other in one folder; most of them in this process."""
 
-import csv
-import io
 import json
 import re
 import shutil
@@ -86,21 +84,6 @@ def test_run_directory_holds_report_history_events_and_checkpoints(folder):
     assert events == {(f"{step:010}", "epoch") for step in (12, 18, 24, 30)} | {("0000000030", "report")}
     best = min(lines, key=lambda line: line["val_loss"])["step"]
     assert {f.name for f in (run_dir / "checkpoints").iterdir()} == {str(best), "30"}
-
-
-def test_predict_prints_csv_for_npy_npz_and_folders(folder, run_here):
-    rng = np.random.default_rng(0)
-    (folder / "images/sub").mkdir(parents=True)
-    for name in ("images/x.npy", "images/sub/y.npy"):
-        np.save(folder / name, rng.random((1, 150, 150)))
-    np.savez_compressed(folder / "images/two.npz", images=rng.random((2, 150, 150)))
-    rows = list(csv.DictReader(io.StringIO(run_here(folder, "predict.py", "runs/a", "images"))))
-    files = ["images/sub/y.npy", "images/two.npz[0]", "images/two.npz[1]", "images/x.npy"]
-    assert [row["file"] for row in rows] == files
-    for row in rows:
-        probabilities = {name: float(row[f"p_{name}"]) for name in ("no", "sphere", "vort")}
-        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
-        assert row["class"] == max(probabilities, key=probabilities.get)
 
 
 def test_simulate_writes_splits_with_lens_parameters_and_a_figure(folder, run_here):

@@ -19,7 +19,6 @@ import pytest
 from gravlens_jax import loader, training
 from gravlens_jax.config import SimulationConfig
 from gravlens_jax.datasets import simulate_dataset
-from gravlens_jax.errors import InputError
 from gravlens_jax.files import locked
 from gravlens_jax.lensing.priors import PRIORS
 from gravlens_jax.progress import Stopped
@@ -32,6 +31,7 @@ from helpers import (
     finish,
     history,
     load,
+    refuse,
     run,
     saved_step,
     start,
@@ -144,10 +144,12 @@ def test_run_stopped_within_an_epoch_resumes_bitwise(tmp_path, monkeypatch, chan
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_sigusr1_saves_and_the_run_goes_on(whole, tmp_path):
-    saved = train(replace(whole, run_dir=str(tmp_path)), 4, signal.SIGUSR1)
-    assert saved == [0, 0, 2, 2, 4, 4, 6, 6, 6, 6]
+def test_sigusr1_saves_and_more_epochs_of_a_finished_run_are_those_of_a_longer_run(whole, tmp_path):
+    config = replace(whole, run_dir=str(tmp_path))
+    assert train(replace(config, epochs=1), 4, signal.SIGUSR1) == [0, 0, 2, 2, 4, 4]
+    train(config, resume=True)
     assert_same_run(tmp_path, Path(whole.run_dir))
+    assert read_run(tmp_path).config.epochs == 2
 
 
 def test_signal_during_the_last_validation_stops_the_run_and_resume_writes_its_report(whole, tmp_path, monkeypatch):
@@ -168,25 +170,14 @@ def test_signal_during_the_last_validation_stops_the_run_and_resume_writes_its_r
     assert_same_run(tmp_path, Path(whole.run_dir))
 
 
-def test_more_epochs_of_a_finished_run_are_those_of_a_longer_run(whole, tmp_path):
-    config = replace(whole, run_dir=str(tmp_path))
-    train(replace(config, epochs=1))
-    train(config, resume=True)
-    assert_same_run(tmp_path, Path(whole.run_dir))
-    assert read_run(tmp_path).config.epochs == 2
-
-
-def test_other_images_than_the_run_began_with_are_refused(whole, tmp_path):
+def test_run_in_use_and_other_images_than_a_run_began_with_are_refused(whole, tmp_path):
+    with locked(Path(whole.run_dir)):
+        refuse("run is in use by another process", fit, whole, resume=True)
     other = tiny_config(tmp_path)
     shutil.copy(tmp_path / "data/easy.npz", tmp_path / "data/test.npz")
-    with pytest.raises(InputError, match=r"/data: test\.npz does not hold the images that the run began with \(8 x 16"):
-        fit(replace(whole, data=other.data), resume=True)
+    message = r"/data: test\.npz does not hold the images that the run began with \(8 x 16"
+    refuse(message, fit, replace(whole, data=other.data), resume=True)
     assert read_run(Path(whole.run_dir)).config.data == whole.data
-
-
-def test_run_in_use_is_refused(whole):
-    with locked(Path(whole.run_dir)), pytest.raises(InputError, match="run is in use by another process"):
-        fit(whole, resume=True)
 
 
 def test_diverging_run_is_an_error_and_saves_nothing(whole, tmp_path):
