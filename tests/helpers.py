@@ -20,6 +20,7 @@ from gravlens_jax.checkpoint import load_variables
 from gravlens_jax.cli import HUGE_PAGES
 from gravlens_jax.config import CLASSES, Config, InputConfig, ModelConfig
 from gravlens_jax.errors import InputError
+from gravlens_jax.lensing.priors import PRIORS
 from gravlens_jax.model import make_model
 from gravlens_jax.network import Network
 from gravlens_jax.npz import write_npz
@@ -34,6 +35,7 @@ SMALL = [*NETWORK, "--simulation.train", "96", "--simulation.val", "24", "--simu
 DEFAULT_NETWORK = [*CONSTANT, "--batch-size", "16"]  # and the image size that users have
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
+TINY_PRIORS = replace(PRIORS["ct1"], num_pixels=24, pixel_scale=0.3)
 TINY = Config(model=ModelConfig(depth=8, width=4), input=InputConfig(crop=16, pool=1))
 TINY_INFO = RunInfo(TINY, CLASSES, (16, 16))
 TINY_MODEL = make_model(TINY.model, TINY.input, CLASSES)

@@ -10,20 +10,19 @@ from gravlens_jax.datasets import fingerprint, load_splits, open_splits, simulat
 from gravlens_jax.errors import InputError
 from gravlens_jax.lensing import images as lensing_images
 from gravlens_jax.lensing.images import render_deflections, simulate_images, simulate_parameters
-from gravlens_jax.lensing.priors import PRIORS, make_easy
+from gravlens_jax.lensing.priors import make_easy
 from gravlens_jax.npz import PARAMETERS, open_npz, write_npz
 from gravlens_jax.sharding import data_mesh
 from gravlens_jax.training import fit
-from helpers import refuse, save_npz
+from helpers import TINY_PRIORS, refuse, save_npz
 
-SMALL = replace(PRIORS["ct1"], num_pixels=24, pixel_scale=0.3)
 SIZES = SimulationConfig(train=12, easy=12, val=12, test=12, seed=4)
 
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
     """A folder of simulated images."""
-    return simulate_dataset(tmp_path_factory.mktemp("simulated"), SIZES, priors=SMALL)
+    return simulate_dataset(tmp_path_factory.mktemp("simulated"), SIZES, priors=TINY_PRIORS)
 
 
 def edit(folder, out, **fields):
@@ -45,7 +44,7 @@ def maps_of(folder):
     return np.concatenate([batch["deflections"] for _, batch in open_files(folder).train.batches(0)])
 
 
-@pytest.mark.parametrize("split, index, priors", [("train", 0, SMALL), ("easy", 3, make_easy(SMALL))])
+@pytest.mark.parametrize("split, index, priors", [("train", 0, TINY_PRIORS), ("easy", 3, make_easy(TINY_PRIORS))])
 def test_simulated_file_has_lens_parameters_a_version_and_the_maps_of_its_lenses(simulated, split, index, priors):
     data, lens_params = open_npz(simulated / f"{split}.npz"), simulate_parameters(12, 4, index, priors)
     np.testing.assert_array_equal(data.images[:], np.concatenate(list(simulate_images(12, 4, index, priors))))
@@ -62,9 +61,9 @@ def test_simulated_file_has_lens_parameters_a_version_and_the_maps_of_its_lenses
 
 def test_simulated_files_are_kept_if_they_come_from_the_same_arguments(simulated):
     before = (simulated / "train.npz").stat()
-    simulate_dataset(simulated, SIZES, priors=SMALL)
+    simulate_dataset(simulated, SIZES, priors=TINY_PRIORS)
     assert (simulated / "train.npz").stat().st_mtime_ns == before.st_mtime_ns
-    for config, priors in ((replace(SIZES, train=8), SMALL), (SIZES, replace(SMALL, shear_max=0.1))):
+    for config, priors in ((replace(SIZES, train=8), TINY_PRIORS), (SIZES, replace(TINY_PRIORS, shear_max=0.1))):
         message = r"train\.npz holds 12 other images, or another version's; remove it or choose another folder"
         refuse(message, simulate_dataset, simulated, config, priors=priors)
 
@@ -72,7 +71,7 @@ def test_simulated_files_are_kept_if_they_come_from_the_same_arguments(simulated
 def test_images_do_not_depend_on_the_random_generator_that_jax_is_set_to(simulated):
     jax.clear_caches()
     with jax.default_prng_impl("rbg"), jax.threefry_partitionable(False):
-        images = np.concatenate(list(simulate_images(12, 4, 0, SMALL)))
+        images = np.concatenate(list(simulate_images(12, 4, 0, TINY_PRIORS)))
     jax.clear_caches()
     np.testing.assert_array_equal(images, open_npz(simulated / "train.npz").images[:])
 
@@ -87,7 +86,7 @@ def test_deflection_maps_are_a_function_of_the_parameters_in_the_file_alone(simu
     labels = np.concatenate([batch["labels"] for _, batch in open_files(tmp_path).train.batches(0)])
     assert labels[changed].tolist() == [8 % 3]
     many = {name: np.concatenate([values] * 50) for name, values in data.lens_params.items()}
-    alone, together = (lensing_images.deflection_maps(x, SMALL, (6, 1.2)) for x in (data.lens_params, many))
+    alone, together = (lensing_images.deflection_maps(x, TINY_PRIORS, (6, 1.2)) for x in (data.lens_params, many))
     np.testing.assert_array_equal(alone, together[-12:])  # or a resumed epoch would differ in the last bits
 
 
@@ -106,7 +105,7 @@ def test_images_of_another_version_have_no_deflections_and_are_not_simulated_ove
         edit(simulated, tmp_path, info=info, **fields)
         assert not open_files(tmp_path).has_deflections and capsys.readouterr().err == ""
         with pytest.raises(InputError, match=r"train\.npz holds 12 other images, or another version's"):
-            simulate_dataset(tmp_path, SIZES, priors=SMALL)
+            simulate_dataset(tmp_path, SIZES, priors=TINY_PRIORS)
 
 
 def test_training_without_deflections(simulated, tmp_path):

@@ -9,14 +9,12 @@ from gravlens_jax import loader
 from gravlens_jax.config import CLASSES
 from gravlens_jax.errors import InputError
 from gravlens_jax.lensing.images import labels_of, render_deflections, simulate_images
-from gravlens_jax.lensing.priors import PRIORS
 from gravlens_jax.loader import DeviceData, FileData, Plan, eval_batches, prefetch, train_batches
 from gravlens_jax.npz import Dataset
 from gravlens_jax.sharding import data_mesh
 from gravlens_jax.stream import StreamData
-from helpers import refuse
+from helpers import TINY_PRIORS, refuse
 
-SMALL = replace(PRIORS["ct1"], num_pixels=24, pixel_scale=0.3)
 GRID = (6, 1.2)  # cells and width of the deflection maps
 
 
@@ -33,7 +31,7 @@ def render_maps(rows):
 
 def make_data(kind, size=14, batch_size=4, devices=2, maps=True):
     if kind is StreamData:
-        return StreamData(size, SMALL, 0, batch_size, 5, data_mesh(devices), GRID if maps else None)
+        return StreamData(size, TINY_PRIORS, 0, batch_size, 5, data_mesh(devices), GRID if maps else None)
     return kind(make_dataset(size), batch_size, 3, data_mesh(devices), render_maps if maps else None)
 
 
@@ -88,12 +86,12 @@ def test_batches_of_a_file_are_in_the_order_of_seed_and_epoch(kind):
 
 
 def test_stream_batches_are_the_simulated_images_in_order():
-    images, data = np.concatenate(list(simulate_images(24, 5, 0, SMALL))), make_data(StreamData)
+    images, data = np.concatenate(list(simulate_images(24, 5, 0, TINY_PRIORS))), make_data(StreamData)
     batches = single_steps([*data.batches(0), *data.batches(1)])  # epoch 1 begins with what epoch 0 leaves over
     for first, batch in zip(range(0, 24, 4), batches, strict=True):
         np.testing.assert_array_equal(batch["images"], images[first : first + 4])
         np.testing.assert_array_equal(batch["labels"], labels_of(4, first))
-        maps = render_deflections(first, 5, 0, n=4, priors=SMALL, grid=GRID)
+        maps = render_deflections(first, 5, 0, n=4, priors=TINY_PRIORS, grid=GRID)
         np.testing.assert_array_equal(batch["deflections"], maps)
 
 

@@ -174,7 +174,7 @@ def test_power_law_is_fitted_to_errors():
         "infer --image-size 8 --batch-size 4 6 --steps 2 --warmup 1",
         "simulate --seconds 0.1",
         "input --images 8 --batch-size 4",
-        "scale --devices 2 --image-size 8 --batch-per-device 2 --steps 2 --figure scale.png",
+        "scale --devices 1 2 --image-size 8 --batch-per-device 2 --steps 2 --figure scale.png",
     ],
 )
 def test_benchmarks_print_a_table_and_a_json_line(folder, command, run_here):
@@ -183,4 +183,9 @@ def test_benchmarks_print_a_table_and_a_json_line(folder, command, run_here):
     result = json.loads(line)
     assert result["benchmark"] == command.partition(" ")[0] and "jax" in result["versions"]
     assert len(table) > len(result["rows"]) > 1
-    assert "--figure" not in command or (folder / "scale.png").read_bytes()[:8] == PNG
+    if "--figure" in command:
+        assert (folder / "scale.png").read_bytes()[:8] == PNG
+        rates = [row["images_per_second"] for row in result["rows"]]
+        expected = [1, rates[1] / rates[0] / 2, 1, rates[3] / rates[2] / 2]  # of weak and of strong scaling
+        assert [row["efficiency"] for row in result["rows"]] == pytest.approx(expected)
+        assert [row["batch_size"] for row in result["rows"]] == [2, 4, 4, 4]

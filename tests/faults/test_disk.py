@@ -27,7 +27,7 @@ from gravlens_jax.npz import open_npz
 from gravlens_jax.report import evaluate_network
 from gravlens_jax.run_files import read_history, write_history
 from gravlens_jax.training import fit
-from helpers import finish, load, make_folders, make_run, make_state, refuse, save_npz, start, tiny_config, wait_for
+from helpers import TINY_PRIORS, load, make_folders, make_run, make_state, refuse, save_npz, tiny_config
 from pack import pack
 
 several_tasks_fail = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -72,6 +72,10 @@ def complete(run_dir):
     return [f.name for f in (run_dir / "checkpoints").iterdir() if not f.name.endswith(".orbax-checkpoint-tmp")]
 
 
+def simulate(folder):
+    simulate_dataset(folder / "simulated", SimulationConfig(train=30), priors=TINY_PRIORS)
+
+
 def write_report(folder):
     images = save_npz(folder / "three.npz", np.zeros((3, 16, 16), np.float32))
     evaluate_network(load_network(folder / "run"), open_npz(images), out=folder / "report")
@@ -81,7 +85,7 @@ def write_report(folder):
     "name, write",
     [
         ("packed/.*/train.npz", lambda folder: pack(folder / "source", folder / "packed")),
-        ("simulated/train.npz", lambda folder: simulate_dataset(folder / "simulated", SimulationConfig(train=30))),
+        ("simulated/train.npz", simulate),
         *((f"net{x}", lambda folder, x=x: export_network(folder / "run", folder / f"net{x}")) for x in FORMATS),
         ("metrics.jsonl", lambda folder: write_history(folder / "run", [{"step": 2}] * 1000)),
         ("report", write_report),
@@ -99,14 +103,6 @@ def test_file_too_large_for_the_disk_is_an_error_and_the_one_before_stays(tmp_pa
     assert {(tmp_path / f"net{suffix}").read_text() for suffix in FORMATS} == {"before"}
     assert read_history(tmp_path / "run") == [{"step": 1}]
     assert not [f for f in tmp_path.rglob("*") if "tmp" in f.name or f.name == "train.npz"]
-
-
-def test_simulation_that_is_stopped_leaves_no_file(tmp_path):
-    process = start(tmp_path, "simulate.py", "data", "--train", "9000", "--val", "0", "--test", "0")
-    wait_for(lambda: list((tmp_path / "data").glob(".train.npz.*.tmp")), process)
-    process.terminate()
-    finish(process, status=143)
-    assert [file.name for file in (tmp_path / "data").iterdir()] == [".lock"]
 
 
 @several_tasks_fail

@@ -27,6 +27,7 @@ from gravlens_jax.training import fit
 from helpers import (
     DEFAULT_NETWORK,
     SMALL,
+    TINY_PRIORS,
     assert_same_parameters,
     finish,
     history,
@@ -131,7 +132,7 @@ def whole(tmp_path_factory):
 )
 def test_run_stopped_within_an_epoch_resumes_bitwise(tmp_path, monkeypatch, changes, number, at, total):
     monkeypatch.setattr(loader, "STEPS_PER_CALL", 2)
-    monkeypatch.setitem(PRIORS, "ct1", replace(PRIORS["ct1"], num_pixels=24, pixel_scale=0.3))
+    monkeypatch.setitem(PRIORS, "ct1", TINY_PRIORS)
     simulation = SimulationConfig(train=16, easy=0, val=12, test=12, folder=str(tmp_path / "simulated"))
     config = tiny_config(tmp_path, simulation=simulation, **changes)
     whole = replace(config, run_dir=str(tmp_path / "whole"))
@@ -185,6 +186,14 @@ def test_diverging_run_is_an_error_and_saves_nothing(whole, tmp_path):
     with pytest.raises(FloatingPointError, match=r"at step .* start again with a lower learning rate"):
         fit(replace(whole, run_dir=str(tmp_path), optim=optim))
     assert saved_step(tmp_path) == 0
+
+
+def test_simulation_that_is_stopped_leaves_no_file(tmp_path):
+    process = start(tmp_path, "simulate.py", "data", "--train", "9000", "--val", "0", "--test", "0")
+    wait_for(lambda: list((tmp_path / "data").glob(".train.npz.*.tmp")), process)
+    process.terminate()
+    finish(process, status=143)
+    assert [file.name for file in (tmp_path / "data").iterdir()] == [".lock"]
 
 
 @pytest.mark.slow

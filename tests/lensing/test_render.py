@@ -60,17 +60,6 @@ def test_vortices_and_einstein_radii_have_the_known_sizes():
     np.testing.assert_allclose(quantiles, [0.83, 0.99, 1.15, 1.28, 1.42, 1.56, 1.66], atol=0.015)
 
 
-@pytest.mark.parametrize("slope, low, high", [(-0.9, 50, np.inf), (-1.9, 0, 5)])
-def test_subhalos_are_visible_with_slope_minus_0_9_and_not_with_minus_1_9(slope, low, high):
-    # Standard deviations of the photon noise between each lens and the same without subhalos, nothing refitted.
-    p = take(sample_lenses("sphere", replace(CT1, subhalo_slope=slope)), slice(20))
-    smooth = {name: p[name] for name in p if not name.startswith("subhalo")}
-    smooth["theta_E"] = jnp.sqrt(jax.vmap(partial(einstein_radius_squared, 1e12))(p["z_lens"], p["z_source"]))
-    images, smooth_images = render(p, CT1), render(smooth, CT1)
-    significance = np.sqrt(np.sum((images - smooth_images) ** 2 / smooth_images, axis=(1, 2)))
-    assert low < np.median(significance) < high
-
-
 @pytest.mark.parametrize("preset", PRIORS)
 @pytest.mark.parametrize("substructure", CLASSES)
 def test_every_preset_renders_finite_images(preset, substructure):
@@ -152,13 +141,13 @@ NUMBERS |= {"source_radius": 0.5, "source_axis_ratio": 0.7, "source_angle": 0.2}
 def test_lens_may_be_written_with_numbers_and_be_elliptical_and_displaced():
     sphere = render_lens(NUMBERS, SMALL)
     assert sphere.dtype == jnp.float32
-    same = render_lens(NUMBERS | {"lens_axis_ratio": 1.0, "lens_angle": 0.3, "lens_centre": (0.0, 0.0)}, SMALL)
+    render = jax.jit(lambda change: render_lens(NUMBERS | change, SMALL))
+    same = render({"lens_axis_ratio": 1.0, "lens_angle": 0.3, "lens_centre": (0.0, 0.0)})
     np.testing.assert_allclose(same, sphere, rtol=1e-4)
-    moved = render_lens(NUMBERS | {"lens_centre": (0.5, 0.0), "source": (0.6, -0.05), "shear": 0.0}, SMALL)
-    still = render_lens(NUMBERS | {"shear": 0.0}, SMALL)
-    np.testing.assert_allclose(moved[:, 1:], still[:, :-1], rtol=1e-4)  # by one pixel
+    moved = render({"lens_centre": (0.5, 0.0), "source": (0.6, -0.05), "shear": 0.0})
+    np.testing.assert_allclose(moved[:, 1:], render({"shear": 0.0})[:, :-1], rtol=1e-4)  # by one pixel
     shape = {"lens_axis_ratio": 0.8, "lens_angle": 0.3, "lens_centre": (0.1, 0.0)}
-    gradient = jax.grad(lambda shape: render_lens(NUMBERS | shape, SMALL)[3, 3])(jax.tree.map(jnp.float32, shape))
+    gradient = jax.jit(jax.grad(lambda shape: render(shape)[3, 3]))(jax.tree.map(jnp.float32, shape))
     assert all(np.isfinite(x) and x != 0 for x in jax.tree.leaves(gradient))
 
 
