@@ -110,8 +110,7 @@ def test_bad_image_of_val_is_named_and_leaves_no_file_of_train_either(tmp_path, 
         path.write_bytes(path.read_bytes()[:-8])
     else:
         np.save(path, image)
-    with pytest.raises(InputError, match=rf"4\.npy:? {message}"):
-        pack(tmp_path / "dataset", tmp_path / "out", "float16", planes=Planes(stack=True))
+    refuse(rf"4\.npy:? {message}", pack, tmp_path / "dataset", tmp_path / "out", "float16", planes=Planes(stack=True))
     assert not list(tmp_path.glob("out/*"))
 
 
@@ -156,8 +155,7 @@ def test_npz_is_converted_in_chunks(tmp_path, monkeypatch):
         convert(tmp_path / "a.npz", tmp_path / "b.npz")
     np.testing.assert_array_equal(open_npz(tmp_path / "b.npz", need_labels=False).images[:], images)
     monkeypatch.setattr(npz, "CHUNK_BYTES", 2**13 - 1)
-    with pytest.raises(InputError, match="images have 8,192 bytes each, expected at most 8,191"):
-        convert(tmp_path / "a.npz", tmp_path / "c.npz")
+    refuse("images have 8,192 bytes each, expected at most 8,191", convert, tmp_path / "a.npz", tmp_path / "c.npz")
 
 
 def pickled(image, mass, protocol=4):

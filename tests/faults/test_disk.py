@@ -144,8 +144,7 @@ def test_checkpoint_on_a_full_disk_leaves_the_one_before(disk, silence):
         while True:
             file.write(bytes(4096))
     save_and_fail(disk / "run", "No space left on device")
-    with pytest.raises(InputError, match=r"a\.npz could not be written: No space left on device"):
-        export_network(disk / "run", disk / "a.npz")
+    refuse(r"a\.npz could not be written: No space left on device", export_network, disk / "run", disk / "a.npz")
     assert sorted(f.name for f in disk.iterdir()) == ["rest", "run"]
 
 
@@ -154,8 +153,7 @@ def test_run_on_a_read_only_disk_is_read_but_not_resumed(disk, tmp_path):
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     load_network(disk / "run")
     refuse(r"run could not be written: Read-only file system", locked(disk / "run").__enter__)
-    with pytest.raises(InputError, match=r"new could not be written: Read-only file system"):
-        fit(tiny_config(tmp_path, run_dir=str(disk / "new")))
+    refuse(r"new could not be written: Read-only file system", fit, tiny_config(tmp_path, run_dir=str(disk / "new")))
 
 
 def test_run_directory_that_is_a_file_is_an_error(tmp_path):
