@@ -198,8 +198,8 @@ def test_simulation_that_is_stopped_leaves_no_file(tmp_path):
 
 @pytest.mark.slow
 def test_run_killed_many_times_ends_with_exactly_the_same_parameters(tmp_path):
-    """Takes about 10 minutes: python -m pytest -s -m slow tests/faults/test_resume.py -k many."""
-    kills, saving, rng, folder, whole = 0, 0, np.random.default_rng(0), tmp_path / "killed", tmp_path / "whole"
+    """Takes about 10 minutes: python -m pytest -m slow tests/faults/test_resume.py -k many."""
+    kills, rng, folder, whole = 0, np.random.default_rng(0), tmp_path / "killed", tmp_path / "whole"
     long = [*SMALL, "--simulation.train", "48", "--simulation.easy", "0", "--epochs", 10 * KILLS]  # 3 steps each
     run(tmp_path, "train.py", *long, "--run-dir", whole, optimized=True)
     while kills < KILLS:
@@ -216,10 +216,9 @@ def test_run_killed_many_times_ends_with_exactly_the_same_parameters(tmp_path):
             break
         assert err == ""
         kills += 1
-        saving += any(not f.name.isdecimal() for f in (folder / "checkpoints").glob("*"))
+
         if history(folder)[:-1]:  # of the last epoch the line is there before the checkpoint
             load(folder, "final")
     run(tmp_path, "train.py", "--run-dir", folder, "--resume", optimized=True)
     assert_same_run(folder, whole)
-    print(f"{kills} kills: {saving} while something was saved or removed")
     assert kills >= KILLS / 2
