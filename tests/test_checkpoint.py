@@ -105,15 +105,11 @@ def test_checkpoint_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatc
     assert_equal(variables, make_variables(2))
 
 
-def test_checkpoint_of_another_network_is_refused(tmp_path):
+@pytest.mark.parametrize("change", [lambda x: x[None], lambda x: x.astype(jnp.float16)], ids=["shape", "dtype"])
+def test_variables_and_optimizer_state_of_another_network_are_refused(tmp_path, change):
     make_run(tmp_path, [0.5])
     for other in (TINY_MODEL.clone(depth=14), TINY_MODEL.clone(width=8)):
         refuse("is damaged, or not of the network in config", checkpoint.load_variables, tmp_path, other)
-
-
-@pytest.mark.parametrize("change", [lambda x: x[None], lambda x: x.astype(jnp.float16)], ids=["shape", "dtype"])
-def test_optimizer_state_of_another_shape_or_dtype_is_refused(tmp_path, change):
-    make_run(tmp_path, [0.5])
     state = make_state(1)
     (*others, (path, leaf)), structure = jax.tree.flatten_with_path(state.opt_state)
     changed = jax.tree.unflatten(structure, [*(x for _, x in others), change(leaf)])

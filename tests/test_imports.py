@@ -62,6 +62,7 @@ for name in sys.argv[1:]:
     importlib.import_module(f"gravlens_jax.{name}")
     assert not {"jax", "flax", "optax", "orbax"} & sys.modules.keys(), name"""
     run_code(code, "errors", "files", "config", "npz", "folders", "progress", "metrics", "cli")
+    run_code("import gravlens_jax.report, sys; assert 'matplotlib' not in sys.modules")  # only for drawing
 
 
 @pytest.mark.parametrize("patterns, unit, most", LIMITS)

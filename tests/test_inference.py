@@ -94,20 +94,6 @@ def test_tta_is_the_mean_over_mirror_images():
     np.testing.assert_allclose(outputs(model, variables, images, tta=True)[1], means, atol=1e-6)
 
 
-@pytest.mark.parametrize("size, crop, pool", [(51, 40, 1), (61, 54, 3)])
-def test_saliency_peaks_at_the_brightest_place_if_all_weights_are_positive(size, crop, pool):
-    model, variables = make_network(input=InputConfig(crop, pool, "linear", 0.0, 1.0))
-    variables = variables | {"params": jax.tree.map(jnp.abs, variables["params"])}
-    places = [(20, 31), (27, 22), (33, 33)]
-    images = np.zeros((3, size, size), np.float32)
-    for image, (row, column) in zip(images, places, strict=True):
-        image[row - 1 : row + 2, column - 1 : column + 2] = 1
-    maps = saliency(model, variables, images)
-    assert maps.shape == images.shape and maps.dtype == np.float32 and maps.min() >= 0
-    found = np.array([np.unravel_index(m.argmax(), m.shape) for m in maps])
-    assert np.abs(found - places).max() <= 2 * pool  # one pixel of the feature map after stage 2
-
-
 def test_saliency_explains_the_predicted_class_by_default():
     network = make_network()
     predicted = predict_logits(*network, IMAGES).argmax(1)

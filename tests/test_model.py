@@ -7,7 +7,7 @@ import pytest
 
 from gravlens_jax.config import InputConfig, ModelConfig
 from gravlens_jax.model import ResNet, ResNet20, make_model, variable_shapes
-from helpers import TINY_MODEL, make_variables, run_code
+from helpers import TINY_MODEL, make_variables
 
 
 @pytest.mark.parametrize("depth, parameters", [(20, 268_979), (32, 463_411)])
@@ -57,18 +57,3 @@ def test_training_keeps_nine_tenths_of_the_running_statistics():
     for statistics in updated["batch_stats"].values():
         np.testing.assert_allclose(statistics["mean"], 0, atol=1e-6)
         np.testing.assert_allclose(statistics["var"], 0.9, rtol=1e-6)
-
-
-def test_importing_the_network_needs_little_more_than_flax():
-    code = """
-import sys
-import flax.linen
-loaded = set(sys.modules)
-from gravlens_jax import ResNet20
-new = {name.partition(".")[0] for name in set(sys.modules) - loaded}
-assert not new & {"matplotlib", "optax", "orbax", "rich", "scipy", "sklearn", "tyro", "zipfile"}
-ours = [name.partition(".")[2] for name in sys.modules if name.startswith("gravlens_jax.")]
-assert sorted(ours) == ["config", "errors", "layers", "model"]
-import gravlens_jax.report
-assert "matplotlib" not in sys.modules  # it is imported only for drawing"""
-    run_code(code)

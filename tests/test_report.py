@@ -30,8 +30,8 @@ def test_a_report_has_predictions_and_dashes_for_a_class_without_images(tmp_path
     values = report.evaluate_network(make_network(20), dataset, out=tmp_path / "a/b")
     assert json.loads((tmp_path / "a/b/metrics.json").read_text()) == values
     with np.load(tmp_path / "a/b/predictions.npz") as predictions:
-        np.testing.assert_array_equal(predictions["logits"], predict_logits(*make_network(20), IMAGES))
-        np.testing.assert_array_equal(predictions["labels"], dataset.labels)
+        np.testing.assert_array_equal(predictions["logits"], predict_logits(*make_network(20), IMAGES), strict=True)
+        np.testing.assert_array_equal(predictions["labels"], dataset.labels, strict=True)
         assert np.isnan(predictions["outlier"]).all() and values["outliers"] is None  # it has no population
     text = report.table(values, Path("there"))
     assert [line.count("sphere -") for line in text.splitlines()] == [0, 0, 0, 0, 1, 1, 0]

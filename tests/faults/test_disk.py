@@ -119,8 +119,8 @@ def test_full_disk_while_training_is_an_error_and_the_best_checkpoint_stays(tmp_
 
 def save_and_fail(run_dir, reason):
     with checkpoint.open_checkpoints(run_dir) as manager:
-        with pytest.raises(InputError, match=f"checkpoints.2 could not be written: {reason}; existing files are unch"):
-            checkpoint.save(manager, make_state(2), 0.4)
+        message = f"checkpoints.2 could not be written: {reason}; existing files are unchanged"
+        refuse(message, checkpoint.save, manager, make_state(2), 0.4)
         assert complete(run_dir) == ["1"]
         assert load(run_dir, "final")[1] == 1  # its digests are right
 

@@ -40,18 +40,6 @@ def test_deflections_agree_to_1e_6_arcsec(function, arguments, model, keywords):
         np.testing.assert_allclose([np.ravel(a) for a in function(x, y, *arguments)], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("n, rtol", [(1.0, 1e-2), (1.5, 5e-3), (4.0, 5e-3)])
-def test_sersic_agrees_to_the_accuracy_of_their_linear_b_n(n, rtol):
-    light_model = pytest.importorskip("lenstronomy.LightModel.light_model", exc_type=ImportError)
-    with jax.enable_x64(True):
-        x, y = profiles.pixel_grid(100, 0.02)
-        keywords = {"amp": 1.0, "R_sersic": 0.5, "n_sersic": n, "center_x": 0, "center_y": 0} | ellipticity(0.6, 0.5)
-        expected = light_model.LightModel(["SERSIC_ELLIPSE"]).surface_brightness(np.ravel(x), np.ravel(y), [keywords])
-        light = np.ravel(profiles.sersic_light(x, y, n, 0.5, 0.6, 0.5))
-        inside = np.ravel(np.hypot(x, y)) < 1.0  # lenstronomy has another b_n, whose error grows outwards
-        np.testing.assert_allclose(light[inside], expected[inside], rtol=rtol)
-
-
 @pytest.mark.parametrize("preset", ["ct1", "deeplensesim_i"])
 @pytest.mark.parametrize("substructure", CLASSES)
 def test_whole_images_agree_to_1_percent_of_the_peak(preset, substructure):

@@ -92,6 +92,9 @@ def test_deflections_keep_the_precision_of_their_input(name):
 def test_half_the_sersic_light_is_inside_the_effective_radius():
     x, y = profiles.pixel_grid(600, 0.02)
     light = profiles.sersic_light(x, y, 1.5, 0.5, 0.6, 0.4)
+    radius = jnp.array([0.25, 0.5, 1.0])  # of the circle: the logarithm of the light is -b_n radius^(1/n) + a constant
+    logs = jnp.log(profiles.sersic_light(radius, 0 * radius, 4.0, 0.5, 1.0, 0.0))
+    np.testing.assert_allclose(logs - logs[1], -7.669 * ((radius / 0.5) ** 0.25 - 1), atol=1e-3)  # de Vaucouleurs
     u, v = np.cos(0.4) * x + np.sin(0.4) * y, np.cos(0.4) * y - np.sin(0.4) * x
     inside = 0.6 * u**2 + v**2 / 0.6 < 0.5**2
     assert float(light[inside].sum() / light.sum()) == pytest.approx(0.5, abs=2e-3)  # pixels on the ellipse's edge

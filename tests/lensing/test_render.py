@@ -104,15 +104,6 @@ def test_deflection_map_compares_with_a_lens_whose_whole_mass_is_in_the_halo(sub
         assert difference < 0.02 * size + 1e-6 and (size > 1e-3) == (substructure != "no")
 
 
-def test_deflection_of_subhalos_and_a_vortex_is_the_sum_of_both():
-    sphere, vort = (take(sample_lenses(name), 0) for name in ("sphere", "vort"))
-    x, y = pixel_grid(9, 0.4)
-    vort |= {name: sphere[name] for name in ("z_lens", "z_source")}
-    together, *parts = (np.array(deflect_substructure(x, y, p)) for p in (vort | sphere, sphere, vort))
-    np.testing.assert_allclose(together, sum(parts), atol=1e-6)
-    assert all(np.abs(part).max() > 0.01 for part in parts)
-
-
 def test_light_from_outside_of_the_image_reaches_its_border():
     p = sample_lens(jax.random.key(0), CT1, "no")
     small, large = (render_lens(p, replace(CT1, num_pixels=n)) for n in (40, 60))
