@@ -90,8 +90,8 @@ def write_images(folder, **sizes):
         save_npz(folder / f"{split}.npz", np.random.default_rng(n).poisson(50, (n, 150, 150)).astype(np.uint16))
 
 
-def start(folder, script, *arguments, devices=1, before=(), optimized=False, **options):
-    """Starts a script in `folder` on `devices` virtual devices; `before` are words of the command line before Python's.
+def start(folder, script, *arguments, devices=1, optimized=False, **options):
+    """Starts a script in `folder` on `devices` virtual devices.
 
     With `optimized` XLA compiles as for users, instead of with the flags of conftest.py.
     """
@@ -100,7 +100,7 @@ def start(folder, script, *arguments, devices=1, before=(), optimized=False, **o
     environment |= {"MPLBACKEND": "module://not_there"}  # as a notebook may set it
     if optimized:
         environment.pop("XLA_FLAGS", None)
-    command = [*before, sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
     return subprocess.Popen(command, cwd=folder, **(PIPES | {"env": environment} | options))
 
 

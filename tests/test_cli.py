@@ -158,13 +158,6 @@ def test_tensorboard_shows_each_epoch_and_the_report_once_after_a_resume(tmp_pat
     refuse("could not be written: ", train["write_epoch"], tmp_path, LINE)
 
 
-def test_training_does_not_start_without_tensorboardx(tmp_path, run_here, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # as if it were not installed
-    error = run_here(tmp_path, "train.py", "--preset", "smoke", "--tensorboard", "--run-dir", "run", status=2)
-    assert error == 'error: --tensorboard needs tensorboardX; run: pip install "gravlens_jax[tensorboard]"\n'
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.fixture(params=[1, 2])
 def processes(request, quiet, monkeypatch):
     """The number of processes of a run, to which this one seems to belong."""

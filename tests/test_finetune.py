@@ -33,13 +33,10 @@ def test_a_network_for_other_classes_is_trained_from_the_old_one_which_is_not_ch
 def test_unsuitable_data_and_options_are_refused():
     network, large, dataset = make_network(input=INPUT), make_network(input=replace(INPUT, crop=32)), bars(4)
     bad = dataset._replace(images=np.full_like(dataset.images, np.nan))
-    for given, data, epochs, message in (
-        (network, dataset._replace(classes=("flat",)), 1, "only one class, flat"),
-        (network, bad, 1, r"images\[0\] has NaN or infinite pixels"),
-        (network, dataset, 0, "epochs=0"),
-        (large, dataset, 1, "crop of 32 x 32"),
-    ):
-        refuse(message, finetune, given, data, epochs=epochs)
+    refuse("only one class, flat", finetune, network, dataset._replace(classes=("flat",)), epochs=1)
+    refuse(r"images\[0\] has NaN or infinite pixels", finetune, network, bad, epochs=1)
+    refuse("epochs=0", finetune, network, dataset, epochs=0)
+    refuse("crop of 32 x 32", finetune, large, dataset, epochs=1)
 
 
 @pytest.mark.parametrize("scale, bias, message", [(1, 1e38, "is not finite at step 5"), (0, -1, "dead network")])

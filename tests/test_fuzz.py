@@ -10,6 +10,7 @@ import os
 import random
 import re
 import zipfile
+from functools import partial
 
 import jax
 import numpy as np
@@ -109,7 +110,7 @@ def check_result(result):
         assert isinstance(result.config, Config) and {int} == {type(size) for size in result.image_shape}
         assert {str} == {type(name) for name in result.classes}
     else:
-        assert result and all(x.ndim == 2 and x.dtype.kind in "uif" and np.isfinite(x).all() for x in result)
+        assert len(result) and all(x.ndim == 2 and x.dtype.kind in "uif" and np.isfinite(x).all() for x in result)
 
 
 def write_fits(path):
@@ -120,15 +121,12 @@ def write_tiny_network(path):
     write_network(path, make_network(), describe(make_network()))
 
 
-def read_all(path):
-    return list(read_images(path, planes=Planes(stack=True)))
-
-
 def read_pair_file(path):
     return [x for (x,) in read_scaled([(path, 0)], Planes(), [])]
 
 
 STACK, PAIR = np.ones((2, 6, 4)), np.array([np.ones((6, 4)), 1.0], object)
+read_all = partial(read_images, planes=Planes(stack=True))
 DATASET = {"images": np.arange(72, dtype=np.float32).reshape(3, 1, 6, 4), "labels": np.arange(3)}
 DATASET |= {"classes": np.array(CLASSES), "info": np.array('{"source": "test"}')}
 RUN = RunInfo(PRESETS["best"], CLASSES, (150, 150))
