@@ -96,8 +96,8 @@ def start(folder, script, *arguments, devices=1, optimized=False, **options):
     With `optimized` XLA compiles as for users, instead of with the flags of conftest.py.
     """
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
-    environment |= {"GLIBC_TUNABLES": HUGE_PAGES}  # or train.py would start Python a second time
-    environment |= {"MPLBACKEND": "module://not_there"}  # as a notebook may set it
+    # Without HUGE_PAGES train.py would start Python a second time; a notebook may set MPLBACKEND.
+    environment |= {"GLIBC_TUNABLES": HUGE_PAGES, "MPLBACKEND": "module://not_there"}
     if optimized:
         environment.pop("XLA_FLAGS", None)
     command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]

@@ -133,7 +133,6 @@ def test_labels_are_not_read_if_only_images_are_needed(tmp_path, save, bad):
         ({"labels": np.array([0, -1, 3])}, "labels run from -1 to 3, expected 0 to 2 for no, sphere, vort"),
         ({"labels": np.array([0, 1, 2**32])}, "labels run from 0 to 4294967296"),
         ({"labels": LABELS[:, None]}, "3 images but labels of shape"),
-
         ({"images": IMAGES.astype(np.longdouble)}, "expected at most 64 bits a pixel"),
         ({"classes": np.array([0xD800] * 3, "<u4").view("<U1")}, "surrogate|code point not in range"),
         ({"images": np.asfortranarray(np.eye(4)[:3])}, "is in Fortran order, expected C order"),
