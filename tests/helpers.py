@@ -91,10 +91,7 @@ def write_images(folder, **sizes):
 
 
 def start(folder, script, *arguments, devices=1, optimized=False, **options):
-    """Starts a script in `folder` on `devices` virtual devices.
-
-    With `optimized` XLA compiles as for users, instead of with the flags of conftest.py.
-    """
+    """Starts a script in `folder` on `devices` virtual devices; `optimized` is with XLA's flags for users."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
     # Without HUGE_PAGES train.py would start Python a second time; a notebook may set MPLBACKEND.
     environment |= {"GLIBC_TUNABLES": HUGE_PAGES, "MPLBACKEND": "module://not_there"}

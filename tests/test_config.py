@@ -1,6 +1,7 @@
 import json
 import math
 from dataclasses import asdict, replace
+from itertools import product
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -11,7 +12,8 @@ from gravlens_jax.lensing import PRIORS, Priors, simulate_images
 from gravlens_jax.lensing.priors import RANGES
 from gravlens_jax.model import make_model
 from gravlens_jax.preprocess import prepare, to_unit
-from helpers import refuse
+from gravlens_jax.run_files import RunInfo
+from helpers import TINY_INFO, refuse
 
 TINY, BELOW_1 = 1e-9, 1 - 1e-9
 BOUNDS = {  # numeric fields: values just outside of their bounds, values just inside
@@ -84,6 +86,10 @@ def test_json_round_trip_is_exact_and_damaged_json_is_refused():
         "leave one out": {"data": "simulate:ct1", "device_data": True},
     }.items():
         refuse(message, from_dict, Config, values(Config(), **change))
+    run = TINY_INFO._asdict() | {"config": values(Config()), "image_shape": [16, 16], "classes": ["a", "b"]}
+    for name, value in product(("image_shape", "classes"), ("ab", [], [1, 2, "3"], [1, "2"], None)):
+        refuse(rf"config\.{name}.*: expected", from_dict, RunInfo, run | {name: value})
+    assert from_dict(RunInfo, run).classes == ("a", "b")
 
 
 def test_prepared_images_have_mean_0_and_deviation_1_unless_others_are_given():
