@@ -3,7 +3,7 @@
 Most of their time is compilation. So XLA does not optimize machine code (it optimizes the program as always), and
 compiled programs are cached in a folder that all tests, and the scripts that they start, share. A process that reads an
 entry that is being written, or was cut by a kill, warns and compiles. Other code is compiled, and other kernels are
-chosen, than for users: each claim also has a test with default flags and the default network (`optimized=True`).
+chosen, than for users: test_resume has a run with default flags and the default network, test_platform checks numbers.
 """
 
 import os

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from gravlens_jax import checkpoint
 from gravlens_jax.checkpoint import load_variables
 from gravlens_jax.cli import HUGE_PAGES
 from gravlens_jax.config import CLASSES, Config, InputConfig, ModelConfig
+from gravlens_jax.errors import InputError
+from gravlens_jax.lensing.priors import PRIORS
 from gravlens_jax.model import make_model
 from gravlens_jax.network import Network
 from gravlens_jax.npz import write_npz
@@ -32,6 +35,7 @@ SMALL = [*NETWORK, "--simulation.train", "96", "--simulation.val", "24", "--simu
 DEFAULT_NETWORK = [*CONSTANT, "--batch-size", "16"]  # and the image size that users have
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
+TINY_PRIORS = replace(PRIORS["ct1"], num_pixels=24, pixel_scale=0.3)
 TINY = Config(model=ModelConfig(depth=8, width=4), input=InputConfig(crop=16, pool=1))
 TINY_INFO = RunInfo(TINY, CLASSES, (16, 16))
 TINY_MODEL = make_model(TINY.model, TINY.input, CLASSES)
@@ -86,16 +90,14 @@ def write_images(folder, **sizes):
         save_npz(folder / f"{split}.npz", np.random.default_rng(n).poisson(50, (n, 150, 150)).astype(np.uint16))
 
 
-def start(folder, script, *arguments, devices=1, before=(), optimized=False, **options):
-    """Starts a script in `folder` on `devices` virtual devices; `before` are words of the command line before Python's.
-
-    With `optimized` XLA compiles as for users, instead of with the flags of conftest.py.
-    """
+def start(folder, script, *arguments, devices=1, optimized=False, **options):
+    """Starts a script in `folder` on `devices` virtual devices; `optimized` is with XLA's flags for users."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
-    environment |= {"GLIBC_TUNABLES": HUGE_PAGES}  # or train.py would start Python a second time
+    # Without HUGE_PAGES train.py would start Python a second time; a notebook may set MPLBACKEND.
+    environment |= {"GLIBC_TUNABLES": HUGE_PAGES, "MPLBACKEND": "module://not_there"}
     if optimized:
         environment.pop("XLA_FLAGS", None)
-    command = [*before, sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
     return subprocess.Popen(command, cwd=folder, **(PIPES | {"env": environment} | options))
 
 
@@ -195,3 +197,9 @@ def make_bars(n, classes, side=16):
     images[labels == classes - 2, 4:12] += 0.5
     images[labels == classes - 1, :, 4:12] += 0.5
     return images, labels
+
+
+def refuse(message, function, *arguments, **options):
+    """Asserts that the call is an InputError whose text matches the message, a regular expression."""
+    with pytest.raises(InputError, match=message):
+        function(*arguments, **options)

@@ -9,11 +9,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from gravlens_jax import checkpoint
-from gravlens_jax.config import CLASSES, ModelConfig
-from gravlens_jax.errors import InputError
-from gravlens_jax.model import make_model
 from gravlens_jax.run_files import create_run
-from helpers import TINY, TINY_INFO, TINY_MODEL, assert_equal, make_run, make_state, make_variables
+from helpers import TINY_INFO, TINY_MODEL, assert_equal, make_run, make_state, make_variables, refuse
 
 
 def steps(run_dir):
@@ -61,8 +58,8 @@ def test_damaged_file_is_refused_and_the_other_checkpoint_loads(tmp_path):
         file.unlink()
         if damage != "missing":
             file.write_bytes(part if damage == "flip" else whole[: len(whole) // 2])
-        with pytest.raises(InputError, match=r"checkpoints.2 is damaged.*Remove it to continue from step 1"):
-            checkpoint.load_variables(tmp_path, TINY_MODEL, "final")
+        message = r"checkpoints.2 is damaged.*Remove it to continue from step 1"
+        refuse(message, checkpoint.load_variables, tmp_path, TINY_MODEL, "final")
         if "metrics" not in str(file) and file.name != "digests.json":  # Orbax reads the metrics of every checkpoint
             checkpoint.load_variables(tmp_path, TINY_MODEL, "best")
         file.write_bytes(whole)
@@ -70,15 +67,10 @@ def test_damaged_file_is_refused_and_the_other_checkpoint_loads(tmp_path):
     assert checkpoint.load_variables(tmp_path, TINY_MODEL, "final")[1] == 1
 
 
-def test_checkpoint_without_digests_is_read(tmp_path):
-    make_run(tmp_path, [0.3])
-    (tmp_path / "checkpoints/1/digests.json").unlink()  # the process was killed before it was written
-    assert_equal(checkpoint.load_variables(tmp_path, TINY_MODEL)[0], make_variables(1))
-
-
-def test_checkpoint_is_renamed_before_it_is_removed(tmp_path, monkeypatch):
+def test_checkpoint_is_renamed_before_it_is_removed_and_read_without_digests(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)  # as if killed at that moment
     make_run(tmp_path, [0.5, 0.4])
+    (tmp_path / "checkpoints/2/digests.json").unlink()  # as if killed before it was written
     assert steps(tmp_path) == ["2", "removed"]
     assert_equal(checkpoint.load_variables(tmp_path, TINY_MODEL)[0], make_variables(2))
     monkeypatch.undo()
@@ -86,16 +78,11 @@ def test_checkpoint_is_renamed_before_it_is_removed(tmp_path, monkeypatch):
     assert steps(tmp_path) == ["2"]
 
 
-def test_run_without_a_checkpoint_is_an_input_error(tmp_path):
+def test_run_without_a_checkpoint_is_an_input_error_and_imported_variables_are_best_and_final(tmp_path):
     create_run(tmp_path, TINY_INFO)
     with checkpoint.open_checkpoints(tmp_path) as manager:
         assert checkpoint.restore_latest(manager, TINY_INFO) is TINY_INFO
-    with pytest.raises(InputError, match="has no checkpoint yet"):
-        checkpoint.load_variables(tmp_path, TINY_MODEL)
-
-
-def test_imported_variables_are_best_and_final(tmp_path):
-    create_run(tmp_path, TINY_INFO)
+    refuse("has no checkpoint yet", checkpoint.load_variables, tmp_path, TINY_MODEL)
     checkpoint.save_variables(tmp_path, make_variables(1))
     for which in ("best", "final"):
         assert_equal(checkpoint.load_variables(tmp_path, TINY_MODEL, which)[0], make_variables(1))
@@ -118,42 +105,26 @@ def test_checkpoint_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatc
     assert_equal(variables, make_variables(2))
 
 
-@pytest.mark.parametrize("options", [{"depth": 14, "width": 4}, {"depth": 8, "width": 8}])
-def test_checkpoint_of_another_network_is_refused(tmp_path, options):
-    make_run(tmp_path, [0.5])
-    other = make_model(ModelConfig(**options), TINY.input, CLASSES)
-    with pytest.raises(InputError, match=r"checkpoints.1 is damaged, or not of the network in config\.json"):
-        checkpoint.load_variables(tmp_path, other)
-
-
 @pytest.mark.parametrize("change", [lambda x: x[None], lambda x: x.astype(jnp.float16)], ids=["shape", "dtype"])
-def test_optimizer_state_of_another_shape_or_dtype_is_refused(tmp_path, change):
+def test_variables_and_optimizer_state_of_another_network_are_refused(tmp_path, change):
     make_run(tmp_path, [0.5])
+    for other in (TINY_MODEL.clone(depth=14), TINY_MODEL.clone(width=8)):
+        refuse("is damaged, or not of the network in config", checkpoint.load_variables, tmp_path, other)
     state = make_state(1)
     (*others, (path, leaf)), structure = jax.tree.flatten_with_path(state.opt_state)
     changed = jax.tree.unflatten(structure, [*(x for _, x in others), change(leaf)])
     name = "training/opt_state/" + jax.tree_util.keystr(path, simple=True, separator="/")
-    with (
-        checkpoint.open_checkpoints(tmp_path) as manager,
-        pytest.raises(InputError, match=rf"network in config\.json: {re.escape(name)} is \(.*, expected \("),
-    ):
-        checkpoint.restore_latest(manager, state._replace(opt_state=changed))
+    message = rf"network in config\.json: {re.escape(name)} is \(.*, expected \("
+    with checkpoint.open_checkpoints(tmp_path) as manager:
+        refuse(message, checkpoint.restore_latest, manager, state._replace(opt_state=changed))
 
 
 def test_checkpoint_of_version_0_4_is_read_but_not_resumed(tmp_path):
     state = make_state(1)
-    handlers = {name: ocp.StandardCheckpointHandler() for name in ("variables", "training")}
-    handlers["sums"] = ocp.JsonCheckpointHandler()
-    with ocp.CheckpointManager(tmp_path / "checkpoints", item_handlers=handlers) as manager:
-        args = {
-            "variables": ocp.args.StandardSave(make_variables(1)),
-            "training": ocp.args.StandardSave((state.step, state.opt_state, state.plateau)),
-            "sums": ocp.args.JsonSave({}),
-        }
+    items = {"variables": make_variables(1), "training": (state.step, state.opt_state, state.plateau)}
+    args = {name: ocp.args.StandardSave(item) for name, item in items.items()} | {"sums": ocp.args.JsonSave({})}
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
         manager.save(1, args=ocp.args.Composite(**args), metrics={"val_loss": 0.5})
     assert_equal(checkpoint.load_variables(tmp_path, TINY_MODEL)[0], make_variables(1))
-    with (
-        checkpoint.open_checkpoints(tmp_path) as manager,
-        pytest.raises(InputError, match=r"is damaged, or not of the network in config\.json"),  # `read_run` says why
-    ):
-        checkpoint.restore_latest(manager, state)
+    with checkpoint.open_checkpoints(tmp_path) as manager:  # `read_run` says why
+        refuse(r"damaged, or not of the network in config\.json", checkpoint.restore_latest, manager, state)

@@ -1,17 +1,19 @@
 import json
 import math
 from dataclasses import asdict, replace
-from typing import NamedTuple, get_args, get_type_hints
+from itertools import product
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 
 from gravlens_jax.config import PRESETS, AugmentConfig, Config, InputConfig, ModelConfig, from_dict
-from gravlens_jax.errors import InputError, parse_json
 from gravlens_jax.lensing import PRIORS, Priors, simulate_images
 from gravlens_jax.lensing.priors import RANGES
 from gravlens_jax.model import make_model
 from gravlens_jax.preprocess import prepare, to_unit
+from gravlens_jax.run_files import RunInfo
+from helpers import TINY_INFO, refuse
 
 TINY, BELOW_1 = 1e-9, 1 - 1e-9
 BOUNDS = {  # numeric fields: values just outside of their bounds, values just inside
@@ -59,8 +61,7 @@ def bounded_fields():
 def test_numbers_outside_of_their_bounds_are_refused(cls, name, outside, inside):
     assert outside or name == "mean", "has no entry in BOUNDS"
     for value in outside:
-        with pytest.raises(InputError, match=rf"\b{name}="):
-            replace(cls(), **{name: value})
+        refuse(rf"\b{name}=", replace, cls(), **{name: value})
     for value in inside:
         replace(cls(), **{name: value})
 
@@ -69,66 +70,35 @@ def values(config, **change):
     return json.loads(json.dumps(asdict(config))) | change
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_json_round_trip_is_exact(preset):
-    assert from_dict(Config, values(PRESETS[preset])) == PRESETS[preset]
+def test_json_round_trip_is_exact_and_damaged_json_is_refused():
+    for preset in PRESETS.values():
+        assert from_dict(Config, values(preset)) == preset
+    for message, change in {
+        "'colour' is unknown": {"colour": 1},
+        r"config.epochs: expected .*int.*, got '6'": {"epochs": "6"},
+        "config.epochs": {"epochs": True},
+        "config.input: field '.*' is missing": {"input": {"crop": 100}},
+        r"stretch: expected one of \('linear', .* got 'cube'": {"input": values(InputConfig(), stretch="cube")},
+        "crop=75 is not a multiple of pool=2": {"input": values(InputConfig(), crop=75, pool=2)},
+        "rotation: expected .*, got 1000": {"augment": values(AugmentConfig(), max_rotation=10**400)},
+        r"depth=21: expected 6n \+ 2 layers, .* at most 1202": {"model": values(ModelConfig(), depth=21)},
+        "data=simulate:ct2: expected simulate: and one of ct1, model_a": {"data": "simulate:ct2"},
+        "leave one out": {"data": "simulate:ct1", "device_data": True},
+    }.items():
+        refuse(message, from_dict, Config, values(Config(), **change))
+    run = TINY_INFO._asdict() | {"config": values(Config()), "image_shape": [16, 16], "classes": ["a", "b"]}
+    for name, value in product(("image_shape", "classes"), ("ab", [], [1, 2, "3"], [1, "2"], None)):
+        refuse(rf"config\.{name}.*: expected", from_dict, RunInfo, run | {name: value})
+    assert from_dict(RunInfo, run).classes == ("a", "b")
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"colour": 1}, "'colour' is unknown"),
-        ({"epochs": "6"}, r"config.epochs: expected .*int.*, got '6'"),
-        ({"epochs": True}, "config.epochs"),
-        ({"input": {"crop": 100}}, "config.input: field '.*' is missing"),
-        ({"input": 3}, "config.input: expected an object"),
-        ({"input": values(InputConfig(), stretch="cube")}, r"input.stretch: expected one of \('linear', .* got 'cube'"),
-        ({"input": values(InputConfig(), crop=75, pool=2)}, "crop=75 is not a multiple of pool=2"),
-        ({"augment": values(AugmentConfig(), max_rotation=math.inf)}, "max_rotation: expected .*, got inf"),
-        ({"augment": values(AugmentConfig(), max_rotation=10**400)}, "max_rotation: expected .*, got 1000"),
-        ({"model": values(ModelConfig(), depth=21)}, r"depth=21: expected 6n \+ 2 layers, .* at most 1202"),
-        ({"data": "simulate:ct2"}, "data=simulate:ct2: expected simulate: and one of ct1, model_a"),
-        ({"data": "simulate:ct1", "device_data": True}, "leave one out"),
-    ],
-)
-def test_damaged_json_is_refused(change, message):
-    with pytest.raises(InputError, match=message):
-        from_dict(Config, values(Config(), **change))
-
-
-@pytest.mark.parametrize("text", [b"\xff\xfe\xfa", b"[" * 10**5, b"1" * 5000, b"{'a': 1}", b""])
-def test_text_that_is_not_json_is_refused(text):
-    with pytest.raises(InputError, match="a file is not readable JSON"):
-        parse_json(text, "a file")
-
-
-class Tuples(NamedTuple):
-    image_shape: tuple[int, int] = (1, 2)
-    classes: tuple[str, ...] = ("a", "b")
-
-
-@pytest.mark.parametrize("value", [None, "ab", [], [1], [1, 2, 3], [1, "2"], [1, 2.0], [1, True], {"a": 1, "b": 2}])
-@pytest.mark.parametrize("field", Tuples._fields)
-def test_tuples_are_lists_of_the_right_length_and_type(field, value):
-    lists = {"image_shape": [1, 2], "classes": ["a", "b"]}
-    assert from_dict(Tuples, lists) == Tuples()
-    with pytest.raises(InputError, match=rf"config\.{field}: expected"):
-        from_dict(Tuples, lists | {field: value})
-
-
-@pytest.mark.parametrize("stretch, mean, std", [("linear", 0.15, 0.17), ("sqrt", 0.34, 0.19), ("log", -2.3, 1.0)])
-def test_mean_and_deviation_follow_the_stretch_unless_given(stretch, mean, std):
-    assert InputConfig(stretch=stretch).resolve() == InputConfig(stretch=stretch, mean=mean, std=std)
-    given = InputConfig(stretch=stretch, mean=0.0, std=3.0)
-    assert given.resolve() == given
-    assert make_model(ModelConfig(), InputConfig(stretch=stretch), ("a", "b")).input.mean == mean
-
-
-def test_prepared_images_have_mean_0_and_deviation_1():
+def test_prepared_images_have_mean_0_and_deviation_1_unless_others_are_given():
     images = np.concatenate(list(simulate_images(90, 3, 0, PRIORS["ct1"])))
     for stretch in ("linear", "sqrt", "log"):
-        x = prepare(to_unit(images), InputConfig(stretch=stretch))
+        config, given = InputConfig(stretch=stretch), InputConfig(stretch=stretch, mean=0.0, std=3.0)
+        x = prepare(to_unit(images), config)
         assert abs(float(x.mean())) < 0.1 and abs(float(x.std()) - 1) < 0.1
+        assert make_model(ModelConfig(), config, ("a", "b")).input == config.resolve() and given.resolve() == given
 
 
 def test_paths_of_a_run_are_absolute_but_not_the_name_of_a_stream(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import zipfile
+from functools import partial
 
 import jax
 import numpy as np
@@ -109,38 +110,32 @@ def check_result(result):
         assert isinstance(result.config, Config) and {int} == {type(size) for size in result.image_shape}
         assert {str} == {type(name) for name in result.classes}
     else:
-        assert result and all(x.ndim == 2 and x.dtype.kind in "uif" and np.isfinite(x).all() for x in result)
+        assert len(result) and all(x.ndim == 2 and x.dtype.kind in "uif" and np.isfinite(x).all() for x in result)
 
 
-def write_stack(path):
-    if path.suffix == ".npy":
-        np.save(path, np.ones((2, 6, 4)))
-    else:
-        pytest.importorskip("astropy.io.fits").PrimaryHDU(np.ones((2, 6, 4))).writeto(path)
+def write_fits(path):
+    pytest.importorskip("astropy.io.fits").PrimaryHDU(STACK).writeto(path)
 
 
 def write_tiny_network(path):
     write_network(path, make_network(), describe(make_network()))
 
 
-def read_all(path):
-    return list(read_images(path, planes=Planes(stack=True)))
-
-
 def read_pair_file(path):
     return [x for (x,) in read_scaled([(path, 0)], Planes(), [])]
 
 
-PAIR = np.array([np.ones((6, 4)), 1.0], object)
+STACK, PAIR = np.ones((2, 6, 4)), np.array([np.ones((6, 4)), 1.0], object)
+read_all = partial(read_images, planes=Planes(stack=True))
 DATASET = {"images": np.arange(72, dtype=np.float32).reshape(3, 1, 6, 4), "labels": np.arange(3)}
 DATASET |= {"classes": np.array(CLASSES), "info": np.array('{"source": "test"}')}
 RUN = RunInfo(PRESETS["best"], CLASSES, (150, 150))
 KINDS = {  # file -> how it is written, damaged and read
     "stored.npz": (lambda path: np.savez(path, **DATASET), damaged_archive, open_npz),
     "compressed.npz": (lambda path: np.savez_compressed(path, **DATASET), damaged_archive, load_npz),
-    "a.npy": (write_stack, lambda rng, x: rng.choice([edited, with_header])(rng, x), read_all),
-    "a.fits": (write_stack, edited, read_all),
-    "a.fits.gz": (write_stack, edited, read_all),
+    "a.npy": (lambda path: np.save(path, STACK), lambda rng, x: rng.choice([edited, with_header])(rng, x), read_all),
+    "a.fits": (write_fits, edited, read_all),
+    "a.fits.gz": (write_fits, edited, read_all),
     "pair.npy": (lambda path: np.save(path, PAIR), edited, read_pair_file),
     "net.npz": (write_tiny_network, damaged_archive, load_network),
     "config.json": (lambda path: create_run(path.parent, RUN), damaged_json, lambda path: read_run(path.parent)),

@@ -87,24 +87,18 @@ def test_one_percent_of_images_of_each_class_have_an_outlier_score_above_1(n):
     rates = [(outlier_scores(population, means[labels == k]) > 1).mean() for k in range(3)]
     assert max(rates) < (0.04 if n == 900 else 0.4) and (n == 40 or min(rates) > 0.001), rates
     assert (outlier_scores(population, means + 20 * shape[0]) > 1).mean() > 0.9
-
-
-def test_populations_of_degenerate_images_are_finite():
     means = np.zeros((20, 4))  # one class alone, all channels dead
     population = fit_population(means, np.zeros(20, int), num_classes=3)
     assert all(np.isfinite(x).all() for x in population.values()) and outlier_scores(population, means + 1).min() > 1
     assert fit_population(means[:19], np.zeros(19, int), num_classes=3) is None
 
 
-def test_training_metrics_are_means_over_the_epoch_and_the_rate_since_its_start():
+def test_training_metrics_are_means_over_the_epoch_and_numbers_that_are_not_finite_are_named():
     sums = {"loss": 6.0, "correct": 3, "count": 12}
     values = metrics.training_metrics(5, sums, started=time.perf_counter() - 2, count=4)
     assert values == {"train_loss": 0.5, "train_accuracy": 0.25, "images_per_second": pytest.approx(4, rel=0.1)}
     with pytest.raises(FloatingPointError, match="training loss is nan at step 5; saved checkpoints are intact"):
         metrics.training_metrics(5, sums | {"loss": np.nan}, started=0.0, count=0)
-
-
-def test_the_array_that_is_not_finite_is_named():
     variables = {"params": {"head": {"bias": np.ones(3)}}, "batch_stats": {"norm0": {"mean": np.ones(2)}}}
     assert metrics.find_not_finite(variables) is None
     variables["batch_stats"]["norm0"]["mean"] = np.array([0, -np.inf], np.float32)

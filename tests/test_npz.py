@@ -6,9 +6,9 @@ import re
 import shlex
 import shutil
 import struct
-import types
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from gravlens_jax.config import CLASSES
 from gravlens_jax.errors import InputError
 from gravlens_jax.folders import load_npz
 from gravlens_jax.npz import check_pixels, load_arrays, open_npz, read_rows, scale, write_npz
-from helpers import limited_memory, save_npz
+from helpers import limited_memory, refuse, save_npz
 from pack import convert
 
 RNG = np.random.default_rng(0)
@@ -60,7 +60,7 @@ def edit(path, which, offset, value):
     return path
 
 
-def refuse(reader, path, message):
+def refuse_file(reader, path, message):
     """Asserts one InputError that names the file and the reason, little memory, and no other files."""
     files = sorted(path.parent.iterdir())
     with limited_memory(2**22), pytest.raises(InputError, match=message) as caught:
@@ -90,12 +90,10 @@ def test_images_survive_a_round_trip_and_are_indexed_like_an_array(tmp_path, dty
 
 
 def test_arrays_of_numpy_in_any_order_beside_members_of_the_system_are_read(tmp_path):
-    class Pipe(io.BytesIO):
-        def tell(self):
-            raise OSError("a pipe has no position")  # so that sizes follow the data
-
     path, arrays = tmp_path / "a.npz", ARRAYS | {"images": IMAGES[:, None], "F/order": np.asfortranarray(np.eye(4)[:3])}
-    np.savez(pipe := Pipe(), **arrays)
+    pipe = io.BytesIO()
+    pipe.tell = Mock(side_effect=OSError)  # as of a pipe, so that sizes follow the data
+    np.savez(pipe, **arrays)
     path.write_bytes(pipe.getvalue())
     with zipfile.ZipFile(path, "a") as archive:
         for name in ("__MACOSX/._images.npy", "._labels.npy", ".DS_Store"):
@@ -109,7 +107,7 @@ def test_arrays_of_numpy_in_any_order_beside_members_of_the_system_are_read(tmp_
 def test_open_npz_refuses_other_forms_unread_with_the_command_that_converts_them(tmp_path, run_here, names):
     path, images = tmp_path / "my file.npz", np.ones((3, 1024, 1024), np.uint16)
     np.savez_compressed(path, **dict(zip(names.split(), (images, LABELS, np.array(CLASSES)), strict=False)))
-    refuse("open_npz", path, r"has \w.*; expected uncompressed images, and labels .*convert it: ")
+    refuse_file("open_npz", path, r"has \w.*; expected uncompressed images, and labels .*convert it: ")
     with pytest.raises(InputError) as caught:
         open_npz(path, need_labels=False)
     command = str(caught.value).partition("convert it: ")[2]
@@ -126,8 +124,7 @@ def test_labels_are_not_read_if_only_images_are_needed(tmp_path, save, bad):
     save(tmp_path / "a.npz", images=IMAGES, labels=bad, classes=LABELS, info=LABELS)
     dataset = load_npz(tmp_path / "a.npz", need_labels=False)
     assert len(dataset.images) == 3 and dataset.labels.tolist() == [0, 0, 0] and dataset[2:] == ((), {}, None)
-    with pytest.raises(InputError, match=r"a\.npz.*(labels|classes)"):
-        load_npz(tmp_path / "a.npz")
+    refuse(r"a\.npz.*(labels|classes)", load_npz, tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize(
@@ -136,12 +133,9 @@ def test_labels_are_not_read_if_only_images_are_needed(tmp_path, save, bad):
         ({"labels": np.array([0, -1, 3])}, "labels run from -1 to 3, expected 0 to 2 for no, sphere, vort"),
         ({"labels": np.array([0, 1, 2**32])}, "labels run from 0 to 4294967296"),
         ({"labels": LABELS[:, None]}, "3 images but labels of shape"),
-        ({"labels": LABELS * 1.0}, "labels.npy has dtype float64, expected integers"),
         ({"images": IMAGES.astype(np.longdouble)}, "expected at most 64 bits a pixel"),
-        ({"classes": np.array([2**21] * 3, ">u4").view(">U1")}, "code point not in range"),
         ({"classes": np.array([0xD800] * 3, "<u4").view("<U1")}, "surrogate|code point not in range"),
         ({"images": np.asfortranarray(np.eye(4)[:3])}, "is in Fortran order, expected C order"),
-        ({"info": np.array("[]")}, "info is not a JSON object"),
         ({"info": np.array("[" * 10**5)}, "info is not readable JSON"),
         ({"info": npy((2**21,), bytes(2**23), "<U1")}, "labels, classes, info unpack to 8,"),
         ({"parameters/shear": np.ones(2)}, r"3 images but shear of shape \(2,\)"),
@@ -149,9 +143,9 @@ def test_labels_are_not_read_if_only_images_are_needed(tmp_path, save, bad):
 )
 def test_wrong_contents_are_refused(tmp_path, monkeypatch, replaced, message):
     monkeypatch.setattr(npz, "MEMORY_BYTES", 2**21)
-    refuse("open_npz", write_members(tmp_path / "a.npz", **replaced), message)
+    refuse_file("open_npz", write_members(tmp_path / "a.npz", **replaced), message)
     if replaced.keys() <= ARRAYS.keys() and "Fortran" not in message:  # load_npz reads neither info nor parameters
-        refuse("load_npz", write_members(tmp_path / "a.npz", "load_npz", **replaced), message)
+        refuse_file("load_npz", write_members(tmp_path / "a.npz", "load_npz", **replaced), message)
 
 
 class Evil:
@@ -159,11 +153,10 @@ class Evil:
         return os.mkdir, ("executed",)
 
 
-HEADERS = [b"-" * 9000 + b"1", b"(" * 999, b"{'shape': 1}", b"\xff", b"'\\d'", b"{1: 2}"]
-ABSURD_IMAGES = [
+ABSURD_IMAGES = [  # test_fuzz has more
     *map(npy, [(10**12, 150, 150), (-3, -4, 4), (0, 4, 4), (2**62, 4, 1), (1,) * 65]),
-    *(npy((3, 4, 4), dtype=dtype) for dtype in ("<U0", "|V4", ("<f4", (10**8,)), [("a", "<f4")])),
-    *(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header for header in HEADERS),
+    *(npy((3, 4, 4), dtype=dtype) for dtype in ("<U0", ("<f4", (10**8,)), [("a", "<f4")])),
+    *(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text for text in (b"-" * 9000 + b"1", b"(" * 999)),
     b"\x93NUMPY\x02\x00" + struct.pack("<L", 2**23) + bytes(2**23),
 ]
 BOMB = r"unpack to 8,\d\d\d,\d\d\d bytes, expected 2,097,152"
@@ -171,11 +164,9 @@ INCOMPLETE = "incomplete|Overlapped|Bad CRC|EOF|truncated|announces|cannot resha
 ATTACKS = [  # members, an edit of the directory of the archive or None, message
     ({}, (1, 8, b"\1"), "encrypted"),
     ({}, (1, 10, struct.pack("<H", zipfile.ZIP_LZMA)), "neither stored nor deflated"),
-    ({}, (1, 16, b"\1\2\3\4"), "Bad CRC-32"),
     ({}, (0, 20, struct.pack("<LL", 2**31, 2**31)), INCOMPLETE),
     ({}, (0, 24, struct.pack("<L", 10**9)), "announces"),
     ({}, (1, 42, bytes(4)), "differ"),  # begins where the images do
-    ({"images": npy((3, 99, 99), bytes(2**16))}, (0, 24, struct.pack("<L", 117740)), INCOMPLETE),
     ({"labels": npy((3,), LABELS.tobytes() + bytes(2**23), "<i8")}, (1, 24, struct.pack("<L", 152)), "Bad CRC-32"),
     ({"labelz": LABELS}, (3, 46, b"labels"), "two members have the same name"),
     *(({name: np.array([Evil(), None, None])}, None, f"{name}(.npy)? holds Python objects") for name in ARRAYS),
@@ -191,26 +182,13 @@ def test_attacks_are_refused_and_nothing_executed(tmp_path, monkeypatch, reader,
     monkeypatch.setattr(npz, "MEMORY_BYTES", 2**21)
     monkeypatch.chdir(tmp_path)
     path = write_members(tmp_path / "a.npz", reader, **replaced)
-    refuse(reader, edit(path, *change) if change else path, message)
+    refuse_file(reader, edit(path, *change) if change else path, message)
 
 
-def test_missing_and_truncated_files_are_refused(tmp_path):
-    path = tmp_path / "a.npz"
-    refuse("open_npz", path, r"a\.npz: no such file")
-    whole = save_npz(path, IMAGES).read_bytes()
-    for size in [0, 1, 30, *range(100, len(whole), 97)]:
-        path.write_bytes(whole[:size])
-        refuse("open_npz", path, r"a\.npz: not a readable")
-
-
-def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = save_npz(tmp_path / "a.npz", IMAGES)
-    with pytest.raises(ZeroDivisionError):
-        write_npz(path, (1 / 0 for _ in range(3)), IMAGES.shape, IMAGES.dtype, LABELS, CLASSES, {})
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=191))
-    with pytest.raises(InputError, match=r"a\.npz needs 192 bytes, 191 are free; free space"):
-        save_npz(path, IMAGES)
-    assert open_npz(path).size == 3 and list(tmp_path.iterdir()) == [path]
+def test_file_for_which_there_is_no_space_is_refused_before_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", Mock(return_value=Mock(free=191)))
+    refuse(r"a\.npz needs 192 bytes, 191 are free; free space", save_npz, tmp_path / "a.npz", IMAGES)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -235,19 +213,6 @@ def test_images_of_8_and_16_bits_are_read_as_stored_and_others_scaled_to_0_1(tmp
     assert not scale(np.full((4, 5), high, dtype)).any()
 
 
-@pytest.mark.parametrize("dtype, pixel", [("f2", np.nan), ("f4", np.inf), (">f8", -np.inf), ("f2", -np.inf)])
-def test_pixels_that_are_not_finite_are_named_by_file_and_image(tmp_path, dtype, pixel):
-    for row in (0, 4, 8):
-        images = np.full((9, 3, 3), 6e4, dtype)
-        images[row, 2, 1] = pixel
-        mapped = open_npz(save_npz(tmp_path / "a.npz", images)).images
-        for given, where in ((images, "^"), (mapped, r"a\.npz: ")):
-            for read in (lambda images: read_rows(images, slice(None)), check_pixels):
-                with pytest.raises(InputError, match=rf"{where}images\[{row}\] has NaN or infinite pixels"):
-                    read(given)
-        assert len(read_rows(mapped, np.array([2, 6]))) == 2
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -263,8 +228,7 @@ def test_file_that_changes_after_it_was_opened_is_an_error(tmp_path, change):
     mapped = open_npz(path).images
     change(path, images)
     for read in (lambda: read_rows(mapped, np.array([0, 3])), lambda: mapped[2]):
-        with pytest.raises(InputError, match=r"a\.npz (has changed since it was opened|cannot be read).*start again"):
-            read()
+        refuse(r"a\.npz (has changed since it was opened|cannot be read).*start again", read)
     check_pixels(mapped)  # integers are finite and not read
 
 

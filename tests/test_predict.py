@@ -6,18 +6,18 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 import evaluate
-from gravlens_jax.errors import InputError
 from gravlens_jax.folders import Planes
 from gravlens_jax.inference import predict, predict_deflection
 from gravlens_jax.metrics import convergence
 from gravlens_jax.network import describe, write_network
 from gravlens_jax.npz import scale
-from helpers import limited_memory, make_network, save_npz
+from helpers import limited_memory, make_network, refuse, save_npz
 from predict import find_images, main, predict_files
 
 RNG = np.random.default_rng(0)
@@ -46,8 +46,7 @@ def test_stacks_fits_and_npz_with_any_labels_are_predicted_like_single_images(fo
     (folder / "stack.npy").rename(folder / "STACK.NPY")
     fits.PrimaryHDU(IMAGES[0]).writeto(folder / "a.fits.gz")
     np.savez_compressed(folder / "x.npz", X=IMAGES[:2], y=np.eye(2), z=1)
-    with pytest.raises(InputError, match=r"STACK\.NPY: 3 planes .* give --band 0 to 2, or --stack"):
-        main(Path("net.npz"), (folder,))
+    refuse(r"STACK\.NPY: 3 planes .* give --band 0 to 2, or --stack", main, Path("net.npz"), (folder,))
     capsys.readouterr()
     main(Path("net.npz"), (folder,), planes=Planes(stack=True))
     out, err = capsys.readouterr()
@@ -56,12 +55,15 @@ def test_stacks_fits_and_npz_with_any_labels_are_predicted_like_single_images(fo
     found = list(rows(out).values())
     np.testing.assert_allclose(found, [found[i] for i in (0, 1, 2, 0, 1, 2, 0, 0, 1)], atol=2e-6)
     assert len(set(found[:3])) == 3 and "x.npz: images are 'X'" in err and "left out: z" in err
+    for row in csv.DictReader(io.StringIO(out)):
+        probabilities = {name: float(row[f"p_{name}"]) for name in ("no", "sphere", "vort")}
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
+        assert row["class"] == max(probabilities, key=probabilities.get)
 
 
 def test_maps_of_the_substructure_are_written_with_their_grid_and_names(folder, capsys):
     np.save(folder / "a.npy", IMAGES[0])
-    with pytest.raises(InputError, match="the network predicts no deflections"):
-        main(Path("net.npz"), (folder,), maps=Path("maps.npz"))
+    refuse("the network predicts no deflections", main, Path("net.npz"), (folder,), maps=Path("maps.npz"))
     network = make_network(20)
     head = {"kernel": np.ones((16, 2), np.float32), "bias": np.zeros(2, np.float32)}
     mapping = replace(network, model=network.model.clone(pixel_scale=0.1))
@@ -77,17 +79,6 @@ def test_maps_of_the_substructure_are_written_with_their_grid_and_names(folder, 
         assert float(row["peak_convergence"]) == pytest.approx(found["convergence"].max(), abs=1e-4)
 
 
-def test_evaluate_reads_one_band(folder, monkeypatch):
-    found = []
-    for name in ("no", "sphere", "vort"):
-        (folder / name).mkdir()
-        np.save(folder / name / "1.npy", IMAGES)
-    monkeypatch.setattr("gravlens_jax.report.evaluate_network", lambda _, dataset, **options: found.append(dataset))
-    monkeypatch.setattr("gravlens_jax.report.table", lambda *_: "")
-    evaluate.main(Path("net.npz"), folder, planes=Planes(band=1))
-    np.testing.assert_allclose(found[0].images, np.repeat([scale(IMAGES[1])], 3, 0))
-
-
 def test_linked_folders_are_searched_once_and_unread_files_are_named(folder, capsys, monkeypatch):
     for name in ("images/sub", "elsewhere/__MACOSX", "elsewhere/.ipynb_checkpoints"):
         Path(name).mkdir(parents=True)
@@ -100,12 +91,8 @@ def test_linked_folders_are_searched_once_and_unread_files_are_named(folder, cap
     assert list(map(str, find_images([folder]))) == ["images/1.npy", "images/link/2.npy", "images/sub/3.npy"]
     assert capsys.readouterr().err == "not read: images/a.png, images/link/b.txt\n"
 
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(InputError, match=r"^images: Permission denied; fix the permissions"):
-        find_images([folder])
+    monkeypatch.setattr(os, "scandir", Mock(side_effect=PermissionError(13, "Permission denied", "images")))
+    refuse(r"^images: Permission denied; fix the permissions", find_images, [folder])
 
 
 def test_bad_files_and_images_can_be_skipped(folder, capsys):
@@ -118,8 +105,8 @@ def test_bad_files_and_images_can_be_skipped(folder, capsys):
     np.save(folder / "e.npy", np.asfortranarray(bad))
     np.save(folder / "f.npy", bad[1])
     np.save(folder / "g.npy", IMAGES[0])
-    with pytest.raises(InputError, match=r"a\.npy: images\[1\] has NaN.*; .*f\.npy: images\[0\] has NaN"):
-        main(Path("net.npz"), (folder,), planes=Planes(stack=True))
+    both = r"a\.npy: images\[1\] has NaN.*; .*f\.npy: images\[0\] has NaN"
+    refuse(both, main, Path("net.npz"), (folder,), planes=Planes(stack=True))
     assert list(rows(capsys.readouterr().out)) == ["images/g.npy"]
     with pytest.raises(SystemExit) as stop:
         main(Path("net.npz"), (folder,), skip_bad=True, planes=Planes(stack=True))
@@ -144,17 +131,21 @@ def test_bad_image_of_many_is_skipped_and_the_others_are_read_in_batches(tmp_pat
     np.testing.assert_allclose([p for _, (p, *_) in results], np.tile(results[0][1][0], (12 * 128, 1)), atol=1e-6)
 
 
-def test_evaluate_takes_names_of_classes_in_the_order_of_the_labels(folder, monkeypatch):
-    found, net, data = [], Path("net.npz"), Path("a.npz")
-    np.savez(data, images=IMAGES, labels=np.arange(3))
+def test_evaluate_takes_names_of_classes_in_the_order_of_the_labels_and_one_band(folder, monkeypatch):
+    found, net, data, classes = [], Path("net.npz"), Path("a.npz"), "vort=axion,no=no_sub,sphere=cdm"
     monkeypatch.setattr("gravlens_jax.report.evaluate_network", lambda _, dataset, **options: found.append(dataset))
     monkeypatch.setattr("gravlens_jax.report.table", lambda *_: "")
-    with pytest.raises(InputError, match=r"a\.npz does not name its classes; give --classes"):
-        evaluate.main(net, data)
-    with pytest.raises(InputError, match="expected a name in the data for each of the network's no, sphere, vort"):
-        evaluate.main(net, data, classes="no=no_sub,sphere=cdm")
-    evaluate.main(net, data, classes="vort=axion,no=no_sub,sphere=cdm")
+    np.savez(data, images=IMAGES, labels=np.arange(3))
+    refuse(r"a\.npz does not name its classes; give --classes", evaluate.main, net, data)
+    each = "expected a name in the data for each of the network's no, sphere, vort"
+    refuse(each, evaluate.main, net, data, classes="no=no_sub,sphere=cdm")
+    evaluate.main(net, data, classes=classes)
     np.savez(data, images=IMAGES, labels=np.arange(3), classes=np.array(["axion", "cdm", "no_sub"]))
-    evaluate.main(net, data, classes="vort=axion,no=no_sub,sphere=cdm")
-    assert [dataset.labels.tolist() for dataset in found] == [[2, 0, 1], [2, 1, 0]]
-    assert found[0].classes == found[1].classes == ("no", "sphere", "vort")
+    evaluate.main(net, data, classes=classes)
+    for name in ("axion", "cdm", "no_sub"):
+        (folder / name).mkdir()
+        np.save(folder / name / "1.npy", IMAGES)
+    evaluate.main(net, folder, classes=classes, planes=Planes(band=1))
+    assert [dataset.labels.tolist() for dataset in found] == [[2, 0, 1], [2, 1, 0], [0, 1, 2]]
+    assert {dataset.classes for dataset in found} == {("no", "sphere", "vort")}
+    np.testing.assert_allclose(found[2].images, np.repeat([scale(IMAGES[1])], 3, 0))

@@ -46,6 +46,7 @@ def assert_close(a, b, **tolerances):
 def test_training_learns_with_float32_parameters_in_either_activation_dtype(dtype):
     step = jax.jit(partial(train_step, **OPTIONS | {"model": MODEL.clone(dtype=dtype)}), donate_argnums=0)
     state, losses = make_state(0), []
+    assert (state.params["head"]["kernel"] != make_state(1).params["head"]["kernel"]).any()  # a seed chooses it
     for _ in range(30):
         state, sums = step(state._replace(sums=zero_sums()), make_batch())
         losses.append(float(sums["loss"]))
@@ -106,12 +107,6 @@ def test_steps_on_device_data_equal_steps_on_batches():
     assert_close(together, one_by_one, rtol=1e-3, atol=1e-5)  # another program, in which rounding differs
 
 
-def test_initial_state_and_steps_are_functions_of_the_seed():
-    assert_close(STEP(make_state(0), make_batch()), STEP(make_state(0), make_batch()), rtol=0)
-    a, b = (make_state(seed).params["head"]["kernel"] for seed in (0, 1))
-    assert (a != b).any()
-
-
 def test_plateau_scales_the_update_after_patience_epochs_without_improvement():
     step, end = jax.jit(partial(train_step, **OPTIONS)), jax.jit(partial(end_epoch, config=OPTIM))
     full = reduced = sharding.replicate(make_state(0), sharding.data_mesh(1))
@@ -130,12 +125,3 @@ def test_evaluation_counts_masked_examples_only(keep):
     padded = make_batch() | {"mask": np.arange(8) < keep}
     whole = {name: value[:keep] for name, value in padded.items()}
     assert_close(evaluate(make_state(0), padded), evaluate(make_state(0), whole), rtol=1e-5)
-
-
-def test_two_devices_give_the_numbers_of_one():
-    single, sums = STEP(make_state(0), make_batch())
-    mesh = sharding.data_mesh(2)
-    double, sharded = STEP(sharding.replicate(make_state(0), mesh), sharding.shard_batch(make_batch(), mesh))
-    np.testing.assert_allclose(sharded["loss"], sums["loss"], rtol=1e-5)
-    # The first step of Adam is the sign of the gradient: compare statistics, which do not depend on it.
-    assert_close(double.batch_stats, single.batch_stats, rtol=1e-4, atol=1e-6)

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 import pytest
 
-from export import export_network
-from gravlens_jax import checkpoint
+from export import FORMATS, export_network
+from gravlens_jax import checkpoint, training
 from gravlens_jax.config import SimulationConfig
 from gravlens_jax.datasets import simulate_dataset
 from gravlens_jax.errors import InputError
@@ -27,7 +27,7 @@ from gravlens_jax.npz import open_npz
 from gravlens_jax.report import evaluate_network
 from gravlens_jax.run_files import read_history, write_history
 from gravlens_jax.training import fit
-from helpers import finish, load, make_folders, make_run, make_state, save_npz, start, tiny_config, wait_for
+from helpers import TINY_PRIORS, load, make_folders, make_run, make_state, refuse, save_npz, tiny_config
 from pack import pack
 
 several_tasks_fail = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -68,12 +68,12 @@ def silence(caplog):
 
 
 def complete(run_dir):
-    """Returns the names of the complete checkpoints.
-
-    Where a save failed there may be a temporary one, in which a thread of Orbax still wrote when it was removed; the
-    next save, or start, removes it.
-    """
+    """Returns the names of the complete checkpoints, without what a failed save left for the next one to remove."""
     return [f.name for f in (run_dir / "checkpoints").iterdir() if not f.name.endswith(".orbax-checkpoint-tmp")]
+
+
+def simulate(folder):
+    simulate_dataset(folder / "simulated", SimulationConfig(train=30), priors=TINY_PRIORS)
 
 
 def write_report(folder):
@@ -85,8 +85,8 @@ def write_report(folder):
     "name, write",
     [
         ("packed/.*/train.npz", lambda folder: pack(folder / "source", folder / "packed")),
-        ("simulated/train.npz", lambda folder: simulate_dataset(folder / "simulated", SimulationConfig(train=30))),
-        ("net.npz", lambda folder: export_network(folder / "run", folder / "net.npz")),
+        ("simulated/train.npz", simulate),
+        *((f"net{x}", lambda folder, x=x: export_network(folder / "run", folder / f"net{x}")) for x in FORMATS),
         ("metrics.jsonl", lambda folder: write_history(folder / "run", [{"step": 2}] * 1000)),
         ("report", write_report),
     ],
@@ -94,26 +94,21 @@ def write_report(folder):
 def test_file_too_large_for_the_disk_is_an_error_and_the_one_before_stays(tmp_path, name, write):
     make_run(tmp_path / "run", [0.5])
     write_history(tmp_path / "run", [{"step": 1}])
-    (tmp_path / "net.npz").write_text("before")
+    for suffix in FORMATS:
+        (tmp_path / f"net{suffix}").write_text("before")
     make_folders(tmp_path / "source", train=1, val=0, shape=(64, 64))
     message = f"{name} could not be written: File too large; existing files are unchanged"
     with small_files(6000), pytest.raises(InputError, match=message):
         write(tmp_path)
-    assert (tmp_path / "net.npz").read_text() == "before" and read_history(tmp_path / "run") == [{"step": 1}]
+    assert {(tmp_path / f"net{suffix}").read_text() for suffix in FORMATS} == {"before"}
+    assert read_history(tmp_path / "run") == [{"step": 1}]
     assert not [f for f in tmp_path.rglob("*") if "tmp" in f.name or f.name == "train.npz"]
 
 
-def test_simulation_that_is_stopped_leaves_no_file(tmp_path):
-    process = start(tmp_path, "simulate.py", "data", "--train", "9000", "--val", "0", "--test", "0")
-    wait_for(lambda: list((tmp_path / "data").glob(".train.npz.*.tmp")), process)
-    process.terminate()
-    finish(process, status=143)
-    assert [file.name for file in (tmp_path / "data").iterdir()] == [".lock"]
-
-
 @several_tasks_fail
-def test_full_disk_while_training_is_an_error_and_the_best_checkpoint_stays(tmp_path, silence):
+def test_full_disk_while_training_is_an_error_and_the_best_checkpoint_stays(tmp_path, silence, monkeypatch):
     config = tiny_config(tmp_path)
+    monkeypatch.setattr(training, "evaluate_network", lambda *_, **__: {})  # the report is tested above
     fit(replace(config, epochs=1))
     message = "run/checkpoints/10 could not be written: File too large; existing files are unchanged"
     with redirect_stdout(io.StringIO()), small_files(4096), pytest.raises(InputError, match=message):
@@ -124,8 +119,8 @@ def test_full_disk_while_training_is_an_error_and_the_best_checkpoint_stays(tmp_
 
 def save_and_fail(run_dir, reason):
     with checkpoint.open_checkpoints(run_dir) as manager:
-        with pytest.raises(InputError, match=f"checkpoints.2 could not be written: {reason}; existing files are unch"):
-            checkpoint.save(manager, make_state(2), 0.4)
+        message = f"checkpoints.2 could not be written: {reason}; existing files are unchanged"
+        refuse(message, checkpoint.save, manager, make_state(2), 0.4)
         assert complete(run_dir) == ["1"]
         assert load(run_dir, "final")[1] == 1  # its digests are right
 
@@ -149,8 +144,7 @@ def test_checkpoint_on_a_full_disk_leaves_the_one_before(disk, silence):
         while True:
             file.write(bytes(4096))
     save_and_fail(disk / "run", "No space left on device")
-    with pytest.raises(InputError, match=r"a\.npz could not be written: No space left on device"):
-        export_network(disk / "run", disk / "a.npz")
+    refuse(r"a\.npz could not be written: No space left on device", export_network, disk / "run", disk / "a.npz")
     assert sorted(f.name for f in disk.iterdir()) == ["rest", "run"]
 
 
@@ -158,19 +152,15 @@ def test_run_on_a_read_only_disk_is_read_but_not_resumed(disk, tmp_path):
     make_run(disk / "run", [0.5])
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     load_network(disk / "run")
-    with pytest.raises(InputError, match=r"run could not be written: Read-only file system"):
-        locked(disk / "run").__enter__()
-    with pytest.raises(InputError, match=r"new could not be written: Read-only file system"):
-        fit(tiny_config(tmp_path, run_dir=str(disk / "new")))
+    refuse(r"run could not be written: Read-only file system", locked(disk / "run").__enter__)
+    refuse(r"new could not be written: Read-only file system", fit, tiny_config(tmp_path, run_dir=str(disk / "new")))
 
 
 def test_run_directory_that_is_a_file_is_an_error(tmp_path):
     config = tiny_config(tmp_path)
     Path(config.run_dir).write_text("mine")
-    with pytest.raises(InputError, match="run could not be written: File exists"):
-        fit(config)
-    with pytest.raises(InputError, match=r"is not a run \(no config\.json\)"):
-        fit(config, resume=True)
+    refuse("run could not be written: File exists", fit, config)
+    refuse(r"is not a run \(no config\.json\)", fit, config, resume=True)
     assert Path(config.run_dir).read_text() == "mine"
 
 

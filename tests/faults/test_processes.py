@@ -8,10 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from gravlens_jax.errors import InputError
 from gravlens_jax.network import load_network
 from gravlens_jax.sharding import check_batch_size, data_mesh, join_processes
-from helpers import NETWORK, SMALL, finish, history, load, run, start, wait_for_epochs, write_images
+from helpers import NETWORK, SMALL, finish, history, load, refuse, run, start, wait_for_epochs, write_images
 
 FILES = [*NETWORK, "--data", "data", "--epochs", "2"]
 STREAM = [*SMALL, "--data", "simulate:ct1", "--simulation.easy", "0", "--simulation.train", "48", "--epochs", "1"]
@@ -116,21 +115,12 @@ def test_when_one_of_two_processes_dies_the_other_ends_with_a_message(folder, vi
         resume_for_an_epoch(folder, name, devices=1)
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (("localhost:1", None, None), "give all three, or none"),
-        ((None, 2, 0), "give all three, or none"),
+def test_inconsistent_arguments_of_several_processes_and_batches_that_do_not_divide_are_refused():
+    for arguments, message in (
         (("auto", 2, 0), "give all three, or none"),
         (("localhost", 2, 0), "expected HOST:PORT"),
         (("localhost:1", 2, 2), "process_id=2: expected 0 to 1"),
-    ],
-)
-def test_inconsistent_arguments_of_several_processes_are_refused(arguments, message):
-    with pytest.raises(InputError, match=message):
-        join_processes(*arguments)
-
-
-def test_batch_that_does_not_divide_between_the_devices_is_refused():
-    with pytest.raises(InputError, match="batch_size=7 is not divisible by 2 devices; try 6"):
-        check_batch_size(7, data_mesh(2))
+    ):
+        refuse(message, join_processes, *arguments)
+    refuse("batch_size=7 is not divisible by 2 devices; try 6", check_batch_size, 7, data_mesh(2))
+    refuse("3 devices asked for, 2 found", data_mesh, 3)

@@ -5,25 +5,42 @@ The others train a tiny network in this process.
 """
 
 import json
+import os
 import shutil
 import signal
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gravlens_jax import loader, training
 from gravlens_jax.config import SimulationConfig
 from gravlens_jax.datasets import simulate_dataset
-from gravlens_jax.errors import InputError
 from gravlens_jax.files import locked
 from gravlens_jax.lensing.priors import PRIORS
 from gravlens_jax.progress import Stopped
 from gravlens_jax.run_files import read_run
 from gravlens_jax.training import fit
-from helpers import DEFAULT_NETWORK, assert_same_parameters, finish, history, saved_step, start, tiny_config, wait_for
+from helpers import (
+    DEFAULT_NETWORK,
+    SMALL,
+    TINY_PRIORS,
+    assert_same_parameters,
+    finish,
+    history,
+    load,
+    refuse,
+    run,
+    saved_step,
+    start,
+    tiny_config,
+    wait_for,
+)
 
+KILLS = int(os.environ.get("GRAVLENS_SOAK_KILLS", "50"))
 FILE = ["--data", "data"]
 DEVICE = [*FILE, "--device-data", "--batch-size", "1"]
 STREAM = ["--data", "simulate:ct1", "--simulation.easy", "0", "--simulation.train", "96", "--simulation.val", "24"]
@@ -115,7 +132,7 @@ def whole(tmp_path_factory):
 )
 def test_run_stopped_within_an_epoch_resumes_bitwise(tmp_path, monkeypatch, changes, number, at, total):
     monkeypatch.setattr(loader, "STEPS_PER_CALL", 2)
-    monkeypatch.setitem(PRIORS, "ct1", replace(PRIORS["ct1"], num_pixels=24, pixel_scale=0.3))
+    monkeypatch.setitem(PRIORS, "ct1", TINY_PRIORS)
     simulation = SimulationConfig(train=16, easy=0, val=12, test=12, folder=str(tmp_path / "simulated"))
     config = tiny_config(tmp_path, simulation=simulation, **changes)
     whole = replace(config, run_dir=str(tmp_path / "whole"))
@@ -128,10 +145,12 @@ def test_run_stopped_within_an_epoch_resumes_bitwise(tmp_path, monkeypatch, chan
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_sigusr1_saves_and_the_run_goes_on(whole, tmp_path):
-    saved = train(replace(whole, run_dir=str(tmp_path)), 4, signal.SIGUSR1)
-    assert saved == [0, 0, 2, 2, 4, 4, 6, 6, 6, 6]
+def test_sigusr1_saves_and_more_epochs_of_a_finished_run_are_those_of_a_longer_run(whole, tmp_path):
+    config = replace(whole, run_dir=str(tmp_path))
+    assert train(replace(config, epochs=1), 4, signal.SIGUSR1) == [0, 0, 2, 2, 4, 4]
+    train(config, resume=True)
     assert_same_run(tmp_path, Path(whole.run_dir))
+    assert read_run(tmp_path).config.epochs == 2
 
 
 def test_signal_during_the_last_validation_stops_the_run_and_resume_writes_its_report(whole, tmp_path, monkeypatch):
@@ -152,33 +171,14 @@ def test_signal_during_the_last_validation_stops_the_run_and_resume_writes_its_r
     assert_same_run(tmp_path, Path(whole.run_dir))
 
 
-def test_more_epochs_of_a_finished_run_are_those_of_a_longer_run(whole, tmp_path):
-    config = replace(whole, run_dir=str(tmp_path))
-    train(replace(config, epochs=1))
-    train(config, resume=True)
-    assert_same_run(tmp_path, Path(whole.run_dir))
-    assert read_run(tmp_path).config.epochs == 2
-
-
-def test_other_images_than_the_run_began_with_are_refused(whole, tmp_path):
+def test_run_in_use_and_other_images_than_a_run_began_with_are_refused(whole, tmp_path):
+    with locked(Path(whole.run_dir)):
+        refuse("run is in use by another process", fit, whole, resume=True)
     other = tiny_config(tmp_path)
     shutil.copy(tmp_path / "data/easy.npz", tmp_path / "data/test.npz")
-    with pytest.raises(InputError, match=r"/data: test\.npz does not hold the images that the run began with \(8 x 16"):
-        fit(replace(whole, data=other.data), resume=True)
+    message = r"/data: test\.npz does not hold the images that the run began with \(8 x 16"
+    refuse(message, fit, replace(whole, data=other.data), resume=True)
     assert read_run(Path(whole.run_dir)).config.data == whole.data
-
-
-def test_run_in_use_is_refused(whole):
-    with locked(Path(whole.run_dir)), pytest.raises(InputError, match="run is in use by another process"):
-        fit(whole, resume=True)
-
-
-def test_damaged_history_is_an_error_and_the_checkpoints_stay(whole, tmp_path):
-    run_dir = shutil.copytree(whole.run_dir, tmp_path / "cut")
-    (run_dir / "metrics.jsonl").write_bytes((run_dir / "metrics.jsonl").read_bytes()[:-9])
-    with pytest.raises(InputError, match=r"cut/metrics\.jsonl has a damaged line"):
-        fit(replace(whole, run_dir=str(run_dir)), resume=True)
-    assert_same_parameters(run_dir, Path(whole.run_dir))
 
 
 def test_diverging_run_is_an_error_and_saves_nothing(whole, tmp_path):
@@ -186,3 +186,39 @@ def test_diverging_run_is_an_error_and_saves_nothing(whole, tmp_path):
     with pytest.raises(FloatingPointError, match=r"at step .* start again with a lower learning rate"):
         fit(replace(whole, run_dir=str(tmp_path), optim=optim))
     assert saved_step(tmp_path) == 0
+
+
+def test_simulation_that_is_stopped_leaves_no_file(tmp_path):
+    process = start(tmp_path, "simulate.py", "data", "--train", "9000", "--val", "0", "--test", "0")
+    wait_for(lambda: list((tmp_path / "data").glob(".train.npz.*.tmp")), process)
+    process.terminate()
+    finish(process, status=143)
+    assert [file.name for file in (tmp_path / "data").iterdir()] == [".lock"]
+
+
+@pytest.mark.slow
+def test_run_killed_many_times_ends_with_exactly_the_same_parameters(tmp_path):
+    """Takes about 10 minutes: python -m pytest -m slow tests/faults/test_resume.py -k many."""
+    kills, rng, folder, whole = 0, np.random.default_rng(0), tmp_path / "killed", tmp_path / "whole"
+    long = [*SMALL, "--simulation.train", "48", "--simulation.easy", "0", "--epochs", 10 * KILLS]  # 3 steps each
+    run(tmp_path, "train.py", *long, "--run-dir", whole, optimized=True)
+    while kills < KILLS:
+        options = ["--resume"] if (folder / "config.json").exists() else long
+        options = [*options, "--run-dir", folder, "--save-minutes", "0.0005"]
+        process = start(tmp_path, "train.py", *options, optimized=True)
+        if rng.random() > 0.1:  # otherwise it is killed while the program starts
+            process.stdout.readline()  # "... epochs done": the first step comes next
+        time.sleep(rng.uniform(0, 4))
+        assert process.poll() in (None, 0), process.communicate()
+        process.kill()
+        _, err = process.communicate()
+        if process.returncode == 0:
+            break
+        assert err == ""
+        kills += 1
+
+        if history(folder)[:-1]:  # of the last epoch the line is there before the checkpoint
+            load(folder, "final")
+    run(tmp_path, "train.py", "--run-dir", folder, "--resume", optimized=True)
+    assert_same_run(folder, whole)
+    assert kills >= KILLS / 2

@@ -22,29 +22,20 @@ def distance(counts, rate):
     return (np.abs(found - expected).sum() + 1 - expected.sum()) / 2
 
 
-@pytest.mark.parametrize("rate", [noise.SMALL_RATE, 10, 12, 30, 100.7, 2000, 60_000])
-def test_expansion_has_the_poisson_distribution_by_enumeration(all_normals, rate):
-    counts = jax.jit(noise.expand)(all_normals, jnp.full(all_normals.shape, rate, jnp.float32))
+@pytest.mark.parametrize("rate", [0.1, 1, 5, 9.49, noise.SMALL_RATE, 10, 12, 30, 100.7, 2000, 60_000])
+def test_expansion_and_inversion_have_the_poisson_distribution_by_enumeration(all_normals, rate):
+    small, uniform = rate < noise.SMALL_RATE, jnp.arange(2**23, dtype=jnp.float32) / 2**23
+    function, variates = (noise.invert, uniform) if small else (noise.expand, all_normals)
+    counts = jax.jit(function)(variates, jnp.full(uniform.shape, rate, jnp.float32))
     assert distance(counts.astype(int), rate) < 2e-4
 
 
-@pytest.mark.parametrize("rate", [0.1, 1, 5, 9.49])
-def test_inversion_has_the_poisson_distribution_by_enumeration(rate):
-    uniform = jnp.arange(2**23, dtype=jnp.float32) / 2**23
-    counts = jax.jit(noise.invert)(uniform, jnp.full(uniform.shape, rate, jnp.float32))
-    assert distance(counts.astype(int), rate) < 2e-4
-
-
-def test_small_and_large_rates_may_be_mixed_and_0_gives_0():
-    rates = jnp.tile(jnp.float32([0, 2, 9, 10, 1000]), (4, 5000, 1))
-    counts = np.asarray(jax.jit(noise.poisson)(jax.random.split(jax.random.key(0), 4), rates)).reshape(-1, 5)
+def test_small_and_large_rates_may_be_mixed_0_gives_0_and_variates_depend_on_their_key_alone():
+    keys, rates = jax.random.split(jax.random.key(0), 4), jnp.tile(jnp.float32([0, 2, 9, 10, 1000]), (4, 5000, 1))
+    counts = np.asarray(jax.jit(noise.poisson)(keys, rates))
+    np.testing.assert_array_equal(counts[1:2], jax.jit(noise.poisson)(keys[1:2], rates[1:2]))
+    counts = counts.reshape(-1, 5)
     assert counts.dtype == np.int32 and counts.min() == 0 and counts[:, 0].max() == 0
     expected = np.asarray(rates[0, 0])
     np.testing.assert_allclose(counts.mean(0), expected, atol=5 * np.sqrt(1000 / len(counts)))
     np.testing.assert_allclose(counts.var(0)[1:], expected[1:], rtol=0.06)  # 5 standard errors: sqrt(2 / 20,000)
-
-
-def test_variates_are_a_function_of_their_key_alone():
-    keys, rates = jax.random.split(jax.random.key(0), 3), jnp.full((3, 50), 20.0)
-    together, alone = noise.poisson(keys, rates), noise.poisson(keys[1:2], rates[1:2])
-    np.testing.assert_array_equal(together[1:2], alone)
