@@ -30,6 +30,25 @@ def assert_finite_gradients(function, *arguments):
     assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("name, expected", [("points", 0.05), ("string", 0.07), ("sis", 1.2 * 3.0)])
+def test_flux_through_a_circle_is_that_of_the_mass_inside(name, expected):
+    # Gauss's law; an isothermal sphere holds theta_E * r. Trapezoids on a circle converge exponentially.
+    angles = 2 * math.pi * (jnp.arange(4000) + 0.5) / 4000
+    x, y = 3.0 * jnp.cos(angles), 3.0 * jnp.sin(angles)
+    ax, ay = PROFILES[name](x, y)
+    assert float(jnp.mean(ax * x + ay * y)) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_half_the_divergence_is_kappa(name):
+    x, y = jnp.array([0.9, -0.4, 0.1]), jnp.array([0.2, 0.7, -1.1])
+    jacobian = jax.jit(jax.vmap(jax.jacfwd(lambda p: jnp.stack(PROFILES[name](*p)))))(jnp.stack([x, y], axis=1))
+    u, v = math.cos(0.4) * x + math.sin(0.4) * y, math.cos(0.4) * y - math.sin(0.4) * x
+    kappas = {"sis": 1.2 / (2 * jnp.hypot(x, y)), "sie": 1.2 / (2 * jnp.sqrt(0.7 * u**2 + v**2 / 0.7))}
+    kappa = kappas.get(name, jnp.zeros(3))  # the others have no mass at these places
+    np.testing.assert_allclose(jnp.trace(jacobian, axis1=1, axis2=2) / 2, kappa, atol=1e-9)
+
+
 @pytest.mark.parametrize("softening", [profiles.SOFTENING, 0.15])
 def test_string_is_the_sum_of_many_point_masses(softening):
     x, y = profiles.pixel_grid(6, 0.8)
