@@ -22,7 +22,7 @@ from gravlens_jax.lensing.noise import poisson
 from gravlens_jax.lensing.priors import Priors
 from gravlens_jax.lensing.render import Grid, LensParams, deflection_map, render_lenses, sample_lens
 
-SIMULATOR_VERSION = 2  # raised with every change of the images that a seed gives
+SIMULATOR_VERSION = 3  # raised with every change of the images that a seed gives
 MAX_COUNTS = 60_000  # images are stored as uint16
 BLOCK = 512  # lenses per compiled call of `simulate_parameters` and `deflection_maps`
 CPU_BLOCK, ACCELERATOR_BLOCK = 4, 128  # images of one class per compiled call

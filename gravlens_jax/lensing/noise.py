@@ -11,8 +11,9 @@ def poisson(keys: jax.Array, rates: jax.Array, least: float = 0.0) -> jax.Array:
     """Returns Poisson variates, int32 (n, ...).
 
     The inverse of the distribution function at a normal variate, by the asymptotic expansion of Giles (2016, ACM Trans.
-    Math. Softw. 42, 6, eq. 10 to 12), rounded down. The total variation distance from the Poisson distribution is below
-    2e-4 for rates from 0.1 to 60,000.
+    Math. Softw. 42, 6, eq. 10 to 12) and one more term, rate^-1.5, which was fitted to exact values; rounded down. The
+    total variation distance from the Poisson distribution is below 1e-4 for rates from 0.1 to 60,000. Least exact are
+    the smallest counts: at a rate of 10 there are 15 % too many zeros, 0.7 in 100,000 pixels.
 
     Args:
       keys: of `jax.random`, (n,).
@@ -33,6 +34,7 @@ def expand(normal: jax.Array, rates: jax.Array) -> jax.Array:
     root, whole, square = jnp.sqrt(rates), jnp.floor(rates), normal * normal
     rest = root * normal + (2 + square) / 6 - normal * (2 + square) / (72 * root)
     rest += (square * (7 / 810 + square / 270) - 8 / 405) / rates
+    rest += normal * (671 / 38880 - square * (137 / 38880 + square * (23 / 17280))) / (rates * root)
     return whole + jnp.floor(rates - whole + rest)  # the large part added last, so that no digits are lost
 
 
