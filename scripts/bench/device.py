@@ -1,0 +1,149 @@
+"""All that is worth knowing of a device, in order of importance, within a budget of time."""
+
+import _thread
+import math
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bench import runs
+from bench.costs import Case, Device, Dtype, peak_of, quartiles
+from bench.harness import Row, time_calls
+from bench.steps import compile_program
+from bench.sweep import RATE_COLUMNS, measure_step
+from gravlens_jax import load_pretrained, predict_logits
+from gravlens_jax.config import PRESETS, SPLITS, STREAM
+from gravlens_jax.inference import logits
+from gravlens_jax.lensing.images import simulate_images
+from gravlens_jax.lensing.priors import PRIORS
+from gravlens_jax.sharding import data_mesh
+from gravlens_jax.stream import StreamData
+
+SECONDS = 4.0  # of a measurement, at most
+SOURCES: dict[str, dict[str, Any]] = {  # of training images, and the options that ask for them
+    "device": {"device_data": True},
+    "files": {},
+    "simulate": {"data": f"{STREAM}ct1"},
+}
+COLUMNS = (
+    "measured                {measured}batch{batch_size}dtype   {dtype}a call{steps_per_call}"
+    f"{RATE_COLUMNS}  99 % s{{p99_seconds:.3g}}minutes{{minutes:.2f}}accuracy{{val_accuracy:.4f}}note {{note}}"
+)
+Measurement = tuple[Row, Callable[[], Iterable[Row]]]  # what is known before, and a function that measures the rest
+
+
+@contextmanager
+def time_limit(minutes: float) -> Iterator[None]:
+    """Ends its block after some minutes as Ctrl-C does, but without an error: when the current XLA program is done."""
+    over = threading.Event()
+
+    def end() -> None:
+        over.set()
+        _thread.interrupt_main()
+
+    timer = threading.Timer(60 * minutes, end)
+    timer.daemon = True
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
+    timer.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not over.is_set():
+            raise KeyboardInterrupt from None  # whatever was stopped, there is nothing to resume
+        print(f"the budget of {minutes:g} minutes is used up; --budget-minutes allows more")
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGINT, previous)
+
+
+def measure_device(options: Device) -> Iterator[Row]:
+    """Yields the figures of `measurements`; of one that fails, because of too little memory for example, its error."""
+    for known, measure in measurements(options):
+        try:
+            for row in measure():
+                yield known | row | {"note": row.get("note", "")}
+        except Exception as error:  # the next ones may work
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            yield known | {"error": text, "note": text}
+
+
+def measurements(options: Device) -> list[Measurement]:
+    """Returns all measurements of a device, the most important ones first."""
+    a = options
+    size, first, *sizes = a.image_size, *a.batch_sizes
+
+    def step(n: int, dtype: Dtype, train: bool, steps_per_call: int = 1, profile: Path | None = None) -> Measurement:
+        peaks = (a.peak_tflops if dtype == a.dtypes[0] else None, a.peak_gb)
+        case = Case(train, n, size, dtype, recipe="default", steps_per_call=steps_per_call)
+        known = {"measured": "training step" if train else "inference"} | case._asdict()
+        return known, lambda: [measure_step(case, peak_of(dtype, 1, *peaks), 5, 30, 1, SECONDS, profile=profile)]
+
+    alone = {"dtype": "float32"}
+    essential = [
+        step(first, a.dtypes[0], True, profile=a.profile),
+        step(first, a.dtypes[0], True, a.steps_per_call),
+        ({"measured": "one image, host to host", "batch_size": 1} | alone, latency),
+        *(step(n, a.dtypes[0], True) for n in sizes),
+        *(step(n, a.dtypes[0], False) for n in a.batch_sizes),
+    ]
+    trained = [
+        ({"measured": f"run, images: {name}", "batch_size": PRESETS[a.preset].batch_size}, partial(run, a.preset, name))
+        for name in a.runs
+    ]
+    rest = [step(n, dtype, train) for dtype in a.dtypes[1:] for train in (True, False) for n in a.batch_sizes]
+    simulated = [({"measured": "simulation", "batch_size": n} | alone, partial(simulate, n)) for n in a.batch_sizes]
+    return [*essential, *trained, *rest, *simulated, ({"measured": "logits, as on the CPU?"} | alone, compare_logits)]
+
+
+def latency() -> Iterator[Row]:
+    """Yields the figures of inference of one image of 150 x 150 pixels: from numpy to numpy, checks not included."""
+    network = load_pretrained()
+    variables = jax.device_put({name: network.variables[name] for name in ("params", "batch_stats")})
+    image = np.random.default_rng(0).poisson(100, (1, 150, 150)).astype(np.float32)
+    infer, facts = compile_program(jax.jit(partial(logits, network.model)).lower(variables, image))
+    seconds = time_calls(lambda: np.asarray(infer(variables, image)), 50, 1000, SECONDS)
+    yield facts | quartiles(seconds, 1) | {"p99_seconds": float(np.quantile(seconds, 0.99))}
+
+
+def simulate(n: int) -> Iterator[Row]:
+    """Yields the figures of rendering a batch of `n` images of the population, with noise, on the device."""
+    source = StreamData(n, PRIORS["ct1"], SPLITS.index("train"), n, 0, data_mesh(1), None)
+    render, facts = compile_program(source.render.lower(*3 * [np.int32(0)]))
+    yield facts | quartiles(time_calls(partial(render, *3 * [np.int32(0)]), 1, 20, SECONDS), n)
+
+
+def run(preset: str, name: str) -> Iterator[Row]:
+    """Yields the epochs of a run from nothing (`runs.our_run`), and with each minutes_to_95 once 95 % are reached."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = PRESETS[preset]
+        simulation = replace(config.simulation, folder=f"{folder}/data")
+        best = math.inf
+        for row in runs.our_run(replace(config, simulation=simulation, run_dir=f"{folder}/run", **SOURCES[name])):
+            if row["val_accuracy"] >= 0.95:
+                best = min(best, row["minutes"])
+            reached = f"95 % after {best:.2f} minutes" if best < math.inf else ""
+            yield row | ({"minutes_to_95": best} if reached else {}) | {"note": reached}
+
+
+def compare_logits() -> Iterator[Row]:
+    """Yields how the pretrained network's logits of 300 images differ between the default device and the CPU.
+
+    Returns:
+      difference, the largest; and same, the fraction of equal classes.
+    """
+    network = load_pretrained()
+    images = np.concatenate(list(simulate_images(300, 0, SPLITS.index("test"), PRIORS["ct1"])))
+    here = predict_logits(network.model, network.variables, images)
+    with jax.default_device(jax.devices("cpu")[0]):
+        there = predict_logits(network.model, network.variables, images)
+    same, difference = float(np.mean(here.argmax(1) == there.argmax(1))), float(np.abs(here - there).max())
+    yield {"difference": difference, "same": same, "note": f"within {difference:.1e}, same class {same:.1%}"}
