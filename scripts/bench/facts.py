@@ -54,12 +54,10 @@ def machine_facts() -> dict[str, Any]:
 
 def describe(facts: dict[str, Any]) -> str:
     """Returns the most important of `machine_facts` in a line, to be quoted with a table."""
-    parts = [f"{facts['device_count']} x {facts['device_kind']}", f"{facts['cores']} cores of {facts['cpu']}"]
-    parts += [f"driver {facts['driver']}"] * bool(facts["driver"])
-    parts += [f"gravlens_jax {facts['gravlens_jax']} {(facts['commit'] or '')[:9]}".strip()]
-    shown = re.compile("jax|jaxlib|libtpu|torch|nvidia-cudnn.*")
-    parts += [f"{name} {version}" for name, version in facts["versions"].items() if shown.fullmatch(name)]
-    return ", ".join([*parts, facts["started"]])
+    devices = f"{facts['device_count']} x {facts['device_kind']}, {facts['cores']} cores of {facts['cpu']}"
+    own = f"gravlens_jax {facts['gravlens_jax']} ({(facts['commit'] or 'no clone')[:9]})"
+    shown = [f"{name} {v}" for name, v in facts["versions"].items() if re.match("jax$|libtpu|torch|nvidia-cudnn", name)]
+    return ", ".join([devices, f"driver {facts['driver'] or 'none'}", own, *shown, facts["started"]])
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -72,8 +73,8 @@ def measure_step(
     runs: dict[str, Run] = {"jax": partial(run, most_seconds=most_seconds)}
     row = case._asdict() | facts
     if peer:
-        row["torch"] = peer.submit(_torch_facts, case).result()
-        runs["torch"] = lambda *calls: peer.submit(_time_torch, case, *calls).result()
+        row["torch"] = peer.submit(_torch_step, case).result()
+        runs["torch"] = lambda *calls: peer.submit(_torch_step, case, *calls).result()
     timed = alternate(runs, lambda code: runs[code](warmup, steps), repeats)
     seconds = {code: list(itertools.chain.from_iterable(some)) for code, some in timed.items()}
     if profile:
@@ -110,16 +111,12 @@ def sweep(train: bool, options: Steps) -> Iterator[Row]:
             yield measure_step(case, peak, a.warmup, a.steps, a.repeats, peer=peer, profile=a.profile)
 
 
-def _torch_facts(case: Case) -> Row:
+def _torch_step(case: Case, *calls: int) -> Any:
+    """Returns the seconds of `torch_step` if numbers of calls are given, else its facts."""
     from bench.torch_resnet import torch_step
 
-    return torch_step(case)[1]
-
-
-def _time_torch(case: Case, *calls: int) -> list[float]:
-    from bench.torch_resnet import torch_step
-
-    return torch_step(case)[0](*calls)
+    run, facts = torch_step(case)
+    return run(*calls) if calls else facts
 
 
 def scaling_cases(
