@@ -97,13 +97,17 @@ def measure_accuracy(config: Config, epochs: tuple[int, ...], peer: bool, folder
 
 
 def with_targets(rows: Iterable[Row], targets: tuple[float, ...]) -> Iterator[Row]:
-    """Yields the rows of epochs, then code, target and minutes of each code to the first epoch that reaches each."""
-    found: dict[tuple[str, float], float] = {}
+    """Yields the rows of epochs, and after the first one of a run that reaches a target its code, target and minutes.
+
+    Args:
+      rows: with code and epochs, which name the run, minutes and val_accuracy.
+      targets: accuracies.
+    """
+    reached = set()
     for row in rows:
         yield row
         for target in targets:
-            if row["val_accuracy"] >= target:
-                key = row["code"], target
-                found[key] = min(row["minutes"], found.get(key, row["minutes"]))
-    for (code, target), minutes in found.items():
-        yield {"code": code, "target": target, "minutes": minutes}
+            key = row["code"], row["epochs"], target
+            if row["val_accuracy"] >= target and key not in reached:
+                reached.add(key)
+                yield {"code": row["code"], "epochs": row["epochs"], "target": target, "minutes": row["minutes"]}

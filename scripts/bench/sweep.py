@@ -30,10 +30,7 @@ COLUMNS = (
     "size{image_size}batch{batch_size}dtype   {dtype}recipe {recipe}a call{steps_per_call}dev{devices}"
     f"transfer s{{transfer_seconds:.3g}}{RATE_COLUMNS}torch{{torch_images_per_second:,.0f}}ratio{{ratio:.2f}}"
 )
-SCALING_COLUMNS = (
-    f"scaling {{scaling}}dev{{devices}}batch{{batch_size}}{STEP_COLUMNS}efficiency{{efficiency:.3f}}"
-    "at best{best_efficiency:.3f}"
-)
+SCALING_COLUMNS = f"scaling {{scaling}}dev{{devices}}batch{{batch_size}}{STEP_COLUMNS}efficiency{{efficiency:.3f}}"
 
 
 def split_cpu(devices: tuple[int, ...]) -> None:
@@ -149,8 +146,8 @@ def scale(cases: list[tuple[str, Case]], warmup: int, steps: int, repeats: int) 
       warmup, steps, repeats: as in `measure_step`.
 
     Returns:
-      scaling ("weak" or "strong"); `measure_step`; efficiency: images per second and device over those of the fewest
-      devices, so 1 is perfect; and best_efficiency, the best to expect.
+      scaling ("weak" or "strong"); `measure_step`; and efficiency: images per second and device over those of the
+      fewest devices, so 1 is perfect.
 
     Raises:
       InputError: there are too few devices for a case, or its batch does not divide evenly over them.
@@ -166,5 +163,4 @@ def scale(cases: list[tuple[str, Case]], warmup: int, steps: int, repeats: int) 
             first = fewest.setdefault(scaling, row)
             growth = case.devices / first["devices"]
             efficiency = row["images_per_second"] / first["images_per_second"] / growth
-            best = 1 / growth if jax.default_backend() == "cpu" else 1.0
-            yield {"scaling": scaling} | row | {"efficiency": efficiency, "best_efficiency": best}
+            yield {"scaling": scaling} | row | {"efficiency": efficiency}
