@@ -113,7 +113,7 @@ def test_peak_of_several_accelerators_is_their_sum_and_unknown_ones_need_both_nu
 def test_bound_follows_from_the_intensity_and_the_fractions_of_both_peaks(tflops, gb, bound):
     row = costs.roofline(tflops, gb, costs.Peak(10, 1000, "TF32"))
     assert row["bound"] == bound and row["ridge"] == 10 and row["intensity"] == 1000 * tflops / gb
-    assert (row["intensity"] > row["ridge"]) == (row["tflops_fraction"] > row["bandwidth_fraction"])
+    assert (row["intensity"] > row["ridge"]) == (tflops / 10 > row["bandwidth_fraction"])
 
 
 def test_table_is_markdown_with_a_line_for_each_row(capsys):
@@ -243,16 +243,16 @@ def test_device_is_measured_in_order_of_importance_and_errors_are_rows(monkeypat
     monkeypatch.setattr(sweep, "compile_step", compile_step)
     monkeypatch.setattr(runs, "our_run", lambda config: iter([line | {"val_accuracy": 0.94}, line, line]))
     monkeypatch.setattr(costs, "cpu_peak", lambda: costs.Peak(1.0, 4.0, "float32"))
-    out = run_here(tmp_path, "benchmark.py", "device", "--batch-sizes", "4", "8", "--runs", "files")
+    out = run_here(tmp_path, "benchmark.py", "device", "--batch-sizes", "32", "8", "--runs", "files")
     rows = read_lines(tmp_path / "benchmark.jsonl")
     steps_, latency = rows[:2], rows[2]
     assert [row["steps_per_call"] for row in steps_] == [1, 64] and steps_[0]["gb_per_second"] == 2
-    assert steps_[0]["images_per_second"] == 8 and steps_[0]["bound"] == "memory bound"
+    assert steps_[0]["images_per_second"] == 64 and steps_[0]["bound"] == "memory bound"
     assert latency["batch_size"] == 1 and latency["p99_seconds"] >= latency["step_seconds"] > 0
     assert rows[3]["error"] == "RuntimeError: RESOURCE_EXHAUSTED: out of memory" and rows[3]["batch_size"] == 8
     epochs = [row for row in rows if row["measured"] == "run, images: files"]
     assert [row.get("target") for row in epochs] == [None, None, 0.95, None] and "95 % reached" in out
-    assert epochs[2]["minutes"] == 0.5
+    assert epochs[2]["minutes"] == 0.5 and epochs[0]["busy_fraction"] == 3 / 64
     assert rows[-1]["measured"] == "logits, as on the CPU?" and (rows[-1]["difference"], rows[-1]["same"]) == (0, 1)
     assert sum("error" in row for row in rows) == 2 and sum(row["measured"] == "simulation" for row in rows) == 2
 

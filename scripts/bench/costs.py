@@ -200,11 +200,11 @@ def roofline(tflops: float, gb_per_second: float, peak: Peak) -> Row:
     """Returns where a step lies relative to the roofline of its devices.
 
     Returns:
-      peak; tflops_fraction and bandwidth_fraction of it; intensity, FLOPs for each byte of memory traffic; ridge, the
-      intensity from which on arithmetic is the bottleneck; and bound: "latency bound" if both fractions are below
-      LATENCY, else "compute bound" if the intensity is above the ridge, else "memory bound".
+      bandwidth_fraction, of the peak; intensity, FLOPs for each byte of memory traffic; ridge, the intensity from which
+      on arithmetic is the bottleneck; and bound: "latency bound" if the fractions of both peaks are below LATENCY, else
+      "compute bound" if the intensity is above the ridge, else "memory bound".
     """
     compute, memory = tflops / peak.tflops, gb_per_second / peak.bandwidth
     bound = "latency" if max(compute, memory) < LATENCY else "compute" if compute > memory else "memory"
-    row = {"peak": peak._asdict(), "tflops_fraction": compute, "bandwidth_fraction": memory, "bound": f"{bound} bound"}
-    return row | {"intensity": 1e3 * tflops / gb_per_second, "ridge": 1e3 * peak.tflops / peak.bandwidth}
+    row = {"bandwidth_fraction": memory, "bound": f"{bound} bound", "intensity": 1e3 * tflops / gb_per_second}
+    return row | {"ridge": 1e3 * peak.tflops / peak.bandwidth}

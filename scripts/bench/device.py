@@ -18,7 +18,7 @@ from bench.harness import Row, time_calls
 from bench.steps import compile_program
 from bench.sweep import RATE_COLUMNS, measure_step
 from gravlens_jax import load_pretrained, predict_logits
-from gravlens_jax.config import PRESETS, SPLITS, STREAM
+from gravlens_jax.config import PRESETS, SPLITS, STREAM, ModelConfig
 from gravlens_jax.inference import logits
 from gravlens_jax.lensing.images import simulate_images
 from gravlens_jax.lensing.priors import PRIORS
@@ -61,11 +61,24 @@ def time_limit(minutes: float) -> Iterator[None]:
 
 
 def measure_device(options: Device) -> Iterator[Row]:
-    """Yields the figures of `measurements`; of one that fails, because of too little memory for example, its error."""
+    """Yields the figures of `measurements`; of one that fails, because of too little memory for example, its error.
+
+    An epoch of a run also has busy_fraction, the fraction of its time that its steps need by themselves, if these were
+    measured: its images per second over theirs.
+    """
+    recipe = PRESETS[options.preset]
+    same = recipe.model == ModelConfig() and recipe.input.crop // recipe.input.pool == options.image_size
+    alone: dict[int, float] = {}  # batch size -> images per second of training steps
     for known, measure in measurements(options):
         try:
-            for row in measure():
-                yield known | row | {"note": row.get("note", "")}
+            for figures in measure():
+                row = known | figures | {"note": figures.get("note", "")}
+                n, rate = row.get("batch_size", 0), row.get("images_per_second", 0.0)
+                if row.get("train") and same:
+                    alone.setdefault(n, rate)
+                elif "epochs" in row and n in alone and rate:
+                    row["busy_fraction"] = rate / alone[n]
+                yield row
         except Exception as error:  # the next ones may work
             text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             yield known | {"error": text, "note": text}

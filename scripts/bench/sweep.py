@@ -63,8 +63,8 @@ def measure_step(
 
     Returns:
       the fields of `Case`; the facts of `compile_step`; `quartiles`; tflops; gb_per_second, of memory traffic;
-      `roofline` if the peak is known; with a peer torch (facts about it), torch_images_per_second and ratio, our speed
-      over its.
+      if the peak is known, peak, tflops_fraction and `roofline`; with a peer torch (facts about it),
+      torch_images_per_second and ratio, our speed over its.
     """
     run, facts = compile_step(case)
     runs: dict[str, Run] = {"jax": partial(run, most_seconds=most_seconds)}
@@ -81,6 +81,8 @@ def measure_step(
         return {}
     row |= quartiles(seconds["jax"], case.batch_size)
     row["tflops"] = step_flops(case) * row["images_per_second"] / 1e12
+    if peak:
+        row |= {"peak": peak._asdict(), "tflops_fraction": row["tflops"] / peak.tflops}
     if case.steps_per_call == 1 and row["accessed_bytes"]:  # the compiler counts a loop once
         row["gb_per_second"] = row["accessed_bytes"] * case.devices / row["step_seconds"] / 1e9
         row |= roofline(row["tflops"], row["gb_per_second"], peak) if peak else {}
