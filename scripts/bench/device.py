@@ -33,7 +33,8 @@ SOURCES: dict[str, dict[str, Any]] = {  # of training images, and the options th
 }
 COLUMNS = (
     "measured                {measured}batch{batch_size}dtype   {dtype}a call{steps_per_call}"
-    f"{RATE_COLUMNS}  99 % s{{p99_seconds:.3g}}minutes{{minutes:.2f}}accuracy{{val_accuracy:.4f}}note {{note}}"
+    f"{RATE_COLUMNS}  99 % s{{p99_seconds:.3g}}minutes{{minutes:.2f}}  busy{{busy_fraction:.1%}}"
+    "accuracy{val_accuracy:.4f}note {note}"
 )
 Measurement = tuple[Row, Callable[[], Iterable[Row]]]  # what is known before, and a function that measures the rest
 
