@@ -171,18 +171,17 @@ def test_power_law_is_fitted_to_errors():
         "infer --image-size 8 --batch-size 4 6 --steps 2 --warmup 1",
         "simulate --seconds 0.1",
         "input --images 8 --batch-size 4",
-        "scale --devices 1 2 --image-size 8 --batch-per-device 2 --steps 2 --figure scale.png",
+        "scale --devices 1 2 --image-size 8 --batch-per-device 2 --steps 2",
     ],
 )
-def test_benchmarks_print_a_table_and_a_json_line(folder, command, run_here):
+def test_benchmarks_print_a_table_and_write_a_json_line_for_each_row(folder, command, run_here, tmp_path):
     start = run if "--devices" in command else run_here  # it splits the CPU of a process of its own
-    *table, line = start(folder, "benchmark.py", *command.split(), "--repeats", "1").splitlines()
-    result = json.loads(line)
-    assert result["benchmark"] == command.partition(" ")[0] and "jax" in result["versions"]
-    assert len(table) > len(result["rows"]) > 1
-    if "--figure" in command:
-        assert (folder / "scale.png").read_bytes()[:8] == PNG
-        rates = [row["images_per_second"] for row in result["rows"]]
+    out = start(folder, "benchmark.py", *command.split(), "--repeats", "1", "--json-file", tmp_path / "a.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert all(row["benchmark"] == command.partition(" ")[0] and "jax" in row["versions"] for row in rows)
+    assert sum(line.startswith("|") for line in out.splitlines()) == len(rows) + 2 > 3
+    if "--devices" in command:
+        rates = [row["images_per_second"] for row in rows]
         expected = [1, rates[1] / rates[0] / 2, 1, rates[3] / rates[2] / 2]  # of weak and of strong scaling
-        assert [row["efficiency"] for row in result["rows"]] == pytest.approx(expected)
-        assert [row["batch_size"] for row in result["rows"]] == [2, 4, 4, 4]
+        assert [row["efficiency"] for row in rows] == pytest.approx(expected)
+        assert [row["batch_size"] for row in rows] == [2, 4, 4, 4]

@@ -1,20 +1,23 @@
 """How all benchmarks measure and print. Importing it imports no jax."""
 
 import json
-import os
-import platform
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from math import inf
 from multiprocessing import get_context
+from pathlib import Path
 from string import Formatter
 from typing import Any, TypeVar
 
+from bench.facts import describe, machine_facts, utc_time
 from gravlens_jax.errors import check
 
+SCHEMA = 1
+
 Row = dict[str, Any]  # a line of a table, and an object in JSON
-Run = Callable[[int, int], list[float]]  # (warmup, steps) -> seconds of each of `steps` steps
+Run = Callable[..., list[float]]  # (warmup, calls) -> seconds of each of `calls` calls
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -25,16 +28,21 @@ def check_least(least: int, **values: int | tuple[int, ...] | None) -> None:
         check(len(numbers) > 0 and min(numbers) >= least, f"{name}={value}: expected at least {least}")
 
 
-def time_calls(function: Callable[[], Any], warmup: int, calls: int) -> list[float]:
-    """Returns the sorted seconds of `calls` calls of `function` after `warmup` others; each waits for its result."""
+def time_calls(function: Callable[[], Any], warmup: int, calls: int, most_seconds: float = inf) -> list[float]:
+    """Returns the sorted seconds of `calls` calls of `function` after `warmup` others; each waits for its result.
+
+    Each of both takes at most about `most_seconds`, with fewer calls if need be, but at least one.
+    """
     from jax import block_until_ready
 
-    seconds = []
-    for _ in range(warmup + calls):
-        start = time.perf_counter()
-        block_until_ready(function())
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds[warmup:])
+    seconds: list[float] = []
+    for count in (warmup, calls):
+        seconds = []
+        while len(seconds) < count and sum(seconds) < most_seconds:
+            start = time.perf_counter()
+            block_until_ready(function())
+            seconds.append(time.perf_counter() - start)
+    return sorted(seconds)
 
 
 def alternate(cases: Iterable[Key], measure: Callable[[Key], Any], repeats: int) -> dict[Key, list[Any]]:
@@ -44,12 +52,6 @@ def alternate(cases: Iterable[Key], measure: Callable[[Key], Any], repeats: int)
         for case, some in results.items():
             some.append(measure(case))
     return results
-
-
-def time_runs(runs: dict[Key, Run], warmup: int, steps: int, repeats: int) -> dict[Key, list[float]]:
-    """Returns the seconds of all steps of each run; the runs take turns, `repeats` times `steps` steps."""
-    seconds = alternate(runs, lambda key: runs[key](warmup, steps), repeats)
-    return {key: [second for run in some for second in run] for key, some in seconds.items()}
 
 
 def worker() -> ProcessPoolExecutor:
@@ -64,21 +66,21 @@ def call_apart(function: Callable[..., Any], *calls: tuple[Any, ...]) -> list[An
         return [future.result() for future in futures]
 
 
-def table(rows: Iterable[Row], columns: str) -> list[Row]:
-    """Prints rows as a table, each as soon as it is measured; returns them.
+def table(rows: Iterable[Row], columns: str) -> Iterator[Row]:
+    """Yields rows, and prints each as a line of a Markdown table as soon as it is measured.
 
     Args:
       rows: values by name.
-      columns: the titles, each followed by its value as a replacement field: "code     {code}  seconds{time:.3g}". A
+      columns: the titles, each followed by its value as a replacement field: "code     {code} seconds{time:.3g}". A
         column is as wide as its title, to the left if this ends with a space. "-" stands for a value that a row lacks.
     """
     fields = [(title, name or "", spec or "") for title, name, spec, _ in Formatter().parse(columns)]
-    print(*(title for title, _, _ in fields), sep="", flush=True)
-    done = []
+    print("|", " | ".join(title for title, _, _ in fields), "|")
+    rules = ["-" * len(title) + ("--" if title.endswith(" ") else "-:") for title, _, _ in fields]
+    print("|" + "|".join(rules) + "|", flush=True)
     for row in rows:
-        print(*(_cell(row, *field) for field in fields), sep="", flush=True)
-        done.append(row)
-    return done
+        print("|", " | ".join(_cell(row, *field) for field in fields), "|", flush=True)
+        yield row
 
 
 def _cell(row: Row, title: str, name: str, spec: str) -> str:
@@ -86,23 +88,30 @@ def _cell(row: Row, title: str, name: str, spec: str) -> str:
         text = format(Formatter().get_field(name, (), row)[0], spec)
     except KeyError:
         text = "-"
-    if title.endswith(" "):
-        return (" " * (len(title) - len(title.lstrip())) + text).ljust(len(title))
-    return text.rjust(len(title))
+    return text.ljust(len(title)) if title.endswith(" ") else text.rjust(len(title))
 
 
-def as_json(benchmark: str, rows: list[Row], **facts: Any) -> str:
-    """Returns a benchmark as one JSON object: its rows, other facts, and what measurements depend on here."""
-    import jax
-    import numpy as np
+def report(benchmark: str, rows: Iterable[Row], columns: str, json_file: Path, facts: Row | None = None) -> list[Row]:
+    """Prints rows as a table, and appends each as a line of JSON to a file, as soon as it is measured; returns them.
 
-    machine = {
-        "device_kind": jax.devices()[0].device_kind,
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "matmul_precision": jax.config.values["jax_default_matmul_precision"] or "default",
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "huge_pages": os.environ.get("GLIBC_TUNABLES", ""),
-        "versions": {"jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version()},
-    }
-    return json.dumps({"benchmark": benchmark, "rows": rows} | facts | machine)
+    A line holds the row's values, `facts` and SCHEMA, the version of its keys: a key never changes its meaning.
+
+    Args:
+      benchmark: its name.
+      rows: measured when they are requested.
+      columns: see `table`.
+      json_file: where the lines are added.
+      facts: by default `machine_facts` of this process, after the first row.
+    """
+    done = []
+    try:
+        with json_file.open("a") as file:
+            for row in table(rows, columns):
+                done.append(row)
+                facts = facts or machine_facts()
+                line = {"schema": SCHEMA, "benchmark": benchmark, "time": utc_time()} | row | facts
+                print(json.dumps(line), file=file, flush=True)
+    finally:  # also if it is cut short
+        if facts:
+            print(f"\n{describe(facts)}\n{len(done)} lines added to {json_file}", flush=True)
+    return done

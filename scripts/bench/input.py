@@ -3,6 +3,7 @@
 import operator
 import os
 import resource
+import shutil
 import statistics
 import tempfile
 import time
@@ -25,9 +26,8 @@ READERS = {  # and the files that they read
     "DataLoader": "npy",
 }
 COLUMNS = (
-    "reader     {reader}  workers{workers}  open s{open_seconds:.3g}  open MiB{open_mib:.0f}"
-    "  batches/s{batches_per_second:.1f}  images/s{images_per_second:,.0f}   GB/s{gb_per_second:.2f}"
-    "  read MiB{read_mib:.0f}"
+    "reader     {reader}workers{workers}open s{open_seconds:.3g}batches/s{batches_per_second:.1f}"
+    "images/s{images_per_second:,.0f}  GB/s{gb_per_second:.2f}memory MiB{memory_mib:.0f}"
 )
 
 
@@ -84,27 +84,30 @@ def measure_reader(reader: str, workers: int, folder: Path, batch_size: int, bat
     """Measures up to `batches` batches of `open_reader`, at most an epoch; call it in a process of its own.
 
     Returns:
-      open_seconds, until batches can be requested; open_mib, the resident memory that this took; batches_per_second;
-      images_per_second; gb_per_second, of stored pixels; read_mib, the largest resident memory that all this took.
+      open_seconds, until batches can be requested; batches_per_second; images_per_second; gb_per_second, of stored
+      pixels; memory_mib, by which the resident memory of the process has grown.
     """
     path = folder / READERS[reader]
     for file in path.iterdir() if path.is_dir() else [path]:  # into the page cache
-        file.read_bytes()
+        with file.open("rb") as source, open(os.devnull, "wb") as nowhere:
+            shutil.copyfileobj(source, nowhere)
     before = _resident_mib()
     start = time.perf_counter()
     iterator = open_reader(reader, workers, folder, batch_size)
-    row: Row = {"open_seconds": time.perf_counter() - start, "open_mib": _resident_mib() - before}
-    start, done, most = time.perf_counter(), 0, 0.0
-    for _ in zip(range(batches), iterator, strict=False):
-        done, most = done + 1, max(most, _resident_mib())
-    rate = done / (time.perf_counter() - start)
-    stored = rate * batch_size * PIXELS**2 * (8 if path.is_dir() else 2)  # bytes per second
-    row |= {"batches_per_second": rate, "images_per_second": rate * batch_size, "gb_per_second": stored / 1e9}
-    return row | {"read_mib": most - before}
+    opened = time.perf_counter()
+    done = sum(1 for _ in zip(range(batches), iterator, strict=False))
+    rate = done / (time.perf_counter() - opened)
+    return {
+        "open_seconds": opened - start,
+        "batches_per_second": rate,
+        "images_per_second": rate * batch_size,
+        "gb_per_second": rate * batch_size * PIXELS**2 * (8 if path.is_dir() else 2) / 1e9,
+        "memory_mib": _resident_mib() - before,
+    }
 
 
-def measure_readers(images: int, batch_size: int, batches: int, repeats: int, torch: bool) -> list[Row]:
-    """Measures all readers alternately, each time in a process of its own; returns reader, workers and medians of each.
+def measure_readers(images: int, batch_size: int, batches: int, repeats: int, torch: bool) -> Iterator[Row]:
+    """Measures all readers alternately, each time in a process of its own; yields reader, workers and medians of each.
 
     Args:
       images, batch_size, batches: as in `write_files` and `measure_reader`.
@@ -118,8 +121,5 @@ def measure_readers(images: int, batch_size: int, batches: int, repeats: int, to
         write_files(Path(folder), images, torch)
         options = Path(folder), batch_size, batches
         runs = alternate(cases, lambda case: call_apart(measure_reader, (*case, *options))[0], repeats)
-    rows = []
     for (reader, workers), some in runs.items():
-        medians = {name: statistics.median(run[name] for run in some) for name in some[0]}
-        rows.append({"reader": reader, "workers": workers} | medians)
-    return rows
+        yield {"reader": reader, "workers": workers} | {k: statistics.median(run[k] for run in some) for k in some[0]}

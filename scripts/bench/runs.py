@@ -1,62 +1,59 @@
-"""Whole runs from nothing: minutes to an accuracy, beside PyTorch; and what else to know of an accelerator."""
+"""Whole runs from nothing: minutes to an accuracy, beside PyTorch."""
 
 import statistics
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import jax
-import numpy as np
 
 from bench.costs import Case
 from bench.harness import Row, call_apart, time_calls
-from gravlens_jax import load_pretrained, predict_logits
-from gravlens_jax.config import PRESETS, SPLITS, STREAM, Config
+from gravlens_jax.config import Config
 from gravlens_jax.datasets import open_splits
-from gravlens_jax.lensing.images import simulate_images
-from gravlens_jax.lensing.priors import PRIORS
+from gravlens_jax.progress import Stopped
 from gravlens_jax.sharding import data_mesh
-from gravlens_jax.stream import StreamData
 from gravlens_jax.training import fit
 
 # Of GravLensNet, in its repository (https://github.com/harish-jhr/GravLensNet): right on 89.6 % of its test images
 # after 20 epochs of 30,000 images; 32 layers, 150 x 150 pixels, Adam.
 GRAVLENSNET: Row = {"code": "GravLensNet (computed)", "epochs": 20, "image_steps": 600_000, "val_accuracy": 0.896}
 COLUMNS = (
-    "code                                  {code}  epochs{epochs}  image-steps{image_steps:,}  minutes{minutes:.2f}"
-    "  accuracy{val_accuracy:.4f}  images/s{images_per_second:,.0f}"
+    "code                  {code}epochs{epochs}image-steps{image_steps:,}target{target:.1%}minutes{minutes:.2f}"
+    "accuracy{val_accuracy:.4f}images/s{images_per_second:,.0f}"
 )
-SIMULATION_COLUMNS = "simulation {simulation}  batch{batch_size}    images/s{images_per_second:,.0f}"
-SOURCES: dict[str, tuple[str, dict[str, Any]]] = {  # recipe of config.PRESETS, and what is changed
-    "default, images in files": ("default", {}),
-    "default, images on the device": ("default", {"device_data": True}),
-    "default, images simulated when needed": ("default", {"data": f"{STREAM}ct1"}),
-    "best, images simulated when needed": ("best", {"data": f"{STREAM}ct1"}),
-}
 
 
-def our_run(config: Config) -> list[Row]:
-    """Trains by `training.fit`; returns image_steps, minutes, val_accuracy and images_per_second of each epoch."""
-    start, rows = time.perf_counter(), []
+def our_run(config: Config) -> Iterator[Row]:
+    """Trains by `training.fit`; yields image_steps, minutes, val_accuracy and images_per_second of each epoch.
+
+    If the run is stopped, yields the epochs that are complete first.
+    """
+    start, rows, stopped = time.perf_counter(), [], None
 
     def add(line: Row) -> None:
         row = {"image_steps": line["step"] * config.batch_size, "minutes": (time.perf_counter() - start) / 60}
         rows.append(row | {name: line[name] for name in ("val_accuracy", "images_per_second")})
 
-    fit(config, on_epoch=add)
-    return rows
+    try:
+        with redirect_stdout(sys.stderr):  # which is not the place of its table
+            fit(config, on_epoch=add)
+    except Stopped as error:
+        stopped = error
+    yield from rows
+    if stopped:
+        raise stopped
 
 
-def torch_run(config: Config) -> list[Row]:
-    """Returns image_steps, minutes and val_accuracy of each epoch of the same recipe in PyTorch."""
+def torch_run(config: Config) -> Iterator[Row]:
+    """Yields image_steps, minutes and val_accuracy of each epoch of the same recipe in PyTorch."""
     from bench.torch_resnet import train_torch
 
     start = time.perf_counter()
-    epochs = train_torch(config, open_splits(config, data_mesh(1)))
-    return [row | {"minutes": (time.perf_counter() - start) / 60} for row in epochs]
+    for row in train_torch(config, open_splits(config, data_mesh(1))):
+        yield row | {"minutes": (time.perf_counter() - start) / 60}
 
 
 def gravlensnet_minutes(batch_size: int = 50, steps: int = 5) -> float:
@@ -74,6 +71,10 @@ def _simulate(config: Config) -> None:
     open_splits(config, data_mesh(1))
 
 
+def _all_of(run: Callable[[Config], Iterator[Row]], config: Config) -> list[Row]:
+    return list(run(config))
+
+
 def measure_accuracy(config: Config, epochs: tuple[int, ...], peer: bool, folder: Path) -> Iterator[Row]:
     """Runs a recipe with several numbers of epochs, each time in a process of its own; yields their epochs.
 
@@ -84,54 +85,29 @@ def measure_accuracy(config: Config, epochs: tuple[int, ...], peer: bool, folder
       folder: for images and runs.
     """
     config = replace(config, simulation=replace(config.simulation, folder=str(folder / "data")))
-    (simulation,) = time_calls(lambda: call_apart(_simulate, (config,)), 0, 1)
+    (simulation,) = time_calls(partial(call_apart, _simulate, (config,)), 0, 1)
     runs = {"gravlens_jax": our_run} | ({"PyTorch, same recipe": torch_run} if peer else {})
     for number in epochs:
         own = replace(config, epochs=number, run_dir=str(folder / f"epochs{number}"))
         for code, run in runs.items():
-            for row in call_apart(run, (own,))[0]:
+            for row in call_apart(_all_of, (run, own))[0]:
                 yield {"code": code, "epochs": number} | row | {"minutes": row["minutes"] + simulation / 60}
     if peer:
         yield GRAVLENSNET | {"minutes": call_apart(gravlensnet_minutes, ())[0]}
 
 
-def minutes_to(rows: Iterable[Row], accuracy: float) -> dict[str, float]:
-    """Returns the minutes to the first epoch of at least this accuracy, of each code that reaches it."""
-    found: dict[str, float] = {}
-    for row in rows:
-        if row["val_accuracy"] >= accuracy:
-            found[row["code"]] = min(row["minutes"], found.get(row["code"], row["minutes"]))
-    return found
+def with_targets(rows: Iterable[Row], targets: tuple[float, ...]) -> Iterator[Row]:
+    """Yields the rows of epochs, and after the first one of a run that reaches a target its code, target and minutes.
 
-
-def run_recipes(recipes: tuple[str, ...], folder: Path) -> Iterator[Row]:
-    """Runs those of SOURCES with one of `recipes` on the default device; yields their epochs, as `measure_accuracy`."""
-    for name, (preset, changes) in SOURCES.items():
-        if preset in recipes:
-            config = PRESETS[preset]
-            simulation = replace(config.simulation, folder=str(folder / f"{name}, data"))
-            config = replace(config, simulation=simulation, run_dir=str(folder / name), **changes)
-            yield from ({"code": name, "epochs": config.epochs} | row for row in our_run(config))
-
-
-def render_batches(batch_sizes: tuple[int, ...]) -> Iterator[Row]:
-    """Yields simulation (the population), batch_size and images_per_second of images with noise, on the device."""
-    for n in batch_sizes:
-        source = StreamData(n, PRIORS["ct1"], SPLITS.index("train"), n, 0, data_mesh(1), None)
-        seconds = time_calls(partial(source.render, 0, 0, 0), 1, 5)
-        yield {"simulation": "ct1", "batch_size": n, "images_per_second": n / statistics.median(seconds)}
-
-
-def compare_logits() -> Row:
-    """Returns how the pretrained network's logits of 300 images differ between the default device and the CPU.
-
-    Returns:
-      difference, the largest; and same, the fraction of equal classes.
+    Args:
+      rows: with code and epochs, which name the run, minutes and val_accuracy.
+      targets: accuracies.
     """
-    network = load_pretrained()
-    images = np.concatenate(list(simulate_images(300, 0, SPLITS.index("test"), PRIORS["ct1"])))
-    here = predict_logits(network.model, network.variables, images)
-    with jax.default_device(jax.devices("cpu")[0]):
-        there = predict_logits(network.model, network.variables, images)
-    same = float(np.mean(here.argmax(1) == there.argmax(1)))
-    return {"difference": float(np.abs(here - there).max()), "same": same}
+    reached = set()
+    for row in rows:
+        yield row
+        for target in targets:
+            key = row["code"], row["epochs"], target
+            if row["val_accuracy"] >= target and key not in reached:
+                reached.add(key)
+                yield {"code": row["code"], "epochs": row["epochs"], "target": target, "minutes": row["minutes"]}

@@ -1,33 +1,36 @@
 """Training steps and inference over many combinations: beside PyTorch, or over the number of devices."""
 
 import itertools
+import math
 import statistics
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from bench.costs import Case, Dtype, Steps, peaks, step_figures
-from bench.harness import Row, Run, check_least, time_runs, worker
-from bench.steps import busy_fraction, compile_step
+from bench.costs import Case, Dtype, Peak, Steps, peak_of, quartiles, roofline, step_flops
+from bench.harness import Row, Run, alternate, check_least, worker
+from bench.steps import compile_step
 from gravlens_jax.errors import check_installed
-from gravlens_jax.report import COLOURS, new_figure, save_figure
 from gravlens_jax.sharding import check_batch_size, data_mesh, is_main
 
 STEP_COLUMNS = (
-    "    step s{step_seconds:.3g}      25 %{step_seconds_quartiles[0]:.3g}      75 %{step_seconds_quartiles[1]:.3g}"
-    "  images/s{images_per_second:,.0f}  TFLOP/s{tflops:.3f}"
+    "  step s{step_seconds:.3g}    25 %{step_seconds_quartiles[0]:.3g}    75 %{step_seconds_quartiles[1]:.3g}"
+    " images/s{images_per_second:,.0f}TFLOP/s{tflops:.3f}"
+)
+RATE_COLUMNS = (
+    f"compile s{{compile_seconds:.1f}}{STEP_COLUMNS}of peak{{tflops_fraction:.1%}} GB/s{{gb_per_second:.0f}}"
+    "of peak{bandwidth_fraction:.1%}   MiB{memory_mib:.0f}bound        {bound}"
 )
 COLUMNS = (
-    " size{image_size}  batch{batch_size}  dtype    {dtype} dev{devices}  compile s{compile_seconds:.1f}"
-    f"  transfer s{{transfer_seconds:.3g}}{STEP_COLUMNS} of peak{{tflops_fraction:.1%}}  GB/s{{gb_per_second:.0f}}"
-    " of peak{bandwidth_fraction:.1%}   MiB{memory_mib:.0f}   busy{busy_fraction:.1%}"
-    "  torch{torch_images_per_second:,.0f} ratio{ratio:.2f}"
+    "size{image_size}batch{batch_size}dtype   {dtype}recipe {recipe}a call{steps_per_call}dev{devices}"
+    f"transfer s{{transfer_seconds:.3g}}{RATE_COLUMNS}torch{{torch_images_per_second:,.0f}}ratio{{ratio:.2f}}"
 )
-SCALING_COLUMNS = (
-    f"scaling {{scaling}}  dev{{devices}}  batch{{batch_size}}{STEP_COLUMNS}  efficiency{{efficiency:.3f}}"
-    "  at best{best_efficiency:.3f}"
-)
+SCALING_COLUMNS = f"scaling {{scaling}}dev{{devices}}batch{{batch_size}}{STEP_COLUMNS}efficiency{{efficiency:.3f}}"
 
 
 def split_cpu(devices: tuple[int, ...]) -> None:
@@ -36,62 +39,89 @@ def split_cpu(devices: tuple[int, ...]) -> None:
         jax.config.update("jax_num_cpu_devices", max(devices))
 
 
-def sweep(train: bool, options: Steps) -> Iterator[Row]:
-    """Yields the figures of a training step, or else of inference, for each combination of the options.
+def measure_step(
+    case: Case,
+    peak: Peak | None,
+    warmup: int,
+    steps: int,
+    repeats: int = 1,
+    most_seconds: float = math.inf,
+    peer: ProcessPoolExecutor | None = None,
+    profile: Path | None = None,
+) -> Row:
+    """Returns the figures of a step; nothing in a process that owns none of its devices.
 
-    PyTorch runs in a process of its own. The step of the last combination is the one to profile.
+    Args:
+      case: the step.
+      peak: of its devices.
+      warmup: calls before each measurement.
+      steps: calls of each measurement.
+      repeats: measurements, alternating with the peer's.
+      most_seconds: of a measurement, with fewer calls if need be.
+      peer: a process in which PyTorch runs the same.
+      profile: folder for a trace of a few steps.
 
     Returns:
-      the fields of `Case`; the facts of `steps.compile_step`; `step_figures`; gb_per_second, of memory traffic; where
-      they are known peaks, and tflops_fraction and bandwidth_fraction of them; busy_fraction (see `steps`); with the
-      peer torch (facts about it), torch_images_per_second and ratio, our speed over its.
+      the fields of `Case`; the facts of `compile_step`; `quartiles`; tflops; gb_per_second, of memory traffic;
+      if the peak is known, peak, tflops_fraction and `roofline`; with a peer torch (facts about it),
+      torch_images_per_second and ratio, our speed over its.
+    """
+    run, facts = compile_step(case)
+    runs: dict[str, Run] = {"jax": partial(run, most_seconds=most_seconds)}
+    row = case._asdict() | facts
+    if peer:
+        row["torch"] = peer.submit(_torch_step, case).result()
+        runs["torch"] = lambda *calls: peer.submit(_torch_step, case, *calls).result()
+    timed = alternate(runs, lambda code: runs[code](warmup, steps), repeats)
+    seconds = {code: list(itertools.chain.from_iterable(some)) for code, some in timed.items()}
+    if profile:
+        with jax.profiler.trace(str(profile)):
+            run(0, 5)
+    if not seconds["jax"]:
+        return {}
+    row |= quartiles(seconds["jax"], case.batch_size)
+    row["tflops"] = step_flops(case) * row["images_per_second"] / 1e12
+    if peak:
+        row |= {"peak": peak._asdict(), "tflops_fraction": row["tflops"] / peak.tflops}
+    if case.steps_per_call == 1 and row["accessed_bytes"]:  # the compiler counts a loop once
+        row["gb_per_second"] = row["accessed_bytes"] * case.devices / row["step_seconds"] / 1e9
+        row |= roofline(row["tflops"], row["gb_per_second"], peak) if peak else {}
+    if peer:
+        row["torch_images_per_second"] = case.batch_size / statistics.median(seconds["torch"])
+        row["ratio"] = row["images_per_second"] / row["torch_images_per_second"]
+    return row
+
+
+def sweep(train: bool, options: Steps) -> Iterator[Row]:
+    """Yields `measure_step` of training steps, or else of inference, for each combination of the options.
+
+    PyTorch runs in a process of its own.
     """
     a = options
     if a.peer:
         check_installed(a.peer, "--peer", a.peer)
     split_cpu(a.devices)
-    known = {dtype: peaks(dtype) for dtype in a.dtype}
-    with worker() as peer:
-        for size, batch_size, dtype, devices in itertools.product(a.image_size, a.batch_size, a.dtype, a.devices):
-            case = Case(train, batch_size, size, dtype, devices)
-            runs: dict[str, Run] = {}
-            runs["jax"], facts = compile_step(case)
-            if a.peer:
-                facts["torch"] = peer.submit(_torch_facts, case).result()
-                runs["torch"] = lambda *steps, case=case: peer.submit(_time_torch, case, *steps).result()
-            seconds = time_runs(runs, a.warmup, a.steps, a.repeats)
-            row = case._asdict() | facts | step_figures(seconds["jax"], case)
-            row["gb_per_second"] = row["accessed_bytes"] / row["step_seconds"] / 1e9
-            if peak := known[dtype]:
-                row |= {"peaks": peak, "tflops_fraction": row["tflops"] / peak["tflops"]}
-                row["bandwidth_fraction"] = row["gb_per_second"] / peak["bandwidth"]
-            if train and devices == 1:
-                row["busy_fraction"] = busy_fraction(case, a.steps)
-            if a.peer:
-                row["torch_images_per_second"] = batch_size / statistics.median(seconds["torch"])
-                row["ratio"] = row["images_per_second"] / row["torch_images_per_second"]
-            yield row
-    if a.profile is not None:
-        with jax.profiler.trace(str(a.profile)):
-            runs["jax"](0, 5)
+    recipes, calls = (a.recipe, a.steps_per_call) if train else (("adam",), (1,))
+    combinations = itertools.product(a.image_size, a.batch_size, a.dtype, a.devices, recipes, calls)
+    with worker() if a.peer else nullcontext() as peer:
+        for size, batch_size, dtype, devices, recipe, steps_per_call in combinations:
+            case = Case(train, batch_size, size, dtype, devices, recipe, steps_per_call)
+            peak = peak_of(dtype, devices, a.peak_tflops, a.peak_gb)
+            yield measure_step(case, peak, a.warmup, a.steps, a.repeats, peer=peer, profile=a.profile)
 
 
-def _torch_facts(case: Case) -> Row:
+def _torch_step(case: Case, *calls: int) -> Any:
+    """Returns the seconds of `torch_step` if numbers of calls are given, else its facts."""
     from bench.torch_resnet import torch_step
 
-    return torch_step(case)[1]
-
-
-def _time_torch(case: Case, warmup: int, steps: int) -> list[float]:
-    from bench.torch_resnet import torch_step
-
-    return torch_step(case)[0](warmup, steps)
+    run, facts = torch_step(case)
+    return run(*calls) if calls else facts
 
 
 def scaling_cases(
     devices: tuple[int, ...], batch_per_device: int, batch_size: int | None, size: int, dtype: Dtype = "float32"
-) -> dict[str, list[Case]]:
-    """Returns the training steps of weak scaling, with the same batch for each device, and of strong, with one batch.
+) -> list[tuple[str, Case]]:
+    """Returns the steps of "weak" scaling, with the same batch for each device, and of "strong", with one batch.
 
     Args:
       devices: numbers of devices; if empty, powers of two up to all.
@@ -102,58 +132,37 @@ def scaling_cases(
     counts = sorted(set(devices)) or [2**k for k in range(jax.device_count().bit_length())]
     check_least(1, devices=devices or None, batch_per_device=batch_per_device, batch_size=batch_size, image_size=size)
     whole = batch_size or batch_per_device * counts[-1]
-    return {
-        "weak": [Case(True, n * batch_per_device, size, dtype, n) for n in counts],
-        "strong": [Case(True, whole, size, dtype, n) for n in counts],
-    }
+    weak = [("weak", Case(True, n * batch_per_device, size, dtype, n)) for n in counts]
+    return weak + [("strong", Case(True, whole, size, dtype, n)) for n in counts]
 
 
-def scale(cases: dict[str, list[Case]], warmup: int, steps: int, repeats: int) -> list[Row]:
-    """Returns the figures of all cases, which take turns.
+def scale(cases: list[tuple[str, Case]], warmup: int, steps: int, repeats: int) -> Iterator[Row]:
+    """Yields the figures of steps over several numbers of devices.
 
-    In a run of several processes all must call this with the same arguments; only the first returns anything. Virtual
+    In a run of several processes all must call this with the same arguments; only the first yields anything. Virtual
     devices of a CPU share its cores, and one of them uses most of these already: at best the images per second stay the
     same, an efficiency of 1/n, and only the overhead of the split is measured.
 
     Args:
       cases: of `scaling_cases`.
-      warmup, steps, repeats: as in `time_runs`.
+      warmup, steps, repeats: as in `measure_step`.
 
     Returns:
-      scaling ("weak" or "strong"); the fields of `Case`; `step_figures`; efficiency: images per second and device over
-      those of the fewest devices, so 1 is perfect; and best_efficiency, the best to expect.
+      scaling ("weak" or "strong"); `measure_step`; and efficiency: images per second and device over those of the
+      fewest devices, so 1 is perfect.
 
     Raises:
       InputError: there are too few devices for a case, or its batch does not divide evenly over them.
     """
     check_least(1, steps=steps, repeats=repeats)
     check_least(0, warmup=warmup)
-    distinct = sorted({case for some in cases.values() for case in some})
-    for case in distinct:
+    for _, case in cases:
         check_batch_size(case.batch_size, data_mesh(case.devices))
-    seconds = time_runs({case: compile_step(case)[0] for case in distinct}, warmup, steps, repeats)
-    rows = []
-    for scaling, some in cases.items() if is_main() else ():
-        figures = [case._asdict() | step_figures(seconds[case], case) for case in some]
-        for row in figures:
-            growth = row["devices"] / figures[0]["devices"]
-            efficiency = row["images_per_second"] / figures[0]["images_per_second"] / growth
-            best = 1 / growth if jax.default_backend() == "cpu" else 1.0
-            rows.append({"scaling": scaling} | row | {"efficiency": efficiency, "best_efficiency": best})
-    return rows
-
-
-def draw_scaling(path: Path, rows: list[Row]) -> None:
-    """Draws images per second and efficiency over the number of devices as PNG; dotted lines are perfect scaling."""
-    figure = new_figure(7, 3.2)
-    for axes, name in zip(figure.subplots(1, 2), ("images_per_second", "efficiency"), strict=True):
-        for scaling, colour in zip(("weak", "strong"), COLOURS, strict=False):
-            some = [row for row in rows if row["scaling"] == scaling]
-            devices, values = [row["devices"] for row in some], [row[name] for row in some]
-            perfect = [values[0] * (1 if name == "efficiency" else n / devices[0]) for n in devices]
-            axes.loglog(devices, values, "o-", color=colour, ms=3, base=2, label=f"{scaling} scaling")
-            axes.loglog(devices, perfect, ":", color=colour, base=2)
-        axes.set(xlabel="devices", title=name.replace("_", " "), xticks=devices, xticklabels=devices)
-        axes.yaxis.set_major_formatter("{x:,g}")
-    axes.legend(frameon=False)
-    save_figure(figure, path)
+    fewest: dict[str, Row] = {}
+    for scaling, case in cases:
+        row = measure_step(case, peak_of(case.dtype, case.devices), warmup, steps, repeats)
+        if is_main():
+            first = fewest.setdefault(scaling, row)
+            growth = case.devices / first["devices"]
+            efficiency = row["images_per_second"] / first["images_per_second"] / growth
+            yield {"scaling": scaling} | row | {"efficiency": efficiency}

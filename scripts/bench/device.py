@@ -1,0 +1,156 @@
+"""All that is worth knowing of a device, in order of importance, within a budget of time."""
+
+import signal
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bench import runs
+from bench.costs import Case, Device, Dtype, peak_of, quartiles
+from bench.harness import Row, time_calls
+from bench.steps import compile_program
+from bench.sweep import RATE_COLUMNS, measure_step
+from gravlens_jax import load_pretrained, predict_logits
+from gravlens_jax.config import PRESETS, SPLITS, STREAM, ModelConfig
+from gravlens_jax.inference import logits
+from gravlens_jax.lensing.images import simulate_images
+from gravlens_jax.lensing.priors import PRIORS
+from gravlens_jax.sharding import data_mesh
+from gravlens_jax.stream import StreamData
+
+SECONDS = 4.0  # of a measurement, at most
+SOURCES: dict[str, dict[str, Any]] = {  # of training images, and the options that ask for them
+    "device": {"device_data": True},
+    "files": {},
+    "simulate": {"data": f"{STREAM}ct1"},
+}
+COLUMNS = (
+    "measured                {measured}batch{batch_size}dtype   {dtype}a call{steps_per_call}"
+    f"{RATE_COLUMNS}  99 % s{{p99_seconds:.3g}}minutes{{minutes:.2f}}  busy{{busy_fraction:.1%}}"
+    "accuracy{val_accuracy:.4f}note {note}"
+)
+Measurement = tuple[Row, Callable[[], Iterable[Row]]]  # what is known before, and a function that measures the rest
+
+
+@contextmanager
+def time_limit(minutes: float) -> Iterator[None]:
+    """Ends its block after some minutes as Ctrl-C does, but without an error: when the current XLA program is done."""
+    over = []
+
+    def end(*_: Any) -> None:
+        over.append(True)
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not over:
+            raise KeyboardInterrupt from None  # whatever was stopped, there is nothing to resume
+        print(f"the budget of {minutes:g} minutes is used up; --budget-minutes allows more")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def measure_device(options: Device) -> Iterator[Row]:
+    """Yields the figures of `measurements`; of one that fails, because of too little memory for example, its error.
+
+    An epoch of a run also has busy_fraction, the fraction of its time that its steps need by themselves, if these were
+    measured: its images per second over theirs.
+    """
+    recipe = PRESETS[options.preset]
+    same = recipe.model == ModelConfig() and recipe.input.crop // recipe.input.pool == options.image_size
+    alone: dict[int, float] = {}  # batch size -> images per second of training steps
+    for known, measure in measurements(options):
+        try:
+            for figures in measure():
+                row = known | figures | {"note": figures.get("note", "")}
+                n, rate = row.get("batch_size", 0), row.get("images_per_second", 0.0)
+                if row.get("train") and same:
+                    alone.setdefault(n, rate)
+                elif "epochs" in row and n in alone and rate:
+                    row["busy_fraction"] = rate / alone[n]
+                yield row
+        except Exception as error:  # the next ones may work
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            yield known | {"error": text, "note": text}
+
+
+def measurements(options: Device) -> list[Measurement]:
+    """Returns all measurements of a device, the most important ones first."""
+    a = options
+    size, first, *sizes = a.image_size, *a.batch_sizes
+
+    def step(n: int, dtype: Dtype, train: bool, steps_per_call: int = 1, profile: Path | None = None) -> Measurement:
+        peaks = (a.peak_tflops if dtype == a.dtypes[0] else None, a.peak_gb)
+        case = Case(train, n, size, dtype, recipe="default", steps_per_call=steps_per_call)
+        known = {"measured": "training step" if train else "inference"} | case._asdict()
+        return known, lambda: [measure_step(case, peak_of(dtype, 1, *peaks), 5, 30, 1, SECONDS, profile=profile)]
+
+    alone = {"dtype": "float32"}
+    essential = [
+        step(first, a.dtypes[0], True, profile=a.profile),
+        step(first, a.dtypes[0], True, a.steps_per_call),
+        ({"measured": "one image, host to host", "batch_size": 1} | alone, latency),
+        *(step(n, a.dtypes[0], True) for n in sizes),
+        *(step(n, a.dtypes[0], False) for n in a.batch_sizes),
+    ]
+    trained = [
+        ({"measured": f"run, images: {name}", "batch_size": PRESETS[a.preset].batch_size}, partial(run, a.preset, name))
+        for name in a.runs
+    ]
+    rest = [step(n, dtype, train) for dtype in a.dtypes[1:] for train in (True, False) for n in a.batch_sizes]
+    simulated = [({"measured": "simulation", "batch_size": n} | alone, partial(simulate, n)) for n in a.batch_sizes]
+    return [*essential, *trained, *rest, *simulated, ({"measured": "logits, as on the CPU?"} | alone, compare_logits)]
+
+
+def latency() -> Iterator[Row]:
+    """Yields the figures of inference of one image of 150 x 150 pixels: from numpy to numpy, checks not included."""
+    network = load_pretrained()
+    variables = jax.device_put({name: network.variables[name] for name in ("params", "batch_stats")})
+    image = np.random.default_rng(0).poisson(100, (1, 150, 150)).astype(np.float32)
+    infer, facts = compile_program(jax.jit(partial(logits, network.model)).lower(variables, image))
+    seconds = time_calls(lambda: np.asarray(infer(variables, image)), 50, 1000, SECONDS)
+    yield facts | quartiles(seconds, 1) | {"p99_seconds": float(np.quantile(seconds, 0.99))}
+
+
+def simulate(n: int) -> Iterator[Row]:
+    """Yields the figures of rendering a batch of `n` images of the population, with noise, on the device."""
+    source = StreamData(n, PRIORS["ct1"], SPLITS.index("train"), n, 0, data_mesh(1), None)
+    render, facts = compile_program(source.render.lower(*3 * [np.int32(0)]))
+    yield facts | quartiles(time_calls(partial(render, *3 * [np.int32(0)]), 1, 20, SECONDS), n)
+
+
+def run(preset: str, source: str) -> Iterator[Row]:
+    """Yields the epochs of a run from nothing (`runs.our_run`), and the minutes until it reaches 95 %."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = PRESETS[preset]
+        simulation = replace(config.simulation, folder=f"{folder}/data")
+        config = replace(config, simulation=simulation, run_dir=f"{folder}/run", **SOURCES[source])
+        epochs = ({"code": source, "epochs": config.epochs} | row for row in runs.our_run(config))
+        for row in runs.with_targets(epochs, (0.95,)):
+            yield row | {"note": "95 % reached" if "target" in row else ""}
+
+
+def compare_logits() -> Iterator[Row]:
+    """Yields how the pretrained network's logits of 300 images differ between the default device and the CPU.
+
+    Returns:
+      difference, the largest; and same, the fraction of equal classes.
+    """
+    network = load_pretrained()
+    images = np.concatenate(list(simulate_images(300, 0, SPLITS.index("test"), PRIORS["ct1"])))
+    here = predict_logits(network.model, network.variables, images)
+    with jax.default_device(jax.devices("cpu")[0]):
+        there = predict_logits(network.model, network.variables, images)
+    same, difference = float(np.mean(here.argmax(1) == there.argmax(1))), float(np.abs(here - there).max())
+    yield {"difference": difference, "same": same, "note": f"within {difference:.1e}, same class {same:.1%}"}
