@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 
 from finetune import finetune
-from gravlens_jax.config import InputConfig
-from gravlens_jax.inference import predict
+from gravlens_jax.config import InputConfig, SimulationConfig
+from gravlens_jax.datasets import simulate_dataset
+from gravlens_jax.inference import predict, predict_deflection
 from gravlens_jax.network import describe, load_network, write_network
-from gravlens_jax.npz import Dataset
-from helpers import make_bars, make_folders, make_network, refuse, save_npz
+from gravlens_jax.npz import Dataset, open_npz
+from helpers import TINY_PRIORS, make_bars, make_folders, make_network, refuse, save_npz
 
 INPUT = InputConfig(16, 1, "linear", 0.3, 0.2)
 
@@ -28,6 +29,19 @@ def test_a_network_for_other_classes_is_trained_from_the_old_one_which_is_not_ch
     change = new.variables["params"]["conv0"]["kernel"] - before["params"]["conv0"]["kernel"]
     assert 0 < np.abs(change).max() < 0.1
     jax.tree.map(np.testing.assert_array_equal, network.variables, before)
+
+
+def test_the_head_of_the_maps_is_dropped_or_fitted_again_to_images_with_lens_parameters(tmp_path):
+    network = make_network(24, input=INPUT)
+    head = {"kernel": np.ones((16, 2), np.float32), "bias": np.zeros(2, np.float32)}
+    mapping = replace(network, model=network.model.clone(pixel_scale=0.3))
+    mapping = replace(mapping, variables={**network.variables, "deflection": head})
+    new = finetune(mapping, bars(40), epochs=1, show=str)
+    assert "deflection" not in new.variables and new.model.pixel_scale is None
+    sizes = SimulationConfig(train=0, easy=0, val=24, test=0)
+    dataset = open_npz(simulate_dataset(tmp_path, sizes, priors=TINY_PRIORS) / "val.npz")
+    new = finetune(mapping, dataset, epochs=1, show=str)
+    assert new.model.pixel_scale == TINY_PRIORS.pixel_scale and predict_deflection(*new, dataset.images).any()
 
 
 def test_unsuitable_data_and_options_are_refused():
@@ -68,7 +82,7 @@ def test_images_of_another_size_and_renamed_classes(folder, run_here):
     assert new.model.input == replace(INPUT, crop=12, pool=2) and new.image_shape == (12, 12)
     run_here(folder, "export.py", "new.npz", "again.npz")
     first, *rows = run_here(folder, "predict.py", "again.npz", "small/train").splitlines()
-    assert first == "file,class,p_no,p_yes,outlier" and len(rows) == 12
+    assert first == "file,class,p_no,p_yes,outlier,peak_convergence" and len(rows) == 12
 
 
 @pytest.mark.parametrize(
