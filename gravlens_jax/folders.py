@@ -58,8 +58,7 @@ def load_npz(path: Path, label_names: Sequence[str] | None = None, need_labels: 
         if members[images].file_size > FOREIGN_BYTES:
             return npz.open_npz(path)  # raises InputError with the command that converts the file
         arrays = npz.read_members(archive, members, {labels: "ui", "classes": "U"} if need_labels else {})
-        with archive.open(members[images]) as file:
-            shape = npz.read_image_header(file, members[images].file_size, f"{path}: {images}").shape
+        shape = npz.read_image_header(archive, members[images]).shape
         pixels = npz.read_members(archive, members, {images: "uif"}, FOREIGN_BYTES)[images].reshape(shape)
     if not need_labels:
         return Dataset(pixels, np.zeros(len(pixels), np.int32), (), {})
@@ -103,7 +102,6 @@ def open_images(
     try:
         with open(path, "rb") as file:
             header = npz.read_header(file, os.stat(path).st_size, "uif", str(path))
-            npz.check_bits(header.dtype, str(path))
             lengths, rows, last = _find_planes(header.shape, planes, str(path))
             if not (header.fortran_order or last):
                 n, plane = rows.stop - rows.start, math.prod(lengths[1:]) * header.dtype.itemsize
@@ -129,11 +127,10 @@ def _find_planes(shape: tuple[int, ...], planes: Planes, where: str) -> tuple[tu
         lengths = (1, *lengths)
     last = lengths[0] > 1 and lengths[2] <= 4
     n, band = lengths[2 if last else 0], planes.band
-    if n == 1 or planes.stack:
-        band = band or 0
     several = f"{where}: {n} planes in an array of shape {shape}"
-    check(band is not None, f"{several}; give --band 0 to {n - 1}, or --stack if they are images of different lenses")
-    assert band is not None
+    chosen = n == 1 or planes.stack or band is not None
+    check(chosen, f"{several}; give --band 0 to {n - 1}, or --stack if they are images of different lenses")
+    band = band or 0
     check(0 <= band < n, f"{several}, but --band {band}; expected 0 to {n - 1}")
     return lengths, slice(0, n) if planes.stack else slice(band, band + 1), last
 
@@ -258,10 +255,8 @@ def _open_fits(path: Path, planes: Planes, shape: tuple[int, ...] | None) -> np.
             hdus = enumerate(islice(fits.open(file, memmap=False), 100))  # damaged files can seem endless
             found = [(i, hdu) for i, hdu in hdus if isinstance(hdu, kinds) and 2 <= len(hdu.shape) <= 4]
             hdu = _choose_hdu(path, found, planes.hdu, shape)
-            size = math.prod(hdu.shape) * abs(hdu.header["BITPIX"]) // 8
-            expected = f"expected at most {FOREIGN_BYTES:,}"
-            check(size <= FOREIGN_BYTES, f"{path} would unpack to {size:,} bytes, {expected}")
-            _find_planes(hdu.shape, planes, str(path))
+            size, most = math.prod(hdu.shape) * abs(hdu.header["BITPIX"]) // 8, FOREIGN_BYTES
+            check(size <= most, f"{path} would unpack to {size:,} bytes, expected at most {most:,}")
             return choose_planes(np.asarray(hdu.data), planes, str(path))
     except InputError:
         raise
@@ -271,23 +266,19 @@ def _open_fits(path: Path, planes: Planes, shape: tuple[int, ...] | None) -> np.
 
 def _choose_hdu(path: Path, found: list[tuple[int, Any]], wanted: str | None, shape: tuple[int, ...] | None) -> Any:
     """Returns the wanted one of several (number, HDU): SCI, or the only one of `shape`, or with two axes."""
-    names = {i: f"{i} {hdu.name} ({' x '.join(map(str, hdu.shape))})" for i, hdu in found}
     check(bool(found), f"{path}: holds no image of 2 to 4 axes")
-    rules = (
-        [[i for i, hdu in found if wanted.upper() in (str(i), hdu.name)]]
-        if wanted
-        else [
-            [i for i, hdu in found if hdu.name == "SCI"],
-            [i for i, hdu in found if (hdu.shape[-2:] == shape if shape else len(hdu.shape) == 2)],
-            list(names),
-        ]
-    )
-    chosen = next(filter(None, rules), [])
+    names = {i: f"{i} {hdu.name} ({' x '.join(map(str, hdu.shape))})" for i, hdu in found}
+    if wanted:
+        chosen = [(i, hdu) for i, hdu in found if wanted.upper() in (str(i), hdu.name)]
+    else:
+        science = [(i, hdu) for i, hdu in found if hdu.name == "SCI"]
+        right = [(i, hdu) for i, hdu in found if (hdu.shape[-2:] == shape if shape else len(hdu.shape) == 2)]
+        chosen = science or right or found
     several = f"{path}: has the images {', '.join(names.values())}; choose one with --hdu"
     check(len(chosen) == 1, several + f", not {wanted}" * bool(wanted))
     if len(found) > 1:
-        _name_hdu(names[chosen[0]])
-    return dict(found)[chosen[0]]
+        _name_hdu(names[chosen[0][0]])
+    return chosen[0][1]
 
 
 @cache
