@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gravlens_jax.errors import check
+from gravlens_jax.errors import InputError, check
 
 CLASSES = ("no", "sphere", "vort")  # of simulated images, and the default; a label is an index into them
 REQUIRED_SPLITS = ("train", "val", "test")
@@ -27,8 +27,7 @@ PRIOR_PRESETS: tuple[PriorPreset, ...] = typing.get_args(PriorPreset)
 def check_finite(config: Any, **least: float) -> None:
     """Raises InputError if a number of a dataclass is NaN or infinite, or lower than its bound in `least`."""
     for name, value in vars(config).items():
-        finite = not isinstance(value, float) or math.isfinite(value)
-        check(finite, f"{name}={value}: expected a finite number")
+        check(not isinstance(value, float) or math.isfinite(value), f"{name}={value}: expected a finite number")
         check(name not in least or value >= least[name], f"{name}={value}: expected at least {least.get(name)}")
 
 
@@ -104,8 +103,8 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and statistics stay float32
 
     def __post_init__(self):
-        expected = "6n + 2 layers, such as 8, 14, 20, 32, 44 or 56, at most 1202"
-        check(8 <= self.depth <= 1202 and self.depth % 6 == 2, f"depth={self.depth}: expected {expected}")
+        right = 8 <= self.depth <= 1202 and self.depth % 6 == 2
+        check(right, f"depth={self.depth}: expected 6n + 2 layers, such as 8, 14, 20 or 32, at most 1202")
         check(1 <= self.width <= 2**12, f"width={self.width}: expected 1 to {2**12} filters")
 
 
@@ -132,8 +131,7 @@ class Config:
     """Everything that determines the result of a run."""
 
     run_dir: str = "runs/default"  # folder for checkpoints, metrics and the report
-    # folder with train, val and test.npz, optionally easy.npz. Default: simulate. simulate:PRESET: new images in every
-    # epoch
+    # folder with train, val and test.npz, optionally easy.npz. Default: simulate. simulate:PRESET: each image once
     data: str | None = None
     seed: int = 0  # of initial parameters, order and augmentation
     epochs: int = 3  # passes over the training images
@@ -208,14 +206,11 @@ PRESETS = {
 
 
 def from_dict(cls: type, values: Any, where: str = "config") -> Any:
-    """Returns a dataclass above, or a NamedTuple of such, from the values of a JSON object, called `where` in errors.
-
-    Missing or unknown fields and wrong types raise InputError.
-    """
+    """Returns a dataclass, or a NamedTuple of such, from a JSON object; InputError for other fields or wrong types."""
     check(isinstance(values, dict), f"{where}: expected an object, got {values!r:.80}")
     hints = typing.get_type_hints(cls)
     for name in values.keys() ^ hints.keys():
-        check(False, f"{where}: field {name!r} is {'unknown' if name in values else 'missing'}")
+        raise InputError(f"{where}: field {name!r} is {'unknown' if name in values else 'missing'}")
     return cls(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from gravlens_jax.config import InputConfig
 from gravlens_jax.errors import check
 from gravlens_jax.metrics import VISIBLE, outlier_scores
-from gravlens_jax.model import ResNet
+from gravlens_jax.model import ResNet, apply_head
 from gravlens_jax.npz import MappedImages, read_rows
 from gravlens_jax.preprocess import cell_means, check_images, prepare, to_unit
 
@@ -37,27 +37,21 @@ def _outputs(variables, images: jax.Array, *, model: ResNet, tta: bool, maps: bo
     """Returns the arrays of `outputs`, and `deflection` if `maps`."""
     x = prepare(to_unit(images), model.input)
     mirrors = itertools.product((1, -1), (1, -1)) if tta else [(1, 1)]  # of y and of x
-    found: list[tuple[jax.Array, ...]] = []
+    found: list[dict[str, jax.Array]] = []
     for y_sign, x_sign in mirrors:
         outputs: Any = model.apply(variables, x[:, ::y_sign, ::x_sign])
-        logits, feature_maps = outputs
-        found.append((logits,))
+        found.append({"logits": outputs[0]})
         if maps:
-            deflection = _deflection(feature_maps[-1], variables["deflection"])[:, ::y_sign, ::x_sign]
-            found[-1] += (deflection * jnp.float32([x_sign, y_sign])[None, None, None],)
+            deflection = apply_head(outputs[1][-1], variables["deflection"])[:, ::y_sign, ::x_sign]
+            found[-1]["deflection"] = deflection * jnp.float32([x_sign, y_sign])[None, None, None]
         if len(found) == 1:
-            means = jnp.concatenate([x.astype(jnp.float32).mean((1, 2)) for x in feature_maps], 1)
-    mean = jax.tree.map(_mean, *found)
-    return {"logits": mean[0], "means": means} | ({"deflection": mean[1]} if maps else {})
+            means = jnp.concatenate([x.astype(jnp.float32).mean((1, 2)) for x in outputs[1]], 1)
+    return jax.tree.map(_mean, *found) | {"means": means}
 
 
 def _mean(*arrays: jax.Array) -> jax.Array:
     """Returns the mean of one, or of four in an order in which those of mirrored images have the same bits."""
     return arrays[0] if len(arrays) == 1 else ((arrays[0] + arrays[1]) + (arrays[2] + arrays[3])) / 4
-
-
-def _deflection(feature_map: jax.Array, head: Any) -> jax.Array:
-    return feature_map.astype(jnp.float32) @ head["kernel"] + head["bias"][None, None, None]
 
 
 def predict(

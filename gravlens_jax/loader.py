@@ -105,10 +105,9 @@ class FileData:
     def _read_batches(self, rows: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
         for first in range(0, len(rows), STEPS_PER_CALL):
             group = rows[first : first + STEPS_PER_CALL]
-            maps = self._maps(group.ravel())
+            maps = {name: np.split(x, len(group)) for name, x in self._maps(group.ravel()).items()}
             for i, batch_rows in enumerate(group):
-                part = slice(i * len(batch_rows), (i + 1) * len(batch_rows))
-                yield _read(self.dataset, batch_rows) | {name: x[part] for name, x in maps.items()}
+                yield _read(self.dataset, batch_rows) | {name: x[i] for name, x in maps.items()}
 
     def _maps(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         return {"deflections": self.render_maps(rows)} if self.render_maps else {}

@@ -57,6 +57,11 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(1, keepdims=True)
 
 
+def _loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    true = probabilities[np.arange(len(labels)), labels]
+    return float(-np.mean(np.log(np.maximum(true, np.finfo(np.float64).tiny))))
+
+
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
     """Returns the expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 3) over equal confidence bins."""
     confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
@@ -96,9 +101,8 @@ def fit_population(means: np.ndarray, labels: np.ndarray, num_classes: int) -> d
         return None
     fold, distances = np.arange(len(labels)) % 10, np.empty((len(labels), num_classes))
     for k in range(10):
-        distances[fold == k] = _distances(
-            _fit_gaussians(means[fold != k], labels[fold != k], num_classes), means[fold == k]
-        )
+        others = _fit_gaussians(means[fold != k], labels[fold != k], num_classes)
+        distances[fold == k] = _distances(others, means[fold == k])
     nearest, shortest = distances.argmin(1), distances.min(1)
     groups = [shortest[nearest == k] if (nearest == k).sum() >= 20 else shortest for k in range(num_classes)]
     radii = {"radii": np.array([max(np.quantile(group, 0.99), 1e-6) for group in groups])}
@@ -133,11 +137,6 @@ def _distances(population: dict[str, np.ndarray], means: np.ndarray) -> np.ndarr
     whitening, centres = (np.asarray(population[name], np.float64) for name in ("whitening", "centres"))
     white = means @ whitening
     return np.stack([np.linalg.norm(white - centre, axis=1) for centre in centres], 1)
-
-
-def _loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    true = probabilities[np.arange(len(labels)), labels]
-    return float(-np.mean(np.log(np.maximum(true, np.finfo(np.float64).tiny))))
 
 
 def intervals(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], resamples: int = 300) -> dict[str, Any]:
@@ -208,11 +207,9 @@ def evaluate_maps(
     predicted convergence is largest in the cell where the true one is, or in one of the eight cells around it. None
     where there is no substructure, or no image.
 
-    Args:
-      predicted, true: float (n, cells, cells, 2), arcsec.
-      light: float (n, cells, cells), mean pixel of each cell, of images in [0, 1]: visible is at least VISIBLE.
-      labels: int (n,), index `classes`.
-      width: of a cell, arcsec.
+    `predicted` and `true` are float (n, cells, cells, 2), arcsec; `light` is float (n, cells, cells), the mean pixel of
+    each cell, of images in [0, 1]: visible is at least VISIBLE. `labels`, int (n,), index `classes`; `width` is that of
+    a cell, arcsec.
     """
     visible, values = light >= VISIBLE, {}
     peaks = [np.where(visible, convergence(maps, width), -np.inf).reshape(len(maps), -1) for maps in (predicted, true)]
@@ -221,10 +218,10 @@ def evaluate_maps(
     for k, name in enumerate(classes):
         images = (labels == k) & visible.any((1, 2))
         error, truth = (maps[images][visible[images]].astype(np.float64) for maps in (predicted - true, true))
-        dark = not images.any() or not truth.any()
+        empty, dark = not images.any(), not truth.any()
         values[name] = {
-            "rms_mas": 1e3 * float(np.sqrt((truth**2).mean())) if images.any() else None,
-            "error_mas": 1e3 * float(np.sqrt((error**2).mean())) if images.any() else None,
+            "rms_mas": None if empty else 1e3 * float(np.sqrt((truth**2).mean())),
+            "error_mas": None if empty else 1e3 * float(np.sqrt((error**2).mean())),
             "r2": None if dark else float(1 - (error**2).sum() / ((truth - truth.mean()) ** 2).sum()),
             "peak_found": None if dark else float((distance[images] == 0).mean()),
             "peak_near": None if dark else float((distance[images] <= 1).mean()),

@@ -77,6 +77,11 @@ class ResNet(nn.Module):
 ResNet20 = partial(ResNet, depth=20)
 
 
+def apply_head(feature_map: jax.Array, head: Any) -> jax.Array:
+    """Returns deflection maps, float32 (n, height, width, 2), linear in the last feature map."""
+    return feature_map.astype(jnp.float32) @ head["kernel"] + head["bias"][None, None, None]
+
+
 def make_model(
     config: ModelConfig, input_config: InputConfig, classes: tuple[str, ...], pixel_scale: float | None = None
 ) -> ResNet:

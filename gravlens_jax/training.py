@@ -99,6 +99,7 @@ def _train(
 ) -> None:
     """Trains from the last save to the end of the run."""
     run_dir, main = Path(config.run_dir), sharding.is_main()
+    schedule = learning_rate_schedule(config.optim, plan.total_steps)
     state, (train_fn, eval_fn, end_epoch_fn) = _compile(config, model, plan, mesh, splits.has_deflections)
     if main:
         checkpoint.remove_leftovers(run_dir)
@@ -125,7 +126,8 @@ def _train(
             validated = ends_epoch and step > plan.easy_steps
             if validated:
                 line |= _validate(eval_fn, state, splits.val, config.batch_size, mesh)
-                line["learning_rate"] = _mean_learning_rate(config, plan, step) * float(state.plateau.scale)
+                rates = jax.vmap(schedule)(jnp.arange(step - plan.steps_per_epoch, step))
+                line["learning_rate"] = float(rates.mean()) * float(state.plateau.scale)
                 line["wall_seconds"] = time.perf_counter() - started
                 history.append(line)
                 if main:  # before the checkpoint: if it is never saved, resuming removes the line
@@ -169,9 +171,3 @@ def _validate(evaluate: Callable, state: TrainState, dataset: Dataset, batch_siz
     loss, accuracy = mean_metrics(totals)
     check_finite(loss, "validation loss", int(state.step))
     return {"val_loss": loss, "val_accuracy": accuracy}
-
-
-def _mean_learning_rate(config: Config, plan: Plan, step: int) -> float:
-    """Returns the mean over the epoch that ends with `step`, before the plateau reduction."""
-    schedule = learning_rate_schedule(config.optim, plan.total_steps)
-    return float(jax.vmap(schedule)(jnp.arange(step - plan.steps_per_epoch, step)).mean())

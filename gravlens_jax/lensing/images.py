@@ -77,12 +77,8 @@ def _in_turn(make: Callable[[str, jax.Array], jax.Array], first: jax.Array, n: i
 @partial(jax.jit, static_argnames=("n", "priors", "grid"))
 def render_deflections(first, seed, split, *, n: int, priors: Priors, grid: Grid) -> jax.Array:
     """Returns the `deflection_map` of images `first` to first + n - 1 of a split: float32 (n, cells, cells, 2)."""
-
-    def make(substructure, indices):
-        lenses = _sample_block(seed, split, indices, priors=priors, substructure=substructure)
-        return jax.vmap(partial(deflection_map, priors=priors, grid=grid))(lenses)
-
-    return _in_turn(make, first, n)
+    sample = partial(_sample_block, seed, split, priors=priors)
+    return _in_turn(lambda name, rows: _map_block(sample(rows, substructure=name), priors=priors, grid=grid), first, n)
 
 
 def render_batch(first, seed, split, *, priors: Priors, batch_size: int) -> dict[str, jax.Array]:
@@ -91,20 +87,9 @@ def render_batch(first, seed, split, *, priors: Priors, batch_size: int) -> dict
     `images`, uint16 (batch_size, num_pixels, num_pixels), are those of `simulate_images` from index `first` on, to
     rounding; counts over MAX_COUNTS are cut off. `labels` are int32 (batch_size,).
     """
-
-    def make(substructure, indices):
-        return render_block(seed, split, indices, priors=priors, substructure=substructure)[0]
-
-    labels = (first + jnp.arange(batch_size, dtype=jnp.int32)) % len(CLASSES)
-    return {"images": _in_turn(make, first, batch_size), "labels": labels}
-
-
-def _check_counts(most: float, substructure: str) -> None:
-    """Raises InputError if the largest expected counts of some images are NaN or too large to store."""
-    heavy = "its substructure is heavier than the prior `mass`, or a prior is out of the range that can be rendered"
-    check(not np.isnan(most), f"a {substructure} lens cannot be rendered: {heavy}")
-    many = f"a pixel has {most:.0f} counts, more than {MAX_COUNTS}; lower the prior `photons`"
-    check(most + 6 * most**0.5 < MAX_COUNTS, many)
+    render = partial(render_block, seed, split, priors=priors)
+    images = _in_turn(lambda name, rows: render(rows, substructure=name)[0], first, batch_size)
+    return {"images": images, "labels": (first + jnp.arange(batch_size, dtype=jnp.int32)) % len(CLASSES)}
 
 
 def simulate_images(
@@ -133,8 +118,11 @@ def simulate_images(
             # Always a whole block, so that the bits of an image never depend on the number of images.
             indices = begin + label + len(classes) * np.arange(block, dtype=np.int32)
             with jax.enable_x64(False):  # its 64-bit loop counters would change the last bit of some pixels
-                rendered, most = render_block(seed, split, indices, priors=priors, substructure=name)
-            _check_counts(float(most), name)
+                rendered, largest = render_block(seed, split, indices, priors=priors, substructure=name)
+            most = float(largest)
+            heavy = "its substructure is heavier than the prior `mass`, or a prior is beyond what can be rendered"
+            check(not np.isnan(most), f"a {name} lens cannot be rendered: {heavy}")
+            check(most + 6 * most**0.5 < MAX_COUNTS, f"a pixel has {most:.0f} counts; lower the prior `photons`")
             used = indices < stop
             images[indices[used] - begin] = np.asarray(rendered)[used]
         return images
@@ -151,11 +139,8 @@ def simulate_images(
 def render_images(lens_params: Mapping[str, Any], priors: Priors) -> np.ndarray:
     """Returns the expected counts of any number of lenses, float32 (n, num_pixels, num_pixels).
 
-    The same as `render_lenses` to rounding, but not for use inside jit: on a CPU all cores work.
-
-    Args:
-      lens_params: as of `sample_lens`, each with a leading axis of length n.
-      priors: the camera and the source's fixed profile.
+    The same as `render_lenses` to rounding, but not for use inside jit: on a CPU all cores work. `lens_params` are as
+    of `sample_lens`, each with a leading axis of length n; `priors` are the camera and the source's fixed profile.
     """
     shape = np.shape(lens_params["z_lens"])
     check(len(shape) == 1, f"lens_params of shape {shape} are not those of n lenses; for one, call render_lens")
@@ -214,10 +199,7 @@ def without_nan(lens_params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def deflection_maps(lens_params: dict[str, np.ndarray], priors: Priors, grid: Grid) -> np.ndarray:
-    """Returns `deflection_map` of lenses of any class, float32 (n, cells, cells, 2), arcsec.
-
-    `lens_params` are as `simulate_parameters` returns them.
-    """
+    """Returns `deflection_map` of the lenses of `simulate_parameters`, float32 (n, cells, cells, 2), arcsec."""
     blocks = _blocks(without_nan(lens_params), BLOCK)
     maps = [np.asarray(_map_block(lenses, priors=priors, grid=grid)) for lenses in blocks]
     return np.concatenate(maps)[: len(lens_params["z_lens"])]

@@ -8,16 +8,12 @@ TERMS = 32  # of that sum; the chance of more counts is below 1e-7
 
 
 def poisson(keys: jax.Array, rates: jax.Array, least: float = 0.0) -> jax.Array:
-    """Returns Poisson variates, int32 (n, ...).
+    """Returns Poisson variates, int32 (n, ...), for n keys of `jax.random` and rates float32 (n, ...), not negative.
 
     The inverse of the distribution function at a normal variate, by the asymptotic expansion of Giles (2016, ACM Trans.
     Math. Softw. 42, 6, eq. 10 to 12), rounded down. The total variation distance from the Poisson distribution is below
-    2e-4 for rates from 0.1 to 60,000.
-
-    Args:
-      keys: of `jax.random`, (n,).
-      rates: float32 (n, ...), not negative.
-      least: a lower bound of the rates; the sum for small rates is left out if it is at least SMALL_RATE.
+    2e-4 for rates from 0.1 to 60,000. `least` is a lower bound of the rates: if it is at least SMALL_RATE, the sum for
+    small rates is left out.
     """
     shape = rates.shape[1:]
     normal = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)

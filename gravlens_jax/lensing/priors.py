@@ -68,11 +68,12 @@ class Priors:
         check_finite(self)
         values = vars(self)
         for name, value in values.items():
-            low, high = RANGES.get(name.removesuffix("_min").removesuffix("_max"), (-math.inf, math.inf))
+            stem = name.removesuffix("_min").removesuffix("_max")
+            low, high = RANGES.get(stem, (-math.inf, math.inf))
             check(value is None or low <= value <= high, f"{name}={value}: expected {low:g} to {high:g}")
             if name.endswith("_min"):
-                largest = values[name.removesuffix("_min") + "_max"]
-                check(value <= largest, f"{name}={value} is larger than {name.removesuffix('_min')}_max={largest}")
+                largest = values[f"{stem}_max"]
+                check(value <= largest, f"{name}={value} is larger than {stem}_max={largest}")
         behind = self.z_source_min > self.z_lens_max
         check(behind, f"z_source_min={self.z_source_min} is not behind z_lens_max={self.z_lens_max}")
         check(self.psf_size % 2 == 1, f"psf_pixels={self.psf_pixels}: expected an odd number")
@@ -81,11 +82,8 @@ class Priors:
         check(cut <= 0.01, f"{wide}, more than 1 %; leave psf_pixels out for 4 sigma on either side")
         check(self.subhalo_slope != -1, "subhalo_slope=-1 has no power-law integral; try -0.999")
         most = self.subhalo_number + (6 * math.sqrt(self.subhalo_number) if self.subhalo_poisson else 0)
-        check(
-            most <= self.subhalo_padding,
-            f"subhalo_padding={self.subhalo_padding} is too few for subhalo_number={self.subhalo_number}; set it to "
-            f"{math.ceil(most)} or more",
-        )
+        few = f"subhalo_padding={self.subhalo_padding} is too few for subhalo_number={self.subhalo_number}"
+        check(most <= self.subhalo_padding, f"{few}; set it to {math.ceil(most)} or more")
 
     @property
     def psf_size(self) -> int:
@@ -175,10 +173,7 @@ PRIORS: dict[PriorPreset, Priors] = {
 def make_easy(priors: Priors, factor: float = 4.0) -> Priors:
     """Returns the population with substructure `factor` times as heavy, which a network learns to recognize first."""
     names = ("subhalo_mass_min", "subhalo_mass_max", "vortex_mass_fraction_min", "vortex_mass_fraction_max")
-    heaviest = factor * priors.vortex_mass_fraction_max
-    check(
-        heaviest < 1,
-        f"vortex_mass_fraction_max={priors.vortex_mass_fraction_max}: expected less than {1 / factor:g}, "
-        f"because substructure of easy images is {factor:g} times as heavy; lower it or simulate no easy images",
-    )
+    largest, reason = priors.vortex_mass_fraction_max, f"substructure of easy images is {factor:g} times as heavy"
+    expected = f"expected less than {1 / factor:g}, because {reason}; lower it or simulate no easy images"
+    check(factor * largest < 1, f"vortex_mass_fraction_max={largest}: {expected}")
     return replace(priors, **{name: factor * getattr(priors, name) for name in names})
