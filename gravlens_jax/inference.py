@@ -99,11 +99,10 @@ def embed(model: ResNet, variables: Any, images: Images, batch_size: int = 128) 
 def outputs(
     model: ResNet, variables: Any, images: Images, batch_size: int = 128, tta: bool = False, maps: bool = False
 ) -> tuple[np.ndarray, ...]:
-    """Returns logits, channel means and, if `maps`, those of `predict_deflection`, all in one pass.
+    """Returns logits, channel means and, if `maps`, those of `predict_deflection`; arguments as in `predict_logits`.
 
     The channel means, float32 (n, 8 * model.width), are the means over all pixels of each channel after the first
-    convolution and after each stage, of the images themselves also with `tta`; the last half of them are the features
-    of `embed`. Other arguments as in `predict_logits`.
+    convolution and after each stage, of the images themselves also with `tta`; the last half are those of `embed`.
     """
     if maps:
         check_deflection(model, variables)
@@ -174,8 +173,8 @@ def fit_deflection(
 ) -> dict[str, np.ndarray]:
     """Returns kernel and bias of the linear function from the last feature map to the deflection in its cells.
 
-    Least squares over all cells, weighted by their visible light as in training. `render` returns the true maps of
-    rows. A little regularization keeps channels that are always 0 out.
+    Least squares over all cells, weighted by their visible light as in training, with a little regularization for
+    channels that are always 0. `render` returns the true maps of rows.
     """
     size = 4 * model.width + 1
     products, targets = np.zeros((size, size)), np.zeros((size, 2))

@@ -1,8 +1,7 @@
 """Batches of a run: a pure function of config and step, read ahead in a thread.
 
 Training images are `FileData`, `DeviceData` or `stream.StreamData`. Each has `size`, the images of an epoch, and
-`batches(epoch, skip)`, which yields (number of steps, batch for `train_step.train_steps`) of an epoch without its first
-`skip` steps.
+`batches(epoch, skip)`, which yields (number of steps, batch for `train_steps`) without the first `skip` steps.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -143,7 +143,6 @@ def open_npz(path: str | Path, need_labels: bool = True) -> Dataset:
         arrays = read_members(archive, members, {"labels": "ui", "classes": "U", "info": "U"} | kinds)
     classes = tuple(arrays["classes"].ravel().tolist())
     info = parse_json(arrays["info"].item(), f"{path}: info") if arrays.get("info", np.zeros(0)).size == 1 else {}
-    check(isinstance(info, dict), f"{path}: info is not a JSON object")
     lens_params = {name.removeprefix(PARAMETERS): arrays[name] for name in kinds}
     for name, array in lens_params.items():
         check(array.shape[:1] == (len(images),), f"{path}: {len(images)} images but {name} of shape {array.shape}")

@@ -190,8 +190,7 @@ def draw_substructure(
 ) -> Any:
     """Returns a figure with a row of up to 3 images for each class, each with its maps of the substructure.
 
-    `maps`, float (n, cells, cells, 2) in arcsec, are the predicted deflections and, perhaps, the true ones; drawn is
-    their convergence, on one scale.
+    `maps`, float (n, cells, cells, 2) in arcsec, are predicted and perhaps true; drawn is their convergence.
     """
     columns, probabilities, (model, _), width = 3, metrics.softmax(logits), network, network.cell_width
     x, y = inference.deflection_grid(model, network.image_shape)

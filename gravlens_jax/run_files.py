@@ -70,8 +70,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "config.json"
     check(path.is_file(), f"{run_dir} is not a run (no config.json); expected a directory made by scripts/train.py")
     values = parse_json(path.read_bytes(), str(path))
-    right = isinstance(values, dict) and isinstance(values.get("config"), dict)
-    check(right, f"{path}: has no object 'config'; the file is damaged")
+    check(isinstance(values.get("config"), dict), f"{path}: has no object 'config'; the file is damaged")
     return values
 
 
@@ -146,8 +145,7 @@ def read_temperature(run_dir: Path, step: int) -> float:
     path = run_dir / "calibration.json"
     if not path.exists():
         return 1.0
-    values = parse_json(path.read_bytes(), str(path))
-    temperature = values.get(str(step), 1.0) if isinstance(values, dict) else None
+    temperature = parse_json(path.read_bytes(), str(path)).get(str(step), 1.0)
     if not isinstance(temperature, float) or not 0 < temperature < 1e3:
         raise InputError(f"{path} is damaged: expected a temperature for each step; remove it")
     return temperature

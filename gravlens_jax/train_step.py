@@ -1,5 +1,6 @@
 """The training state and the steps that change it. Pure functions; `training` jits them."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -34,12 +35,8 @@ class TrainState(NamedTuple):
 
 def zero_sums() -> Sums:
     """Returns the sums before the first image."""
-    return {
-        "loss": jnp.zeros((), jnp.float32),
-        "correct": jnp.zeros((), jnp.int32),
-        "count": jnp.zeros((), jnp.int32),
-        "gradient": jnp.zeros((), jnp.float32),
-    }
+    dtypes = {"loss": jnp.float32, "correct": jnp.int32, "count": jnp.int32, "gradient": jnp.float32}
+    return {name: jnp.zeros((), dtype) for name, dtype in dtypes.items()}
 
 
 def init_state(
@@ -64,11 +61,8 @@ def init_state(
 def _batch_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Sums:
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = (logits.argmax(-1) == labels) & mask
-    return {
-        "loss": jnp.sum(losses * mask),
-        "correct": jnp.sum(correct, dtype=jnp.int32),
-        "count": jnp.sum(mask, dtype=jnp.int32),
-    }
+    count = partial(jnp.sum, dtype=jnp.int32)
+    return {"loss": jnp.sum(losses * mask), "correct": count(correct), "count": count(mask)}
 
 
 def train_step(

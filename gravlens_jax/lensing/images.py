@@ -98,14 +98,8 @@ def simulate_images(
     """Yields `n` images in order, from image `start` on, in chunks of uint16 photon counts (chunk, height, width).
 
     The public images are such counts, scaled to [0, 1] one by one. On a CPU all cores work, each on its own chunks.
-
-    Args:
-      n: number of images, at least 1.
-      seed: non-negative.
-      split: non-negative; different splits never share an image.
-      priors: the population.
-      classes: the substructures of images 0, 1, ... in turn.
-      start: index of the first image.
+    `seed` and `split` are not negative; different splits never share an image. `classes` are the substructures of
+    images 0, 1, ... in turn. InputError for n < 1, or if a lens cannot be rendered or has too many counts.
     """
     check(n >= 1, f"n={n}: expected at least 1 image")
     block = _block_size()

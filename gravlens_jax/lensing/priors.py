@@ -122,8 +122,10 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def _fixed(**values: float) -> dict[str, Any]:
-    return {f"{name}_{bound}": value for name, value in values.items() for bound in ("min", "max")}
+def _bounds(**values: float | tuple[float, float]) -> dict[str, Any]:
+    """Returns the fields of bounds (min, max), or of fixed values."""
+    pairs = {name: value if isinstance(value, tuple) else (value, value) for name, value in values.items()}
+    return {f"{name}_{bound}": x for name, pair in pairs.items() for bound, x in zip(("min", "max"), pair, strict=True)}
 
 
 CT1 = Priors(psf_pixels=11)  # [M]
@@ -131,17 +133,13 @@ PRIORS: dict[PriorPreset, Priors] = {
     # Re-simulates the public "Common Test I" images.
     "ct1": CT1,
     # The same at fixed redshifts, as in the papers' Model A.
-    "model_a": replace(CT1, **_fixed(z_lens=0.5, z_source=1.0)),
+    "model_a": replace(CT1, **_bounds(z_lens=0.5, z_source=1.0)),
     # arXiv 2008.12731, Table I as printed: an ablation, in which subhalos are all but invisible.
     "paper": replace(
         CT1,
-        shear_angle_max=2 * pi,
-        source_angle_max=2 * pi,
-        source_radius_min=0.25,
-        source_radius_max=1.0,
         subhalo_slope=-1.9,
-        vortex_length_min=0.5,
-        vortex_length_max=2.0,
+        **_bounds(shear_angle=(0.0, 2 * pi), source_angle=(0.0, 2 * pi)),
+        **_bounds(source_radius=(0.25, 1.0), vortex_length=(0.5, 2.0)),
     ),
     # DeepLenseSim's Model I [C]. Its exposure time, log-uniform from 1e3 to 10^3.5, is here its geometric mean, and its
     # Gaussian background of rms 0.01 is here the Poisson noise of a sky of the same variance.
@@ -153,17 +151,14 @@ PRIORS: dict[PriorPreset, Priors] = {
         sky=3.55,
         mass_includes_substructure=False,
         lens_axis_ratio=0.9 / 1.1,  # e1 = 0.1, e2 = 0
-        **_fixed(z_lens=0.5, z_source=1.0, shear=0.05, source_radius=0.25, vortex_mass_fraction=0.03),
-        **_fixed(source_axis_ratio=0.7522, source_angle=3 * pi / 8),  # e1 = -0.1, e2 = 0.1
-        shear_angle_max=0.0,
-        source_offset_min=-0.35,
-        source_offset_max=0.35,
+        **_bounds(z_lens=0.5, z_source=1.0, shear=0.05, shear_angle=0.0, source_radius=0.25, vortex_mass_fraction=0.03),
+        **_bounds(source_axis_ratio=0.7522, source_angle=3 * pi / 8),  # e1 = -0.1, e2 = 0.1
+        **_bounds(source_offset=(-0.35, 0.35)),
         source_in_square=True,
         source_n=1.0,
         subhalo_poisson=False,
         subhalo_offset_min=0.25,
-        vortex_length_min=0.06,  # twice the de Broglie wavelength of axions of 1e-22 to 1e-24 eV
-        vortex_length_max=6.0,
+        **_bounds(vortex_length=(0.06, 6.0)),  # 0.06: twice the de Broglie wavelength of axions of 1e-22 to 1e-24 eV
         vortex_length_log=True,
         vortex_centre_sigma=0.0,
     ),

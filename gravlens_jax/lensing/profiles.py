@@ -32,8 +32,7 @@ Number = jax.Array | float  # a scalar or, where arrays are meant, an array
 def pixel_grid(num_pixels: int, pixel_scale: float, supersampling: int = 1, dtype: DTypeLike = float) -> Pair:
     """Returns x, y of all (sub-)pixels, float (n, n) with n = num_pixels * supersampling, arcsec.
 
-    The field's centre is at the origin, row 0 at +y. `pixel_scale` is in arcsec per pixel; `dtype` float is JAX's
-    default.
+    The field's centre is at the origin, row 0 at +y. `pixel_scale` is in arcsec; `dtype` float is JAX's default.
     """
     n = num_pixels * supersampling
     centres = (jnp.arange(n, dtype=dtype) - (n - 1) / 2) * (pixel_scale / supersampling)

@@ -18,7 +18,7 @@ from gravlens_jax.lensing import profiles
 from gravlens_jax.lensing.noise import poisson
 from gravlens_jax.lensing.priors import Priors
 
-LensParams = dict[str, jax.Array]
+LensParams = dict[str, jax.Array]  # a result of `sample_lens`
 
 
 class Grid(NamedTuple):
@@ -38,12 +38,11 @@ PAIRS = ("source", "vortex_centre", "lens_centre")  # of x and y
 
 
 def sample_lens(key: jax.Array, priors: Priors, substructure: str) -> LensParams:
-    """Returns the parameters of one lens, drawn from `priors`; `substructure` is "no", "sphere" or "vort".
+    """Returns the parameters of one lens, in arcsec, radians and solar masses; `substructure` is one of CLASSES.
 
     They are float32 scalars z_lens, z_source, halo_mass, theta_E (of the main halo), shear, shear_angle, source_radius,
     source_axis_ratio, source_angle, and source (2,); for "sphere" also subhalo_centres (padding, 2) and subhalo_masses
-    (padding,), padded with 0; for "vort" also vortex_mass, vortex_angle, vortex_length and vortex_centre (2,). Arcsec,
-    radians, solar masses.
+    (padding,), padded with 0; for "vort" also vortex_mass, vortex_angle, vortex_length and vortex_centre (2,).
     """
     check(substructure in CLASSES, f"substructure={substructure!r}: expected one of {', '.join(CLASSES)}")
     *most_keys, last_key = jax.random.split(key, 16)
@@ -130,8 +129,7 @@ def deflection_map(lens_params: LensParams, priors: Priors, grid: Grid) -> jax.A
     """Returns the deflection minus that of a smooth lens of equal mass, on a coarse grid: float32 (cells, cells, 2).
 
     The smooth lens has the same redshifts and the whole `priors.mass` in its main halo, so the map is 0 for a lens
-    without substructure. Arcsec; the last axis is x and y. Point masses are softened by 3/8 of a cell. `lens_params`
-    are a result of `sample_lens`.
+    without substructure. Arcsec; the last axis is x and y. Point masses are softened by 3/8 of a cell.
     """
     p = lens_params
     x, y = profiles.pixel_grid(grid.cells, grid.width, dtype=jnp.float32)
@@ -206,14 +204,13 @@ def _deflect_halo(x: jax.Array, y: jax.Array, theta_E: jax.Array, p: LensParams,
     return profiles.deflect_sie(x, y, theta_E, axis_ratio, angle)
 
 
-def significance(lens_params: Mapping[str, Any], priors: Priors) -> jax.Array:
+def significance(lens_params: LensParams, priors: Priors) -> jax.Array:
     """Returns by how many standard deviations of the photon noise the substructure stands out, float32 ().
 
     After a refit of every smooth parameter: theta_E, shear, the source's position, axis ratio and angle, and its radius
     if the priors leave it free. The imprint of the substructure, less that of the same mass in the halo, is divided by
     the noise of each pixel; what remains after a least-squares fit of its derivatives in the smooth parameters is the
-    significance. It is 0 for a lens without substructure. For vmap over lenses of one class. `lens_params` are a result
-    of `sample_lens`, `priors` their population.
+    significance. It is 0 for a lens without substructure. For vmap over lenses of one class.
     """
     p = _as_arrays(lens_params)
     smooth = {name: value for name, value in p.items() if name in SMOOTH or name in OPTIONAL}
