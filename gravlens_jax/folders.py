@@ -27,6 +27,7 @@ PAIRS = [(images, labels) for images in ("images", "image", "x", "data") for lab
 PAIRS += [("x_train", "y_train"), ("arr_0", "arr_1")]  # names of the arrays in an .npz from elsewhere, in lower case
 FOREIGN_BYTES = 2**30  # limit for images from elsewhere that are read into memory
 Classes = Mapping[str, str]  # name in the network -> name in the data
+Shape = tuple[int, ...] | None  # height and width, if known
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Planes:
 ALL_PLANES = Planes()
 
 
-def load_npz(path: Path, label_names: Sequence[str] | None = None, need_labels: bool = True) -> Dataset:
+def load_npz(path: Path, label_names: Sequence[str] = (), need_labels: bool = True) -> Dataset:
     """Opens an .npz of this project, or reads one from elsewhere into memory and prints which arrays are used.
 
     One from elsewhere may be compressed, have other usual names of arrays (PAIRS), or no names of its classes: then
@@ -62,7 +63,7 @@ def load_npz(path: Path, label_names: Sequence[str] | None = None, need_labels: 
         pixels = npz.read_members(archive, members, {images: "uif"}, FOREIGN_BYTES)[images].reshape(shape)
     if not need_labels:
         return Dataset(pixels, np.zeros(len(pixels), np.int32), (), {})
-    classes = tuple(arrays["classes"].ravel().tolist() if "classes" in arrays else label_names or ())
+    classes = tuple(arrays["classes"].ravel().tolist() if "classes" in arrays else label_names)
     unnamed = f"{path} does not name its classes; give --classes with the names of labels 0, 1, ... in this order"
     check(bool(classes), unnamed)
     return Dataset(pixels, npz.check_labels(arrays[labels], len(pixels), classes, path), classes, {})
@@ -86,9 +87,7 @@ def find_names(path: Path, members: npz.Members, need_labels: bool = True) -> tu
     return found
 
 
-def open_images(
-    path: Path, planes: Planes = ALL_PLANES, shape: tuple[int, ...] | None = None
-) -> np.ndarray | MappedImages:
+def open_images(path: Path, planes: Planes = ALL_PLANES, shape: Shape = None) -> np.ndarray | MappedImages:
     """Returns the images of a file, (n, height, width); those of .npy are not read yet: see `read_rows`.
 
     The file's name ends in one of SUFFIXES; it holds one plane (height, width), or several along the first axis, or up
@@ -135,7 +134,7 @@ def _find_planes(shape: tuple[int, ...], planes: Planes, where: str) -> tuple[tu
     return lengths, slice(0, n) if planes.stack else slice(band, band + 1), last
 
 
-def read_images(path: Path, shape: tuple[int, ...] | None = None, planes: Planes = ALL_PLANES) -> np.ndarray:
+def read_images(path: Path, shape: Shape = None, planes: Planes = ALL_PLANES) -> np.ndarray:
     """Returns the images of a file, (n, height, width), as `read_rows` does; InputError also if not of `shape`."""
     images = open_images(path, planes, shape)
     (height, width), expected = images.shape[1:], " x ".join(map(str, shape or ()))
@@ -191,11 +190,7 @@ def show_unread(files: Iterable[Path]) -> None:
 
 
 def load_labelled(
-    path: Path,
-    classes: Classes,
-    label_names: Sequence[str] | None = None,
-    planes: Planes = ALL_PLANES,
-    shape: tuple[int, int] | None = None,
+    path: Path, classes: Classes, label_names: Sequence[str] = (), planes: Planes = ALL_PLANES, shape: Shape = None
 ) -> Dataset:
     """Opens an .npz, see `load_npz`, or reads a folder with one folder of images for each class, scaled to [0, 1].
 
@@ -244,7 +239,7 @@ def show_notices(splits: Mapping[str, tuple[Sequence[bytes], np.ndarray]], class
         print(f"notice: very different numbers of images ({numbers}): the rare class is learnt less", file=sys.stderr)
 
 
-def _open_fits(path: Path, planes: Planes, shape: tuple[int, ...] | None) -> np.ndarray:
+def _open_fits(path: Path, planes: Planes, shape: Shape) -> np.ndarray:
     """Reads the images of one HDU; astropy may fail in many ways on a damaged file."""
     check_installed("astropy", str(path), '"gravlens_jax[fits]"')
     from astropy.io import fits
@@ -264,7 +259,7 @@ def _open_fits(path: Path, planes: Planes, shape: tuple[int, ...] | None) -> np.
         raise InputError(f"{path}: not a readable FITS file ({error!r:.200})") from error
 
 
-def _choose_hdu(path: Path, found: list[tuple[int, Any]], wanted: str | None, shape: tuple[int, ...] | None) -> Any:
+def _choose_hdu(path: Path, found: list[tuple[int, Any]], wanted: str | None, shape: Shape) -> Any:
     """Returns the wanted one of several (number, HDU): SCI, or the only one of `shape`, or with two axes."""
     check(bool(found), f"{path}: holds no image of 2 to 4 axes")
     names = {i: f"{i} {hdu.name} ({' x '.join(map(str, hdu.shape))})" for i, hdu in found}

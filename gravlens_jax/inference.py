@@ -76,17 +76,12 @@ def predict(
 def predict_logits(
     model: ResNet, variables: Any, images: Images, batch_size: int = 128, tta: bool = False
 ) -> np.ndarray:
-    """Returns the logits of `images`, float32 (n, len(model.classes)).
+    """Returns the logits of `images`, float32 (n, len(model.classes)); `model, variables = load_network(...)`.
 
-    Args:
-      model, variables: as `load_network` returns them.
-      images: (n, height, width), any real dtype and unit: each is scaled by its own minimum and maximum. A memory map
-        is read batch by batch.
-      batch_size: images per step.
-      tta: test-time augmentation: the mean over an image and its three mirror images, at four times the cost.
-
-    Raises:
-      InputError: not (n, height, width), smaller than the crop, or NaN or infinite pixels.
+    `images` are (n, height, width), any real dtype and unit: each is scaled by its own minimum and maximum. A memory
+    map is read batch by batch, `batch_size` images per step. `tta` is test-time augmentation: the mean over an image
+    and its three mirror images, at four times the cost. InputError if images are not (n, height, width), smaller than
+    the crop, or have NaN or infinite pixels.
     """
     return outputs(model, variables, images, batch_size, tta)[0]
 

@@ -113,14 +113,14 @@ def check_same_images(run_dir: Path, info: RunInfo) -> None:
 def read_history(run_dir: Path, step: int | None = None) -> list[dict[str, Any]]:
     """Returns the lines of metrics.jsonl, or those up to `step`; [] if there is no such file, InputError if damaged."""
     path, history = run_dir / "metrics.jsonl", []
-    for text in path.read_bytes().splitlines() if path.exists() else []:
-        try:
+    try:
+        for text in path.read_bytes().splitlines() if path.exists() else []:
             line = json.loads(text)
             if step is not None and line["step"] > step:  # of an epoch that was not saved; more may follow, cut
                 break
-        except (ValueError, TypeError, KeyError) as error:  # also bad UTF-8
-            raise InputError(f"{path} has a damaged line ({error!r}); remove the file or that line") from error
-        history.append(line)
+            history.append(line)
+    except (ValueError, TypeError, KeyError) as error:  # also bad UTF-8
+        raise InputError(f"{path} has a damaged line ({error!r}); remove the file or that line") from error
     return history
 
 

@@ -35,12 +35,10 @@ def fit(
 ) -> dict[str, Any]:
     """Trains, saves and evaluates a run; returns the metrics of its best checkpoint on the test split.
 
-    Args:
-      config: the run. Its directory must be new, or with `resume` hold a run of the same config: only the place of
-        the data and, if the learning rate is constant, the number of epochs may have changed.
-      resume: continue from the last save.
-      save_minutes: time between saves within an epoch; 0 for none. The end of an epoch is always saved.
-      on_epoch: called with each line of metrics.jsonl when its epoch is saved, or at the start if it was saved before.
+    The directory must be new or, with `resume`, hold a run of the same config, which continues from its last save: only
+    the place of the data and, if the learning rate is constant, the number of epochs may have changed.
+    `save_minutes` is the time between saves within an epoch, 0 for none; the end of an epoch is always saved.
+    `on_epoch` is called with each line of metrics.jsonl when its epoch is saved, or at the start if it was before.
 
     Raises:
       InputError: an error in the config, the data or the run directory, or another process has locked the run.
