@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from math import pi, radians
 from typing import Any
 
-from gravlens_jax.config import PriorPreset, check_finite
+from gravlens_jax.config import PriorPreset, check_ranges
 from gravlens_jax.errors import check
 
 
@@ -65,15 +65,11 @@ class Priors:
     vortex_centre_sigma: float = 0.5  # [P, M] arcsec, normal in x and in y
 
     def __post_init__(self):
-        check_finite(self)
-        values = vars(self)
-        for name, value in values.items():
-            stem = name.removesuffix("_min").removesuffix("_max")
-            low, high = RANGES.get(stem, (-math.inf, math.inf))
-            check(value is None or low <= value <= high, f"{name}={value}: expected {low:g} to {high:g}")
-            if name.endswith("_min"):
-                largest = values[f"{stem}_max"]
-                check(value <= largest, f"{name}={value} is larger than {stem}_max={largest}")
+        values, stems = vars(self), {name: name.removesuffix("_min").removesuffix("_max") for name in vars(self)}
+        check_ranges(self, **{name: RANGES[stem] for name, stem in stems.items() if stem in RANGES})
+        for name, stem in stems.items():
+            low, high = values[name], values.get(f"{stem}_max")
+            check(not name.endswith("_min") or low <= high, f"{name}={low} is larger than {stem}_max={high}")
         behind = self.z_source_min > self.z_lens_max
         check(behind, f"z_source_min={self.z_source_min} is not behind z_lens_max={self.z_lens_max}")
         check(self.psf_size % 2 == 1, f"psf_pixels={self.psf_pixels}: expected an odd number")
