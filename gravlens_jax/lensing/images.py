@@ -76,7 +76,7 @@ def _in_turn(make: Callable[[str, jax.Array], jax.Array], first: jax.Array, n: i
 
 @partial(jax.jit, static_argnames=("n", "priors", "grid"))
 def render_deflections(first, seed, split, *, n: int, priors: Priors, grid: Grid) -> jax.Array:
-    """Returns the `deflection_map` of images `first` to first + n - 1 of a split: float32 (n, cells, cells, 2)."""
+    """Returns the `deflection_map` of `n` images of a split from `first` on: float32 (n, cells, cells, 2), arcsec."""
     sample = partial(_sample_block, seed, split, priors=priors)
     return _in_turn(lambda name, rows: _map_block(sample(rows, substructure=name), priors=priors, grid=grid), first, n)
 
@@ -116,7 +116,8 @@ def simulate_images(
             most = float(largest)
             heavy = "its substructure is heavier than the prior `mass`, or a prior is beyond what can be rendered"
             check(not np.isnan(most), f"a {name} lens cannot be rendered: {heavy}")
-            check(most + 6 * most**0.5 < MAX_COUNTS, f"a pixel has {most:.0f} counts; lower the prior `photons`")
+            many = f"a pixel has {most:.0f} counts, more than {MAX_COUNTS}; lower the prior `photons`"
+            check(most + 6 * most**0.5 < MAX_COUNTS, many)
             used = indices < stop
             images[indices[used] - begin] = np.asarray(rendered)[used]
         return images
@@ -139,9 +140,12 @@ def render_images(lens_params: Mapping[str, Any], priors: Priors) -> np.ndarray:
     shape = np.shape(lens_params["z_lens"])
     check(len(shape) == 1, f"lens_params of shape {shape} are not those of n lenses; for one, call render_lens")
     check(shape[0] >= 1, "lens_params hold no lens")
+
+    def render(lenses):
+        return np.asarray(_render(lenses, priors=priors))
+
     with ThreadPoolExecutor(_workers()) as pool:
-        blocks = pool.map(partial(_render, priors=priors), _blocks(lens_params, _block_size()))
-        return np.concatenate([np.asarray(block) for block in blocks])[: shape[0]]
+        return np.concatenate(list(pool.map(render, _blocks(lens_params, _block_size()))))[: shape[0]]
 
 
 _render = jax.jit(render_lenses, static_argnames="priors")

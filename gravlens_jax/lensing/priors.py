@@ -68,8 +68,9 @@ class Priors:
         values, stems = vars(self), {name: name.removesuffix("_min").removesuffix("_max") for name in vars(self)}
         check_ranges(self, **{name: RANGES[stem] for name, stem in stems.items() if stem in RANGES})
         for name, stem in stems.items():
-            low, high = values[name], values.get(f"{stem}_max")
-            check(not name.endswith("_min") or low <= high, f"{name}={low} is larger than {stem}_max={high}")
+            if name.endswith("_min"):
+                low, high = values[name], values[f"{stem}_max"]
+                check(low <= high, f"{name}={low} is larger than {stem}_max={high}")
         behind = self.z_source_min > self.z_lens_max
         check(behind, f"z_source_min={self.z_source_min} is not behind z_lens_max={self.z_lens_max}")
         check(self.psf_size % 2 == 1, f"psf_pixels={self.psf_pixels}: expected an odd number")
