@@ -12,7 +12,7 @@ def poisson(keys: jax.Array, rates: jax.Array, least: float = 0.0) -> jax.Array:
 
     The inverse of the distribution function at a normal variate, by the asymptotic expansion of Giles (2016, ACM Trans.
     Math. Softw. 42, 6, eq. 10 to 12), rounded down. The total variation distance from the Poisson distribution is below
-    2e-4 for rates from 0.1 to 60,000. The sum for small rates is left out if `least`, a lower bound, is no small rate.
+    2e-4 for rates from 0.1 to 60,000. If `least`, a lower bound, is SMALL_RATE or more, the sum for these is left out.
     """
     shape = rates.shape[1:]
     normal = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)

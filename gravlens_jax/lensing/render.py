@@ -110,7 +110,7 @@ def _sample_vortex(keys: Iterator[jax.Array], priors: Priors) -> LensParams:
 def deflect_substructure(
     x: jax.Array, y: jax.Array, lens_params: LensParams, softening: float = profiles.SOFTENING
 ) -> profiles.Pair:
-    """Returns the deflection by the subhalos and the vortex alone, arcsec, as `profiles.deflect_points`; 0 without."""
+    """Returns the deflection (arcsec) by the subhalos and the vortex, `softening` of their point masses; 0 without."""
     p = lens_params
     parts = []
     if "subhalo_masses" in p:
