@@ -7,28 +7,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gravlens_jax.config import CLASSES as CLASSES
-    from gravlens_jax.config import Config as Config
-    from gravlens_jax.errors import InputError as InputError
-    from gravlens_jax.inference import deflection_grid as deflection_grid
-    from gravlens_jax.inference import embed as embed
-    from gravlens_jax.inference import logits as logits
-    from gravlens_jax.inference import predict as predict
-    from gravlens_jax.inference import predict_deflection as predict_deflection
-    from gravlens_jax.inference import predict_logits as predict_logits
-    from gravlens_jax.lensing.priors import PRIORS as PRIORS
-    from gravlens_jax.lensing.priors import Priors as Priors
-    from gravlens_jax.lensing.render import render_lens as render_lens
-    from gravlens_jax.lensing.render import sample_lens as sample_lens
-    from gravlens_jax.metrics import convergence as convergence
-    from gravlens_jax.model import ResNet as ResNet
-    from gravlens_jax.model import ResNet20 as ResNet20
-    from gravlens_jax.network import load_network as load_network
-    from gravlens_jax.network import load_pretrained as load_pretrained
-    from gravlens_jax.npz import open_npz as open_npz
-    from gravlens_jax.training import fit as fit
+    from gravlens_jax.config import CLASSES, Config
+    from gravlens_jax.errors import InputError
+    from gravlens_jax.inference import deflection_grid, embed, logits, predict, predict_deflection, predict_logits
+    from gravlens_jax.lensing.priors import PRIORS, Priors
+    from gravlens_jax.lensing.render import render_lens, sample_lens
+    from gravlens_jax.metrics import convergence
+    from gravlens_jax.model import ResNet, ResNet20
+    from gravlens_jax.network import load_network, load_pretrained
+    from gravlens_jax.npz import open_npz
+    from gravlens_jax.training import fit
 
 __version__ = "0.8.0"
+__all__ = ["CLASSES", "PRIORS", "Config", "InputError", "Priors", "ResNet", "ResNet20", "convergence"]
+__all__ += ["deflection_grid", "embed", "fit", "load_network", "load_pretrained", "logits", "open_npz", "predict"]
+__all__ += ["predict_deflection", "predict_logits", "render_lens", "sample_lens"]
 _NAMES = {
     "config": ("CLASSES", "Config"),
     "errors": ("InputError",),
@@ -42,7 +35,6 @@ _NAMES = {
     "training": ("fit",),
 }
 _MODULES = {name: f"gravlens_jax.{module}" for module, names in _NAMES.items() for name in names}
-__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

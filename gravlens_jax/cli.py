@@ -130,8 +130,7 @@ def fast_environment() -> dict[str, str]:
     XLA_FLAGS, for the version of jaxlib where it was measured: convolutions by oneDNN, which is in that version but
     off. A training step on a CPU with AVX-512 takes a fifth less time; one with AVX2 as long as before. The compile
     cache cannot keep such programs: each start compiles them, which takes seconds.
-    TF_CPP_MIN_LOG_LEVEL, for versions of jaxlib that print an error about each program from the compile cache on CPUs
-    with AVX-512: jax issue 38445.
+    TF_CPP_MIN_LOG_LEVEL, for versions that print an error about each cached program with AVX-512: jax issue 38445.
     """
     wanted = {}
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")

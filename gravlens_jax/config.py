@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gravlens_jax.errors import check
+from gravlens_jax.errors import InputError, check
 
 CLASSES = ("no", "sphere", "vort")  # of simulated images, and the default; a label is an index into them
 REQUIRED_SPLITS = ("train", "val", "test")
@@ -22,14 +22,16 @@ Checkpoint = Literal["best", "final"]  # the epoch of lowest validation loss, or
 STRETCHED = {"linear": (0.15, 0.17), "sqrt": (0.34, 0.19), "log": (-2.3, 1.0)}
 PriorPreset = Literal["ct1", "model_a", "paper", "deeplensesim_i"]
 PRIOR_PRESETS: tuple[PriorPreset, ...] = typing.get_args(PriorPreset)
+NOT_NEGATIVE, POSITIVE, SEEDS = (0, math.inf), (1, math.inf), (0, 2**31 - 1)  # ranges for `check_ranges`
 
 
-def check_finite(config: Any, **least: float) -> None:
-    """Raises InputError if a number of a dataclass is NaN or infinite, or lower than its bound in `least`."""
+def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
+    """Raises InputError if a number of a dataclass is NaN, infinite or out of its range (smallest, largest)."""
     for name, value in vars(config).items():
-        finite = not isinstance(value, float) or math.isfinite(value)
-        check(finite, f"{name}={value}: expected a finite number")
-        check(name not in least or value >= least[name], f"{name}={value}: expected at least {least.get(name)}")
+        check(not isinstance(value, float) or math.isfinite(value), f"{name}={value}: expected a finite number")
+        if name in ranges and value is not None:
+            low, high = ranges[name]
+            check(low <= value <= high, f"{name}={value}: expected {low:g} to {high:g}")
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,7 @@ class SimulationConfig:
     folder: str = "data"  # where the files of each set of images have a folder
 
     def __post_init__(self):
-        check_finite(self, train=0, easy=0, val=0, test=0)
-        check(0 <= self.seed < 2**31, f"seed={self.seed}: expected 0 <= seed < 2^31")
+        check_ranges(self, train=NOT_NEGATIVE, easy=NOT_NEGATIVE, val=NOT_NEGATIVE, test=NOT_NEGATIVE, seed=SEEDS)
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,7 @@ class InputConfig:
     std: float | None = None  # divides the result; default: the standard deviation of simulated images
 
     def __post_init__(self):
-        check_finite(self, crop=1, pool=1)
-        check(self.crop <= 2**14, f"crop={self.crop}: expected at most {2**14} pixels")
+        check_ranges(self, crop=(1, 2**14), pool=POSITIVE)
         check(self.crop % self.pool == 0, f"crop={self.crop} is not a multiple of pool={self.pool}")
         check(self.std is None or self.std > 0, f"std={self.std}: expected a positive number")
 
@@ -90,7 +90,7 @@ class AugmentConfig:
     max_shift: float = 0.0  # fraction of the image, in either direction
 
     def __post_init__(self):
-        check_finite(self, max_rotation=0)
+        check_ranges(self, max_rotation=NOT_NEGATIVE)
         check(0 <= self.max_shift < 1, f"max_shift={self.max_shift}: expected a fraction in [0, 1)")
 
 
@@ -104,9 +104,9 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and statistics stay float32
 
     def __post_init__(self):
-        expected = "6n + 2 layers, such as 8, 14, 20, 32, 44 or 56, at most 1202"
-        check(8 <= self.depth <= 1202 and self.depth % 6 == 2, f"depth={self.depth}: expected {expected}")
-        check(1 <= self.width <= 2**12, f"width={self.width}: expected 1 to {2**12} filters")
+        right = 8 <= self.depth <= 1202 and self.depth % 6 == 2
+        check(right, f"depth={self.depth}: expected 6n + 2 layers, such as 8, 14, 20 or 32, at most 1202")
+        check_ranges(self, width=(1, 2**12))
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class OptimConfig:
     plateau_patience: int = 3  # epochs without improvement that are tolerated (PyTorch's meaning)
 
     def __post_init__(self):
-        check_finite(self, weight_decay=0, warmup_steps=0, plateau_patience=0)
+        check_ranges(self, weight_decay=NOT_NEGATIVE, warmup_steps=NOT_NEGATIVE, plateau_patience=NOT_NEGATIVE)
         check(self.learning_rate > 0, f"learning_rate={self.learning_rate}: expected a positive number")
         check(0 < self.plateau_factor < 1, f"plateau_factor={self.plateau_factor}: expected a number in (0, 1)")
 
@@ -132,8 +132,7 @@ class Config:
     """Everything that determines the result of a run."""
 
     run_dir: str = "runs/default"  # folder for checkpoints, metrics and the report
-    # folder with train, val and test.npz, optionally easy.npz. Default: simulate. simulate:PRESET: new images in every
-    # epoch
+    # folder with train, val and test.npz, optionally easy.npz. Default: simulate. simulate:PRESET: each image once
     data: str | None = None
     seed: int = 0  # of initial parameters, order and augmentation
     epochs: int = 3  # passes over the training images
@@ -149,8 +148,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self):
-        check_finite(self, epochs=1, batch_size=1, deflection_weight=0)
-        check(0 <= self.seed < 2**31, f"seed={self.seed}: expected 0 <= seed < 2^31")
+        check_ranges(self, epochs=POSITIVE, batch_size=POSITIVE, deflection_weight=NOT_NEGATIVE, seed=SEEDS)
         if self.data is not None and self.data.startswith(STREAM):
             check(self.stream is not None, f"data={self.data}: expected {STREAM} and one of {', '.join(PRIOR_PRESETS)}")
             check(not self.device_data, f"data={self.data} holds no images that device_data could hold; leave one out")
@@ -208,14 +206,11 @@ PRESETS = {
 
 
 def from_dict(cls: type, values: Any, where: str = "config") -> Any:
-    """Returns a dataclass above, or a NamedTuple of such, from the values of a JSON object, called `where` in errors.
-
-    Missing or unknown fields and wrong types raise InputError.
-    """
+    """Returns a dataclass, or a NamedTuple of such, from a JSON object; InputError for other fields or wrong types."""
     check(isinstance(values, dict), f"{where}: expected an object, got {values!r:.80}")
     hints = typing.get_type_hints(cls)
     for name in values.keys() ^ hints.keys():
-        check(False, f"{where}: field {name!r} is {'unknown' if name in values else 'missing'}")
+        raise InputError(f"{where}: field {name!r} is {'unknown' if name in values else 'missing'}")
     return cls(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 

@@ -47,8 +47,8 @@ def open_splits(config: Config, mesh: Mesh) -> Splits:
     training, files, has_deflections = (_open_stream if config.stream else _open_files)(config, mesh)
     preprocess.check_images(files["val"].images.shape, config.input)
     for name, data in training.items():
-        holds = f"{name} holds {data.size} images, fewer than batch_size={config.batch_size}"
-        check(data.size >= config.batch_size, f"{holds}; give more or lower it")
+        few = f"{name} holds {data.size} images, fewer than batch_size={config.batch_size}; give more or lower it"
+        check(data.size >= config.batch_size, few)
     record = {split: fingerprint(dataset) for split, dataset in files.items()}
     priors = find_priors(files["val"])
     scale = priors.pixel_scale if priors else None
@@ -57,13 +57,12 @@ def open_splits(config: Config, mesh: Mesh) -> Splits:
 
 def _open_files(config: Config, mesh: Mesh) -> tuple[dict[str, Any], dict[str, npz.Dataset], bool]:
     files = load_splits(_simulate(config) if config.data is None else Path(config.data))
-    kinds = {"train": DeviceData if config.device_data else FileData, "easy": FileData}
-    maps = {split: map_renderer(files[split], config.input) for split in kinds if split in files}
+    maps = {split: map_renderer(files[split], config.input) for split in ("train", "easy") if split in files}
     has_deflections = config.uses_deflections and None not in maps.values()
-    training = {
-        split: kinds[split](files[split], config.batch_size, config.seed, mesh, render if has_deflections else None)
-        for split, render in maps.items()
-    }
+    training: dict[str, Any] = {}
+    for split, render in maps.items():
+        kind = DeviceData if config.device_data and split == "train" else FileData
+        training[split] = kind(files[split], config.batch_size, config.seed, mesh, render if has_deflections else None)
     return training, files, has_deflections
 
 
@@ -73,10 +72,10 @@ def _open_stream(config: Config, mesh: Mesh) -> tuple[dict[str, Any], dict[str, 
     held_out = replace(config, simulation=replace(s, preset=config.stream, train=0, easy=0))
     files = load_splits(_simulate(held_out), ("val", "test"))
     grid = map_grid(config.input, priors) if config.uses_deflections else None
-    populations, training = {"train": priors} | ({"easy": make_easy(priors)} if s.easy else {}), {}
-    for split, population in populations.items():
-        n, index = getattr(s, split), SPLITS.index(split)
-        training[split] = StreamData(n, population, index, config.batch_size, s.seed, mesh, grid)
+    open_stream = partial(StreamData, batch_size=config.batch_size, seed=s.seed, mesh=mesh, grid=grid)
+    training = {"train": open_stream(s.train, priors, SPLITS.index("train"))}
+    if s.easy:
+        training["easy"] = open_stream(s.easy, make_easy(priors), SPLITS.index("easy"))
     return training, files, grid is not None
 
 
@@ -87,10 +86,7 @@ def map_grid(config: InputConfig, priors: Priors) -> Grid:
 
 
 def map_renderer(dataset: npz.Dataset, config: InputConfig) -> Callable[[np.ndarray], np.ndarray] | None:
-    """Returns a function from rows of simulated images to their deflection maps, see `deflection_map`, on `map_grid`.
-
-    None for other images.
-    """
+    """Returns a function from rows of simulated images to their `deflection_map` on `map_grid`; None for others."""
     lens_params, priors = dataset.lens_params, find_priors(dataset)
     if lens_params is None or priors is None:
         return None
@@ -110,9 +106,8 @@ def find_priors(dataset: npz.Dataset) -> Priors | None:
     with suppress(KeyError, TypeError, ValueError):  # parameters that were edited
         if shows_its_lenses(dataset, priors):
             return priors
-    print(
-        "the images are not those of their lens parameters: no deflection maps of their substructure", file=sys.stderr
-    )
+    notice = "the images are not those of their lens parameters: no deflection maps of their substructure"
+    print(notice, file=sys.stderr)
     return None
 
 
@@ -121,10 +116,10 @@ def shows_its_lenses(dataset: npz.Dataset, priors: Priors) -> bool:
 
     Mirrored or edited images are not: the chi-square per pixel of CHECKED_ROWS images differs from 1.
     """
-    assert dataset.lens_params is not None
-    rows = np.unique(np.linspace(0, dataset.size - 1, CHECKED_ROWS).astype(int))
     if dataset.image_shape != (priors.num_pixels, priors.num_pixels) or dataset.images.dtype != np.uint16:
         return False
+    assert dataset.lens_params is not None
+    rows = np.unique(np.linspace(0, dataset.size - 1, CHECKED_ROWS).astype(int))
     lenses = images.without_nan({name: values[rows] for name, values in dataset.lens_params.items()})
     expected = images.render_images(lenses, priors)
     bright = expected > 1
@@ -206,9 +201,9 @@ def _missing_files(out: Path, config: SimulationConfig, priors: Priors) -> dict[
         info = {"simulated": source | {"priors": asdict(population)}}
         if path.exists():
             found = npz.open_npz(path)
-            message = f"{path} holds {found.size} other images, or another version's"
             same = found.size == n and found.info == info and found.lens_params is not None
-            check(same, f"{message}; remove it or choose another folder")
+            other = f"{path} holds {found.size} other images, or another version's; remove it or choose another folder"
+            check(same, other)
         elif n:
             missing[split] = n, population, info
     return missing

@@ -20,9 +20,11 @@ def check_installed(package: str, feature: str, install: str) -> None:
     check(find_spec(package) is not None, f"{feature} needs {package}; run: pip install {install}")
 
 
-def parse_json(text: str | bytes, where: str) -> Any:
-    """Returns the value of a JSON text; InputError that names `where` if it is not JSON."""
+def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+    """Returns the object of a JSON text; InputError that names `where` if it is another value or not JSON."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also bad UTF-8, and integers of thousands of digits
         raise InputError(f"{where} is not readable JSON ({error}); the file is damaged") from error
+    check(isinstance(value, dict), f"{where} is not a JSON object; the file is damaged")
+    return value

@@ -27,6 +27,7 @@ PAIRS = [(images, labels) for images in ("images", "image", "x", "data") for lab
 PAIRS += [("x_train", "y_train"), ("arr_0", "arr_1")]  # names of the arrays in an .npz from elsewhere, in lower case
 FOREIGN_BYTES = 2**30  # limit for images from elsewhere that are read into memory
 Classes = Mapping[str, str]  # name in the network -> name in the data
+Shape = tuple[int, ...] | None  # height and width, if known
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Planes:
 ALL_PLANES = Planes()
 
 
-def load_npz(path: Path, label_names: Sequence[str] | None = None, need_labels: bool = True) -> Dataset:
+def load_npz(path: Path, label_names: Sequence[str] = (), need_labels: bool = True) -> Dataset:
     """Opens an .npz of this project, or reads one from elsewhere into memory and prints which arrays are used.
 
     One from elsewhere may be compressed, have other usual names of arrays (PAIRS), or no names of its classes: then
@@ -58,12 +59,11 @@ def load_npz(path: Path, label_names: Sequence[str] | None = None, need_labels: 
         if members[images].file_size > FOREIGN_BYTES:
             return npz.open_npz(path)  # raises InputError with the command that converts the file
         arrays = npz.read_members(archive, members, {labels: "ui", "classes": "U"} if need_labels else {})
-        with archive.open(members[images]) as file:
-            shape = npz.read_image_header(file, members[images].file_size, f"{path}: {images}").shape
+        shape = npz.read_image_header(archive, members[images]).shape
         pixels = npz.read_members(archive, members, {images: "uif"}, FOREIGN_BYTES)[images].reshape(shape)
     if not need_labels:
         return Dataset(pixels, np.zeros(len(pixels), np.int32), (), {})
-    classes = tuple(arrays["classes"].ravel().tolist() if "classes" in arrays else label_names or ())
+    classes = tuple(arrays["classes"].ravel().tolist() if "classes" in arrays else label_names)
     unnamed = f"{path} does not name its classes; give --classes with the names of labels 0, 1, ... in this order"
     check(bool(classes), unnamed)
     return Dataset(pixels, npz.check_labels(arrays[labels], len(pixels), classes, path), classes, {})
@@ -87,9 +87,7 @@ def find_names(path: Path, members: npz.Members, need_labels: bool = True) -> tu
     return found
 
 
-def open_images(
-    path: Path, planes: Planes = ALL_PLANES, shape: tuple[int, ...] | None = None
-) -> np.ndarray | MappedImages:
+def open_images(path: Path, planes: Planes = ALL_PLANES, shape: Shape = None) -> np.ndarray | MappedImages:
     """Returns the images of a file, (n, height, width); those of .npy are not read yet: see `read_rows`.
 
     The file's name ends in one of SUFFIXES; it holds one plane (height, width), or several along the first axis, or up
@@ -103,7 +101,6 @@ def open_images(
     try:
         with open(path, "rb") as file:
             header = npz.read_header(file, os.stat(path).st_size, "uif", str(path))
-            npz.check_bits(header.dtype, str(path))
             lengths, rows, last = _find_planes(header.shape, planes, str(path))
             if not (header.fortran_order or last):
                 n, plane = rows.stop - rows.start, math.prod(lengths[1:]) * header.dtype.itemsize
@@ -129,16 +126,15 @@ def _find_planes(shape: tuple[int, ...], planes: Planes, where: str) -> tuple[tu
         lengths = (1, *lengths)
     last = lengths[0] > 1 and lengths[2] <= 4
     n, band = lengths[2 if last else 0], planes.band
-    if n == 1 or planes.stack:
-        band = band or 0
     several = f"{where}: {n} planes in an array of shape {shape}"
-    check(band is not None, f"{several}; give --band 0 to {n - 1}, or --stack if they are images of different lenses")
-    assert band is not None
+    chosen = n == 1 or planes.stack or band is not None
+    check(chosen, f"{several}; give --band 0 to {n - 1}, or --stack if they are images of different lenses")
+    band = band or 0
     check(0 <= band < n, f"{several}, but --band {band}; expected 0 to {n - 1}")
     return lengths, slice(0, n) if planes.stack else slice(band, band + 1), last
 
 
-def read_images(path: Path, shape: tuple[int, ...] | None = None, planes: Planes = ALL_PLANES) -> np.ndarray:
+def read_images(path: Path, shape: Shape = None, planes: Planes = ALL_PLANES) -> np.ndarray:
     """Returns the images of a file, (n, height, width), as `read_rows` does; InputError also if not of `shape`."""
     images = open_images(path, planes, shape)
     (height, width), expected = images.shape[1:], " x ".join(map(str, shape or ()))
@@ -194,11 +190,7 @@ def show_unread(files: Iterable[Path]) -> None:
 
 
 def load_labelled(
-    path: Path,
-    classes: Classes,
-    label_names: Sequence[str] | None = None,
-    planes: Planes = ALL_PLANES,
-    shape: tuple[int, int] | None = None,
+    path: Path, classes: Classes, label_names: Sequence[str] = (), planes: Planes = ALL_PLANES, shape: Shape = None
 ) -> Dataset:
     """Opens an .npz, see `load_npz`, or reads a folder with one folder of images for each class, scaled to [0, 1].
 
@@ -247,7 +239,7 @@ def show_notices(splits: Mapping[str, tuple[Sequence[bytes], np.ndarray]], class
         print(f"notice: very different numbers of images ({numbers}): the rare class is learnt less", file=sys.stderr)
 
 
-def _open_fits(path: Path, planes: Planes, shape: tuple[int, ...] | None) -> np.ndarray:
+def _open_fits(path: Path, planes: Planes, shape: Shape) -> np.ndarray:
     """Reads the images of one HDU; astropy may fail in many ways on a damaged file."""
     check_installed("astropy", str(path), '"gravlens_jax[fits]"')
     from astropy.io import fits
@@ -258,10 +250,8 @@ def _open_fits(path: Path, planes: Planes, shape: tuple[int, ...] | None) -> np.
             hdus = enumerate(islice(fits.open(file, memmap=False), 100))  # damaged files can seem endless
             found = [(i, hdu) for i, hdu in hdus if isinstance(hdu, kinds) and 2 <= len(hdu.shape) <= 4]
             hdu = _choose_hdu(path, found, planes.hdu, shape)
-            size = math.prod(hdu.shape) * abs(hdu.header["BITPIX"]) // 8
-            expected = f"expected at most {FOREIGN_BYTES:,}"
-            check(size <= FOREIGN_BYTES, f"{path} would unpack to {size:,} bytes, {expected}")
-            _find_planes(hdu.shape, planes, str(path))
+            size, most = math.prod(hdu.shape) * abs(hdu.header["BITPIX"]) // 8, FOREIGN_BYTES
+            check(size <= most, f"{path} would unpack to {size:,} bytes, expected at most {most:,}")
             return choose_planes(np.asarray(hdu.data), planes, str(path))
     except InputError:
         raise
@@ -269,25 +259,21 @@ def _open_fits(path: Path, planes: Planes, shape: tuple[int, ...] | None) -> np.
         raise InputError(f"{path}: not a readable FITS file ({error!r:.200})") from error
 
 
-def _choose_hdu(path: Path, found: list[tuple[int, Any]], wanted: str | None, shape: tuple[int, ...] | None) -> Any:
+def _choose_hdu(path: Path, found: list[tuple[int, Any]], wanted: str | None, shape: Shape) -> Any:
     """Returns the wanted one of several (number, HDU): SCI, or the only one of `shape`, or with two axes."""
-    names = {i: f"{i} {hdu.name} ({' x '.join(map(str, hdu.shape))})" for i, hdu in found}
     check(bool(found), f"{path}: holds no image of 2 to 4 axes")
-    rules = (
-        [[i for i, hdu in found if wanted.upper() in (str(i), hdu.name)]]
-        if wanted
-        else [
-            [i for i, hdu in found if hdu.name == "SCI"],
-            [i for i, hdu in found if (hdu.shape[-2:] == shape if shape else len(hdu.shape) == 2)],
-            list(names),
-        ]
-    )
-    chosen = next(filter(None, rules), [])
+    names = {i: f"{i} {hdu.name} ({' x '.join(map(str, hdu.shape))})" for i, hdu in found}
+    if wanted:
+        chosen = [(i, hdu) for i, hdu in found if wanted.upper() in (str(i), hdu.name)]
+    else:
+        science = [(i, hdu) for i, hdu in found if hdu.name == "SCI"]
+        right = [(i, hdu) for i, hdu in found if (hdu.shape[-2:] == shape if shape else len(hdu.shape) == 2)]
+        chosen = science or right or found
     several = f"{path}: has the images {', '.join(names.values())}; choose one with --hdu"
     check(len(chosen) == 1, several + f", not {wanted}" * bool(wanted))
     if len(found) > 1:
-        _name_hdu(names[chosen[0]])
-    return dict(found)[chosen[0]]
+        _name_hdu(names[chosen[0][0]])
+    return chosen[0][1]
 
 
 @cache

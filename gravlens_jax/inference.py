@@ -15,7 +15,7 @@ import numpy as np
 from gravlens_jax.config import InputConfig
 from gravlens_jax.errors import check
 from gravlens_jax.metrics import VISIBLE, outlier_scores
-from gravlens_jax.model import ResNet
+from gravlens_jax.model import ResNet, apply_head
 from gravlens_jax.npz import MappedImages, read_rows
 from gravlens_jax.preprocess import cell_means, check_images, prepare, to_unit
 
@@ -37,27 +37,21 @@ def _outputs(variables, images: jax.Array, *, model: ResNet, tta: bool, maps: bo
     """Returns the arrays of `outputs`, and `deflection` if `maps`."""
     x = prepare(to_unit(images), model.input)
     mirrors = itertools.product((1, -1), (1, -1)) if tta else [(1, 1)]  # of y and of x
-    found: list[tuple[jax.Array, ...]] = []
+    found: list[dict[str, jax.Array]] = []
     for y_sign, x_sign in mirrors:
         outputs: Any = model.apply(variables, x[:, ::y_sign, ::x_sign])
-        logits, feature_maps = outputs
-        found.append((logits,))
+        found.append({"logits": outputs[0]})
         if maps:
-            deflection = _deflection(feature_maps[-1], variables["deflection"])[:, ::y_sign, ::x_sign]
-            found[-1] += (deflection * jnp.float32([x_sign, y_sign])[None, None, None],)
+            deflection = apply_head(outputs[1][-1], variables["deflection"])[:, ::y_sign, ::x_sign]
+            found[-1]["deflection"] = deflection * jnp.float32([x_sign, y_sign])[None, None, None]
         if len(found) == 1:
-            means = jnp.concatenate([x.astype(jnp.float32).mean((1, 2)) for x in feature_maps], 1)
-    mean = jax.tree.map(_mean, *found)
-    return {"logits": mean[0], "means": means} | ({"deflection": mean[1]} if maps else {})
+            means = jnp.concatenate([x.astype(jnp.float32).mean((1, 2)) for x in outputs[1]], 1)
+    return jax.tree.map(_mean, *found) | {"means": means}
 
 
 def _mean(*arrays: jax.Array) -> jax.Array:
     """Returns the mean of one, or of four in an order in which those of mirrored images have the same bits."""
     return arrays[0] if len(arrays) == 1 else ((arrays[0] + arrays[1]) + (arrays[2] + arrays[3])) / 4
-
-
-def _deflection(feature_map: jax.Array, head: Any) -> jax.Array:
-    return feature_map.astype(jnp.float32) @ head["kernel"] + head["bias"][None, None, None]
 
 
 def predict(
@@ -82,17 +76,12 @@ def predict(
 def predict_logits(
     model: ResNet, variables: Any, images: Images, batch_size: int = 128, tta: bool = False
 ) -> np.ndarray:
-    """Returns the logits of `images`, float32 (n, len(model.classes)).
+    """Returns the logits of `images`, float32 (n, len(model.classes)); `model, variables = load_network(...)`.
 
-    Args:
-      model, variables: as `load_network` returns them.
-      images: (n, height, width), any real dtype and unit: each is scaled by its own minimum and maximum. A memory map
-        is read batch by batch.
-      batch_size: images per step.
-      tta: test-time augmentation: the mean over an image and its three mirror images, at four times the cost.
-
-    Raises:
-      InputError: not (n, height, width), smaller than the crop, or NaN or infinite pixels.
+    `images` are (n, height, width), any real dtype and unit: each is scaled by its own minimum and maximum. A memory
+    map is read batch by batch, `batch_size` images per step. `tta` is test-time augmentation: the mean over an image
+    and its three mirror images, at four times the cost. InputError if images are not (n, height, width), smaller than
+    the crop, or have NaN or infinite pixels.
     """
     return outputs(model, variables, images, batch_size, tta)[0]
 
@@ -105,11 +94,10 @@ def embed(model: ResNet, variables: Any, images: Images, batch_size: int = 128) 
 def outputs(
     model: ResNet, variables: Any, images: Images, batch_size: int = 128, tta: bool = False, maps: bool = False
 ) -> tuple[np.ndarray, ...]:
-    """Returns logits, channel means and, if `maps`, those of `predict_deflection`, all in one pass.
+    """Returns logits, channel means and, if `maps`, those of `predict_deflection`; arguments as in `predict_logits`.
 
     The channel means, float32 (n, 8 * model.width), are the means over all pixels of each channel after the first
-    convolution and after each stage, of the images themselves also with `tta`; the last half of them are the features
-    of `embed`. Other arguments as in `predict_logits`.
+    convolution and after each stage, of the images themselves also with `tta`; the last half are those of `embed`.
     """
     if maps:
         check_deflection(model, variables)
@@ -180,8 +168,8 @@ def fit_deflection(
 ) -> dict[str, np.ndarray]:
     """Returns kernel and bias of the linear function from the last feature map to the deflection in its cells.
 
-    Least squares over all cells, weighted by their visible light as in training. `render` returns the true maps of
-    rows. A little regularization keeps channels that are always 0 out.
+    Least squares over all cells, weighted by their visible light as in training, with a little regularization for
+    channels that are always 0. `render` returns the true maps of rows.
     """
     size = 4 * model.width + 1
     products, targets = np.zeros((size, size)), np.zeros((size, 2))

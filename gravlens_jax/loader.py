@@ -1,8 +1,7 @@
 """Batches of a run: a pure function of config and step, read ahead in a thread.
 
 Training images are `FileData`, `DeviceData` or `stream.StreamData`. Each has `size`, the images of an epoch, and
-`batches(epoch, skip)`, which yields (number of steps, batch for `train_step.train_steps`) of an epoch without its first
-`skip` steps.
+`batches(epoch, skip)`, which yields (number of steps, batch for `train_steps`) without the first `skip` steps.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -105,10 +104,9 @@ class FileData:
     def _read_batches(self, rows: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
         for first in range(0, len(rows), STEPS_PER_CALL):
             group = rows[first : first + STEPS_PER_CALL]
-            maps = self._maps(group.ravel())
+            maps = {name: np.split(x, len(group)) for name, x in self._maps(group.ravel()).items()}
             for i, batch_rows in enumerate(group):
-                part = slice(i * len(batch_rows), (i + 1) * len(batch_rows))
-                yield _read(self.dataset, batch_rows) | {name: x[part] for name, x in maps.items()}
+                yield _read(self.dataset, batch_rows) | {name: x[i] for name, x in maps.items()}
 
     def _maps(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         return {"deflections": self.render_maps(rows)} if self.render_maps else {}

@@ -57,6 +57,11 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(1, keepdims=True)
 
 
+def _loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    true = probabilities[np.arange(len(labels)), labels]
+    return float(-np.mean(np.log(np.maximum(true, np.finfo(np.float64).tiny))))
+
+
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
     """Returns the expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 3) over equal confidence bins."""
     confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
@@ -84,9 +89,8 @@ def fit_population(means: np.ndarray, labels: np.ndarray, num_classes: int) -> d
     """Returns the population from which `outlier_scores` measures; None for fewer than 20 images, which are too few.
 
     A Gaussian for each class, with a common covariance (Lee et al. 2018, arXiv 1807.03888, eq. 1 and 2, with channels
-    of all stages as in their section 2.2), and for each class the distance that 1 % of the images nearest to it exceed.
-    This quantile is found by cross-validation, because distances of images that a covariance was estimated from are too
-    short.
+    of all stages as in their section 2.2), and for each class the distance that 1 % of the images nearest to it exceed,
+    by cross-validation, because distances of images that a covariance was estimated from are too short.
 
     `means` are float (n, channels), from `inference.outputs`, of images that the network was not trained on, `labels`
     int (n,); a class without images gets the mean of all. The result has float32 whitening (channels, channels),
@@ -96,9 +100,8 @@ def fit_population(means: np.ndarray, labels: np.ndarray, num_classes: int) -> d
         return None
     fold, distances = np.arange(len(labels)) % 10, np.empty((len(labels), num_classes))
     for k in range(10):
-        distances[fold == k] = _distances(
-            _fit_gaussians(means[fold != k], labels[fold != k], num_classes), means[fold == k]
-        )
+        others = _fit_gaussians(means[fold != k], labels[fold != k], num_classes)
+        distances[fold == k] = _distances(others, means[fold == k])
     nearest, shortest = distances.argmin(1), distances.min(1)
     groups = [shortest[nearest == k] if (nearest == k).sum() >= 20 else shortest for k in range(num_classes)]
     radii = {"radii": np.array([max(np.quantile(group, 0.99), 1e-6) for group in groups])}
@@ -135,11 +138,6 @@ def _distances(population: dict[str, np.ndarray], means: np.ndarray) -> np.ndarr
     return np.stack([np.linalg.norm(white - centre, axis=1) for centre in centres], 1)
 
 
-def _loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    true = probabilities[np.arange(len(labels)), labels]
-    return float(-np.mean(np.log(np.maximum(true, np.finfo(np.float64).tiny))))
-
-
 def intervals(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], resamples: int = 300) -> dict[str, Any]:
     """Returns 95 % intervals: [low, high] for accuracy, each class's recall, macro_auc and each class's auc.
 
@@ -171,9 +169,8 @@ def intervals(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], 
 def roc_areas(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Returns the area under each class's ROC curve, one class against the rest, float64 (classes,).
 
-    It is the probability that an image of the class has a higher score than another image; ties count half
-    (Hanley & McNeil 1982, Radiology 143, 29). NaN for a class that contains all or none of the images.
-    `probabilities` are float (n, classes), `labels` int (n,).
+    It is the probability that an image of the class has a higher score than another image; ties count half (Hanley &
+    McNeil 1982, Radiology 143, 29). NaN for a class of all or no images. `labels` are int (n,).
     """
     from scipy.stats import rankdata
 
@@ -184,10 +181,9 @@ def roc_areas(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def convergence(deflection: np.ndarray, cell_width: float) -> np.ndarray:
-    """Returns half the divergence of deflection maps (n, cells, cells, 2) in arcsec: float (n, cells, cells).
+    """Returns the surface density in critical units, float (n, cells, cells): half the divergence of the deflection.
 
-    The surface density of what deflects, in units of the critical one. Row 0 is at +y; `cell_width` in arcsec.
-    Differences are central, at the edges one-sided.
+    Maps (n, cells, cells, 2) and `cell_width` are in arcsec, row 0 at +y. Differences are central, at edges one-sided.
     """
     dx_dx = np.gradient(deflection[..., 0], cell_width, axis=-1)
     return (dx_dx - np.gradient(deflection[..., 1], cell_width, axis=-2)) / 2
@@ -208,11 +204,8 @@ def evaluate_maps(
     predicted convergence is largest in the cell where the true one is, or in one of the eight cells around it. None
     where there is no substructure, or no image.
 
-    Args:
-      predicted, true: float (n, cells, cells, 2), arcsec.
-      light: float (n, cells, cells), mean pixel of each cell, of images in [0, 1]: visible is at least VISIBLE.
-      labels: int (n,), index `classes`.
-      width: of a cell, arcsec.
+    `predicted` and `true` are float (n, cells, cells, 2), arcsec; `light`, float (n, cells, cells), is the mean pixel
+    in [0, 1], visible from VISIBLE on; `labels`, int (n,), index `classes`; `width` is that of a cell, arcsec.
     """
     visible, values = light >= VISIBLE, {}
     peaks = [np.where(visible, convergence(maps, width), -np.inf).reshape(len(maps), -1) for maps in (predicted, true)]
@@ -221,10 +214,10 @@ def evaluate_maps(
     for k, name in enumerate(classes):
         images = (labels == k) & visible.any((1, 2))
         error, truth = (maps[images][visible[images]].astype(np.float64) for maps in (predicted - true, true))
-        dark = not images.any() or not truth.any()
+        empty, dark = not images.any(), not truth.any()
         values[name] = {
-            "rms_mas": 1e3 * float(np.sqrt((truth**2).mean())) if images.any() else None,
-            "error_mas": 1e3 * float(np.sqrt((error**2).mean())) if images.any() else None,
+            "rms_mas": None if empty else 1e3 * float(np.sqrt((truth**2).mean())),
+            "error_mas": None if empty else 1e3 * float(np.sqrt((error**2).mean())),
             "r2": None if dark else float(1 - (error**2).sum() / ((truth - truth.mean()) ** 2).sum()),
             "peak_found": None if dark else float((distance[images] == 0).mean()),
             "peak_near": None if dark else float((distance[images] <= 1).mean()),

@@ -17,38 +17,24 @@ from gravlens_jax.layers import BatchNorm, Conv
 
 
 class ResNet(nn.Module):
-    """Residual network of depth 6n + 2 for one-channel images of any size.
+    """Residual network of depth 6n + 2 for one-channel images of any size."""
 
-    Attributes:
-      depth: 6n + 2 layers: a first convolution, three stages of n blocks of two convolutions, a linear head.
-      width: filters of the first stage; the second and third have 2 and 4 times as many.
-      classes: names of the classes, in the order of the logits.
-      projection: 1x1 convolutions in the two shortcuts that change shape, instead of every second pixel and zero
-        channels on both sides.
-      dtype: of activations; parameters, statistics and logits are float32.
-      input: how images become `x`; see `gravlens_jax.preprocess`.
-      pixel_scale: of the training images, arcsec; None if unknown. Deflection maps are in its unit.
-    """
-
-    depth: int = 20
-    width: int = 16
-    classes: tuple[str, ...] = CLASSES
+    depth: int = 20  # 6n + 2: a first convolution, three stages of n blocks of two convolutions, a linear head
+    width: int = 16  # filters of the first stage; the second and third have 2 and 4 times as many
+    classes: tuple[str, ...] = CLASSES  # names, in the order of the logits
+    # 1x1 convolutions in the two shortcuts that change shape, instead of every second pixel and zeros on both sides
     projection: bool = False
-    dtype: Any = jnp.float32
-    input: InputConfig = InputConfig()
-    pixel_scale: float | None = None
+    dtype: Any = jnp.float32  # of activations; parameters, statistics and logits are float32
+    input: InputConfig = InputConfig()  # how images become `x`: see `preprocess`
+    pixel_scale: float | None = None  # of the training images, arcsec; None if unknown
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Returns the logits and the four feature maps: after the first convolution and after each stage.
 
-        Args:
-          x: float (n, height, width, 1), prepared images.
-          train: normalize by the batch and update the running statistics (then pass mutable=["batch_stats"]).
-
-        Returns:
-          logits, float32 (n, len(classes)); and maps of `dtype`, of width, width, 2 width and 4 width channels, the
-          last two with a half and a quarter of the pixels along each axis.
+        `x` are prepared images, float (n, height, width, 1). With `train` they are normalized by the batch, and the
+        running statistics updated (then pass mutable=["batch_stats"]). Logits are float32 (n, len(classes)); maps are
+        of `dtype`, of width, width, 2 width and 4 width channels, the last two with 1/2 and 1/4 of the pixels per axis.
         """
         conv = partial(Conv, dtype=self.dtype, train=train)
         norm = partial(BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype)
@@ -75,6 +61,11 @@ class ResNet(nn.Module):
 
 
 ResNet20 = partial(ResNet, depth=20)
+
+
+def apply_head(feature_map: jax.Array, head: Any) -> jax.Array:
+    """Returns deflection maps, float32 (n, height, width, 2), linear in the last feature map."""
+    return feature_map.astype(jnp.float32) @ head["kernel"] + head["bias"][None, None, None]
 
 
 def make_model(

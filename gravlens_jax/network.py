@@ -184,9 +184,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     arrays = load_arrays(path, EXPECTED, "fU")
     text = arrays.pop("about", np.zeros(0))
     check(text.dtype.kind == "U" and text.ndim == 0, f"{path}: has no text 'about'; expected {EXPECTED}")
-    about = parse_json(text.item(), f"{path}: about")
-    check(isinstance(about, dict), f"{path}: about is not a JSON object")
-    return about, arrays
+    return parse_json(text.item(), f"{path}: about"), arrays
 
 
 def _read_about(values: dict[str, Any], where: str) -> tuple[ResNet, _About]:

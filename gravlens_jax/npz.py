@@ -130,11 +130,11 @@ def open_npz(path: str | Path, need_labels: bool = True) -> Dataset:
     """
     path = Path(path).absolute()
     with open_archive(path) as (archive, members):
-        command = f"python scripts/pack.py {shlex.quote(str(path))} {shlex.quote(f'packed/{path.name}')}"
+        command = shlex.join(["python", "scripts/pack.py", str(path), f"packed/{path.name}"])
         command += " --classes ..." * ("classes" not in members and len(members) > 1)
         has = f"{path} has {', '.join(sorted(members)) or 'nothing':.200}; expected"
-        expected = "uncompressed images, and labels with the names of their classes"
-        check(is_packed(members), f"{has} {expected}; convert it: {command}")
+        form = "uncompressed images, and labels with the names of their classes"
+        check(is_packed(members), f"{has} {form}; convert it: {command}")
         images = _locate_images(archive, members["images"])
         if not need_labels:
             return Dataset(images, np.zeros(len(images), np.int32), (), {})
@@ -143,7 +143,6 @@ def open_npz(path: str | Path, need_labels: bool = True) -> Dataset:
         arrays = read_members(archive, members, {"labels": "ui", "classes": "U", "info": "U"} | kinds)
     classes = tuple(arrays["classes"].ravel().tolist())
     info = parse_json(arrays["info"].item(), f"{path}: info") if arrays.get("info", np.zeros(0)).size == 1 else {}
-    check(isinstance(info, dict), f"{path}: info is not a JSON object")
     lens_params = {name.removeprefix(PARAMETERS): arrays[name] for name in kinds}
     for name, array in lens_params.items():
         check(array.shape[:1] == (len(images),), f"{path}: {len(images)} images but {name} of shape {array.shape}")
@@ -229,32 +228,27 @@ def read_header(file: IO[bytes], size: int, kinds: str, where: str) -> Header:
     check(not dtype.hasobject, f"{where} holds Python objects, which are never unpickled {allowed}")
     right = dtype.kind in kinds and dtype.itemsize > 0
     check(right, f"{where} has dtype {dtype}, expected {KINDS.get(kinds, 'numbers or text')}")
+    check(kinds != "uif" or dtype.itemsize <= 8, f"{where}: images are {dtype}, expected at most 64 bits a pixel")
     possible = len(shape) <= 32 and all(0 < length < 2**31 for length in shape)
     announced = f"{where} announces shape {shape!s:.80} of {dtype}, but header and data have {size} bytes"
     check(possible and head.tell() + math.prod(shape) * dtype.itemsize == size, f"{announced}; make it again")
     return Header(shape, fortran_order, dtype, head.tell())
 
 
-def read_image_header(file: IO[bytes], size: int, where: str) -> Header:
-    """Reads the header of an .npy of images, see `read_header`; its shape becomes (n, height, width)."""
-    header = read_header(file, size, "uif", where)
-    check_bits(header.dtype, where)
-    return header._replace(shape=as_stack(header.shape, where))
-
-
-def check_bits(dtype: np.dtype, where: str) -> None:
-    """Raises InputError for images of more than 64 bits a pixel."""
-    check(dtype.itemsize <= 8, f"{where}: images are {dtype}, expected at most 64 bits a pixel")
-
-
-def as_stack(shape: tuple[int, ...], where: str) -> tuple[int, ...]:
-    """Returns (n, height, width) for the shape of one or more images, which may have an axis for one channel."""
-    right = 2 <= len(shape) <= 4 and 0 not in shape and (len(shape) < 4 or 1 in (shape[1], shape[3]))
+def read_image_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Header:
+    """Reads the header of images in an .npz, see `read_header`; its shape becomes (n, height, width)."""
+    where = f"{archive.filename}: {info.filename}"
+    with archive.open(info) as member:
+        header = read_header(member, info.file_size, "uif", where)
+    shape = header.shape
+    right = 2 <= len(shape) <= 4 and (len(shape) < 4 or 1 in (shape[1], shape[3]))
     expected = "(height, width) or (n, height, width), perhaps with an axis of length 1 for the channel"
     check(right, f"{where}: images have shape {shape}, expected {expected}")
     if len(shape) == 4:
-        return (shape[0], *shape[2:]) if shape[1] == 1 else shape[:3]
-    return shape if len(shape) == 3 and shape[2] > 1 else (1, *shape[:2])
+        shape = (shape[0], *shape[2:]) if shape[1] == 1 else shape[:3]
+    elif len(shape) == 2 or shape[2] == 1:
+        shape = (1, *shape[:2])
+    return header._replace(shape=shape)
 
 
 def map_images(file: IO[bytes], dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> MappedImages:
@@ -264,9 +258,7 @@ def map_images(file: IO[bytes], dtype: np.dtype, offset: int, shape: tuple[int, 
 
 def _locate_images(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> MappedImages:
     """Finds the images of an archive; their data must lie between the start of the file and its directory."""
-    where = f"{archive.filename}: {info.filename}"
-    with archive.open(info) as member:
-        header = read_image_header(member, info.file_size, where)
+    where, header = f"{archive.filename}: {info.filename}", read_image_header(archive, info)
     check(not header.fortran_order, f"{where} is in Fortran order, expected C order")
     file: Any = archive.fp
     file.seek(info.header_offset)
@@ -317,10 +309,8 @@ def scale(image: np.ndarray) -> np.ndarray:
 
 def check_pixels(images: np.ndarray | MappedImages) -> None:
     """Reads all images with `read_rows`, which raises InputError for pixels that are not finite."""
-    if images.dtype.kind != "f":
-        return
     count = max(1, CHUNK_BYTES // (math.prod(images.shape[1:]) * images.dtype.itemsize))
-    for start in range(0, len(images), count):
+    for start in range(0, len(images), count) if images.dtype.kind == "f" else ():
         read_rows(images, slice(start, start + count))
 
 

@@ -42,9 +42,6 @@ def evaluate_network(
     check_image_shape(dataset.image_shape, network.image_shape, "the images")
     has_maps = "deflection" in variables
     logits, means, *maps = inference.outputs(model, variables, images, tta=tta, maps=has_maps)
-    render = map_renderer(dataset, model.input) if has_maps else None
-    if render:
-        maps.append(render(np.arange(dataset.size)))
     outlier = metrics.outlier_scores(variables.get("population"), means)
     values = metrics.evaluate(logits, labels, model.classes) | {
         "checkpoint": checkpoint,
@@ -55,7 +52,8 @@ def evaluate_network(
         "outliers": None if np.isnan(outlier).any() else float(np.mean(outlier > 1)),
         "deflection": None,
     }
-    if render:
+    if has_maps and (render := map_renderer(dataset, model.input)):
+        maps.append(render(np.arange(dataset.size)))
         light = inference.visible_light(model, images)
         values["deflection"] = metrics.evaluate_maps(maps[0], maps[1], light, labels, model.classes, network.cell_width)
     if out is None:
@@ -70,8 +68,8 @@ def evaluate_network(
         save_figure(draw_examples(images, logits, labels, model.classes), out / "examples.png")
         if history:
             save_figure(draw_history(history), out / "history.png")
-        rows = np.concatenate([np.flatnonzero(labels == k)[:3] for k in range(len(model.classes))])
         if has_maps:
+            rows = np.concatenate([np.flatnonzero(labels == k)[:3] for k in range(len(model.classes))])
             few = read_rows(images, rows), [array[rows] for array in maps], logits[rows], labels[rows]
             save_figure(draw_substructure(network, *few), out / "substructure.png")
     return values
@@ -112,9 +110,10 @@ def save_figure(figure: Any, path: Path) -> None:
     files.write_atomically(path, data.getvalue())
 
 
-def show_image(axes: Any, image: np.ndarray, extent: tuple[float, ...] | None = None) -> None:
-    """Draws the square root of the pixels above the image's minimum."""
-    axes.imshow(np.sqrt(image - image.min()), cmap="inferno", extent=extent)
+def _show_image(axes: Any, image: np.ndarray, title: str, correct: bool, **options: Any) -> None:
+    """Draws the square root of the pixels above the image's minimum; the title is red unless `correct`."""
+    axes.imshow(np.sqrt(image - image.min()), cmap="inferno", **options)
+    axes.set_title(title, fontsize=8, color="black" if correct else WRONG)
 
 
 def draw_history(lines: Sequence[dict[str, Any]]) -> Any:
@@ -180,9 +179,8 @@ def draw_examples(images: inference.Images, logits: np.ndarray, labels: np.ndarr
         for axes in row:
             axes.axis("off")
         for axes, index, image in zip(row, chosen, read_rows(images, chosen), strict=False):
-            show_image(axes, image)
             title = f"{classes[label]} → {classes[predicted[index]]} {probabilities[index].max():.2f}"
-            axes.set_title(title, fontsize=8, color="black" if predicted[index] == label else WRONG)
+            _show_image(axes, image, title, predicted[index] == label)
     figure.suptitle("true class → predicted class and its probability", fontsize=9)
     return figure
 
@@ -192,14 +190,13 @@ def draw_substructure(
 ) -> Any:
     """Returns a figure with a row of up to 3 images for each class, each with its maps of the substructure.
 
-    `maps`, float (n, cells, cells, 2) in arcsec, are the predicted deflections and, perhaps, the true ones; drawn is
-    their convergence, on one scale.
+    `maps`, float (n, cells, cells, 2) in arcsec, are predicted and perhaps true; drawn is their convergence.
     """
     columns, probabilities, (model, _), width = 3, metrics.softmax(logits), network, network.cell_width
     x, y = inference.deflection_grid(model, network.image_shape)
     shown = [metrics.convergence(array, width) for array in maps[::-1]]
     limit = max(float(np.quantile(np.abs(shown[0]), 0.999)), 1e-6)
-    each, names = 1 + len(maps), ["image", *["true map"] * (len(maps) - 1), "predicted map"]
+    each, names = 1 + len(maps), ["true map", "predicted map"][-len(maps) :]
     figure = new_figure(1.25 * each * columns + 1, 1.5 * len(model.classes) + 0.4)
     grid = figure.subplots(len(model.classes), each * columns, squeeze=False, sharex=True, sharey=True)
     for axes in grid.ravel():
@@ -211,11 +208,10 @@ def draw_substructure(
         row[0].set_ylabel(f"{model.classes[label]}\n[arcsec]", fontsize=8)
         for column, index in enumerate(np.flatnonzero(labels == label)):
             left, *others = row[column * each : (column + 1) * each]
-            show_image(left, images[index], extent=(-half[1], half[1], -half[0], half[0]))
-            predicted = model.classes[probabilities[index].argmax()]
-            colour = "black" if predicted == model.classes[label] else WRONG
-            left.set_title(f"predicted: {predicted} {probabilities[index].max():.2f}", fontsize=8, color=colour)
-            for axes, array, name in zip(others, shown, names[1:], strict=True):
+            predicted = probabilities[index].argmax()
+            title = f"predicted: {model.classes[predicted]} {probabilities[index].max():.2f}"
+            _show_image(left, images[index], title, predicted == label, extent=(-half[1], half[1], -half[0], half[0]))
+            for axes, array, name in zip(others, shown, names, strict=True):
                 drawn = axes.imshow(array[index], cmap="PuOr_r", vmin=-limit, vmax=limit, extent=edges)
                 axes.set_title(name, fontsize=8)
     grid[0, 0].set(xlim=edges[:2], ylim=edges[2:])

@@ -70,8 +70,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "config.json"
     check(path.is_file(), f"{run_dir} is not a run (no config.json); expected a directory made by scripts/train.py")
     values = parse_json(path.read_bytes(), str(path))
-    right = isinstance(values, dict) and isinstance(values.get("config"), dict)
-    check(right, f"{path}: has no object 'config'; the file is damaged")
+    check(isinstance(values.get("config"), dict), f"{path}: has no object 'config'; the file is damaged")
     return values
 
 
@@ -114,14 +113,14 @@ def check_same_images(run_dir: Path, info: RunInfo) -> None:
 def read_history(run_dir: Path, step: int | None = None) -> list[dict[str, Any]]:
     """Returns the lines of metrics.jsonl, or those up to `step`; [] if there is no such file, InputError if damaged."""
     path, history = run_dir / "metrics.jsonl", []
-    for text in path.read_bytes().splitlines() if path.exists() else []:
-        try:
+    try:
+        for text in path.read_bytes().splitlines() if path.exists() else []:
             line = json.loads(text)
             if step is not None and line["step"] > step:  # of an epoch that was not saved; more may follow, cut
                 break
-        except (ValueError, TypeError, KeyError) as error:  # also bad UTF-8
-            raise InputError(f"{path} has a damaged line ({error!r}); remove the file or that line") from error
-        history.append(line)
+            history.append(line)
+    except (ValueError, TypeError, KeyError) as error:  # also bad UTF-8
+        raise InputError(f"{path} has a damaged line ({error!r}); remove the file or that line") from error
     return history
 
 
@@ -146,8 +145,7 @@ def read_temperature(run_dir: Path, step: int) -> float:
     path = run_dir / "calibration.json"
     if not path.exists():
         return 1.0
-    values = parse_json(path.read_bytes(), str(path))
-    temperature = values.get(str(step), 1.0) if isinstance(values, dict) else None
+    temperature = parse_json(path.read_bytes(), str(path)).get(str(step), 1.0)
     if not isinstance(temperature, float) or not 0 < temperature < 1e3:
         raise InputError(f"{path} is damaged: expected a temperature for each step; remove it")
     return temperature

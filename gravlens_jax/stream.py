@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,8 +35,11 @@ class StreamData:
         """Yields one step at a time: see `loader`."""
         steps = self.size // self.batch_size
         first, stop = ((epoch * steps + step) * self.batch_size for step in (skip, steps))
-        simulate = self._on_host if jax.default_backend() == "cpu" else self._on_devices
-        for batch in simulate(first, stop):
+        if jax.default_backend() == "cpu":
+            batches = self._on_host(first, stop)
+        else:
+            batches = (self.render(start, self.seed, self.split) for start in range(first, stop, self.batch_size))
+        for batch in batches:
             yield 1, batch
 
     def _on_host(self, first: int, stop: int) -> Iterator[Batch]:
@@ -45,21 +49,15 @@ class StreamData:
         for start in range(first, stop, self.batch_size):
             while len(ready) < self.batch_size:
                 ready = np.concatenate([ready, next(chunks)])
-            batch = {"images": ready[local], "labels": labels_of(self.batch_size, start)[local]}
+            batch = {"images": ready[: self.batch_size], "labels": labels_of(self.batch_size, start)}
             ready = ready[self.batch_size :]
-            if self.grid:
-                batch["deflections"] = np.asarray(self._deflections(start, self.seed, self.split, self.batch_size))[
-                    local
-                ]
-            yield shard_batch(batch, self.mesh)
+            batch |= self._maps(start, self.seed, self.split, self.batch_size)
+            yield shard_batch({name: np.asarray(x)[local] for name, x in batch.items()}, self.mesh)
 
-    def _on_devices(self, first: int, stop: int) -> Iterator[Batch]:
-        for start in range(first, stop, self.batch_size):
-            yield self.render(start, self.seed, self.split)
-
-    def _deflections(self, first, seed, split, n: int) -> jax.Array:
-        assert self.grid is not None
-        return render_deflections(first, seed, split, n=n, priors=self.priors, grid=self.grid)
+    def _maps(self, first, seed, split, n: int) -> dict[str, Any]:
+        if self.grid is None:
+            return {}
+        return {"deflections": render_deflections(first, seed, split, n=n, priors=self.priors, grid=self.grid)}
 
     @cached_property
     def render(self):
@@ -69,9 +67,7 @@ class StreamData:
         def render_share(first, seed, split):
             start = first + share * jax.lax.axis_index("data")
             batch = render_batch(start, seed, split, priors=self.priors, batch_size=share)
-            if self.grid:
-                batch["deflections"] = self._deflections(start, seed, split, share)
-            return batch
+            return batch | self._maps(start, seed, split, share)
 
         # check_vma=False: that check of shard_map refuses the conditional in `profiles.deflect_points`.
         whole, shares = PartitionSpec(), PartitionSpec("data")

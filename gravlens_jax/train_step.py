@@ -1,5 +1,6 @@
 """The training state and the steps that change it. Pure functions; `training` jits them."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import optax
 
 from gravlens_jax.config import Config, OptimConfig
 from gravlens_jax.metrics import VISIBLE
-from gravlens_jax.model import ResNet
+from gravlens_jax.model import ResNet, apply_head
 from gravlens_jax.optim import init_plateau, update_plateau
 from gravlens_jax.preprocess import augment, augment_vectors, cell_means, prepare, to_unit
 
@@ -34,12 +35,8 @@ class TrainState(NamedTuple):
 
 def zero_sums() -> Sums:
     """Returns the sums before the first image."""
-    return {
-        "loss": jnp.zeros((), jnp.float32),
-        "correct": jnp.zeros((), jnp.int32),
-        "count": jnp.zeros((), jnp.int32),
-        "gradient": jnp.zeros((), jnp.float32),
-    }
+    dtypes = {"loss": jnp.float32, "correct": jnp.int32, "count": jnp.int32, "gradient": jnp.float32}
+    return {name: jnp.zeros((), dtype) for name, dtype in dtypes.items()}
 
 
 def init_state(
@@ -64,20 +61,12 @@ def init_state(
 def _batch_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Sums:
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = (logits.argmax(-1) == labels) & mask
-    return {
-        "loss": jnp.sum(losses * mask),
-        "correct": jnp.sum(correct, dtype=jnp.int32),
-        "count": jnp.sum(mask, dtype=jnp.int32),
-    }
+    count = partial(jnp.sum, dtype=jnp.int32)
+    return {"loss": jnp.sum(losses * mask), "correct": count(correct), "count": count(mask)}
 
 
 def train_step(
-    state: TrainState,
-    batch: Batch,
-    *,
-    model: ResNet,
-    tx: optax.GradientTransformation,
-    config: Config,
+    state: TrainState, batch: Batch, *, model: ResNet, tx: optax.GradientTransformation, config: Config
 ) -> tuple[TrainState, Sums]:
     """Returns the state after one optimizer update on `batch`, and a copy of the sums that survives donation.
 
@@ -98,7 +87,7 @@ def train_step(
         loss = sums["loss"] / labels.shape[0]
         if head:
             deflections = augment_vectors(batch["deflections"] / DEFLECTION_UNIT, key, config.augment)
-            predicted = feature_maps[-1].astype(jnp.float32) @ head["kernel"] + head["bias"][None, None, None]
+            predicted = apply_head(feature_maps[-1], head)
             visible = jnp.minimum(1, cell_means(images, model.input) / VISIBLE)
             loss += config.deflection_weight * jnp.mean(visible * (predicted - deflections) ** 2)
         return loss, (sums, updated["batch_stats"])
@@ -109,15 +98,8 @@ def train_step(
     updates = jax.tree.map(lambda update: state.plateau.scale * update, updates)
     sums["gradient"] = jnp.sum(jnp.abs(grads[0]["conv0"]["kernel"]))
     params, auxiliary = optax.apply_updates(trained, updates)
-    state = TrainState(
-        step=state.step + 1,
-        params=params,
-        batch_stats=batch_stats,
-        auxiliary=auxiliary,
-        opt_state=opt_state,
-        plateau=state.plateau,
-        sums=jax.tree.map(jnp.add, state.sums, sums),
-    )
+    state = state._replace(params=params, batch_stats=batch_stats, auxiliary=auxiliary, opt_state=opt_state)
+    state = state._replace(step=state.step + 1, sums=jax.tree.map(jnp.add, state.sums, sums))
     return state, state.sums
 
 

@@ -35,12 +35,10 @@ def fit(
 ) -> dict[str, Any]:
     """Trains, saves and evaluates a run; returns the metrics of its best checkpoint on the test split.
 
-    Args:
-      config: the run. Its directory must be new, or with `resume` hold a run of the same config: only the place of
-        the data and, if the learning rate is constant, the number of epochs may have changed.
-      resume: continue from the last save.
-      save_minutes: time between saves within an epoch; 0 for none. The end of an epoch is always saved.
-      on_epoch: called with each line of metrics.jsonl when its epoch is saved, or at the start if it was saved before.
+    The directory must be new or, with `resume`, hold a run of the same config, which continues from its last save: only
+    the place of the data and, if the learning rate is constant, the number of epochs may have changed.
+    `save_minutes` is the time between saves within an epoch, 0 for none; the end of an epoch is always saved.
+    `on_epoch` is called with each line of metrics.jsonl when its epoch is saved, or at the start if it was before.
 
     Raises:
       InputError: an error in the config, the data or the run directory, or another process has locked the run.
@@ -99,6 +97,7 @@ def _train(
 ) -> None:
     """Trains from the last save to the end of the run."""
     run_dir, main = Path(config.run_dir), sharding.is_main()
+    schedule = learning_rate_schedule(config.optim, plan.total_steps)
     state, (train_fn, eval_fn, end_epoch_fn) = _compile(config, model, plan, mesh, splits.has_deflections)
     if main:
         checkpoint.remove_leftovers(run_dir)
@@ -125,7 +124,8 @@ def _train(
             validated = ends_epoch and step > plan.easy_steps
             if validated:
                 line |= _validate(eval_fn, state, splits.val, config.batch_size, mesh)
-                line["learning_rate"] = _mean_learning_rate(config, plan, step) * float(state.plateau.scale)
+                rates = jax.vmap(schedule)(jnp.arange(step - plan.steps_per_epoch, step))
+                line["learning_rate"] = float(rates.mean()) * float(state.plateau.scale)
                 line["wall_seconds"] = time.perf_counter() - started
                 history.append(line)
                 if main:  # before the checkpoint: if it is never saved, resuming removes the line
@@ -169,9 +169,3 @@ def _validate(evaluate: Callable, state: TrainState, dataset: Dataset, batch_siz
     loss, accuracy = mean_metrics(totals)
     check_finite(loss, "validation loss", int(state.step))
     return {"val_loss": loss, "val_accuracy": accuracy}
-
-
-def _mean_learning_rate(config: Config, plan: Plan, step: int) -> float:
-    """Returns the mean over the epoch that ends with `step`, before the plateau reduction."""
-    schedule = learning_rate_schedule(config.optim, plan.total_steps)
-    return float(jax.vmap(schedule)(jnp.arange(step - plan.steps_per_epoch, step)).mean())

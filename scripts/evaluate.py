@@ -45,7 +45,7 @@ def main(
     names = cli.parse_classes(classes) if classes else dict(zip(known, known, strict=True))
     expected = f"expected a name in the data for each of the network's {', '.join(known)}, as in {known[0]}=other"
     check(names.keys() == set(known), f"--classes {classes}: {expected}")
-    label_names = tuple(names.values()) if classes else None
+    label_names = tuple(names.values()) if classes else ()
     dataset = load_labelled(data, {name: names[name] for name in known}, label_names, planes, network.image_shape)
     values = evaluate_network(
         network, dataset, checkpoint=checkpoint, out=out, tta=tta, history=read_history(run) if run.is_dir() else ()

@@ -325,8 +325,7 @@ def convert(path: Path, out: Path, classes: Classes | None = None) -> None:
         names = names or tuple(classes or ())
         unnamed = f"{path} does not name its classes; give --classes with the names of labels 0, 1, ... in this order"
         check(bool(names) or labels not in arrays, unnamed)
-        with archive.open(members[images]) as member:
-            header = npz.read_image_header(member, members[images].file_size, f"{path}: {images}")
+        header = npz.read_image_header(archive, members[images])
         check(not header.fortran_order, f"{path}: {images} is in Fortran order, expected C order")
         known = npz.check_labels(arrays[labels], header.shape[0], names, path) if labels in arrays else None
         with archive.open(members[images]) as member:

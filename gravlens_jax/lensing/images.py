@@ -42,13 +42,8 @@ def labels_of(n: int, start: int = 0) -> np.ndarray:
 def render_block(seed, split, indices, *, priors: Priors, substructure: str) -> tuple[jax.Array, jax.Array]:
     """Returns images `indices` of a split, all of one class, with photon noise, and their largest expected counts.
 
-    Args:
-      seed, split, priors: as in `simulate_images`.
-      indices: int32 (n,). Values depend on n in the last bit, so callers keep it constant.
-      substructure: "no", "sphere" or "vort".
-
-    Returns:
-      uint16 (n, num_pixels, num_pixels), counts of at most MAX_COUNTS; float32 (), NaN if a lens cannot be rendered.
+    `indices` are int32 (n,); values depend on n in the last bit, so callers keep it constant. Images are uint16 (n,
+    num_pixels, num_pixels), at most MAX_COUNTS; the largest counts float32 (), NaN if a lens cannot be rendered.
     """
     # Two programs, because on a CPU XLA would compute the light again in each loop of the noise.
     expected = _render_expected(seed, split, indices, priors=priors, substructure=substructure)
@@ -81,67 +76,20 @@ def _in_turn(make: Callable[[str, jax.Array], jax.Array], first: jax.Array, n: i
 
 @partial(jax.jit, static_argnames=("n", "priors", "grid"))
 def render_deflections(first, seed, split, *, n: int, priors: Priors, grid: Grid) -> jax.Array:
-    """Returns the `deflection_map` of `n` consecutive images of a split: float32 (n, cells, cells, 2), arcsec.
-
-    Args:
-      first: index of the first image.
-      seed, split, priors: as in `simulate_images`.
-      grid: the cells of the maps.
-    """
-
-    def make(substructure, indices):
-        lenses = _sample_block(seed, split, indices, priors=priors, substructure=substructure)
-        return jax.vmap(partial(deflection_map, priors=priors, grid=grid))(lenses)
-
-    return _in_turn(make, first, n)
+    """Returns the `deflection_map` of `n` images of a split from `first` on: float32 (n, cells, cells, 2), arcsec."""
+    sample = partial(_sample_block, seed, split, priors=priors)
+    return _in_turn(lambda name, rows: _map_block(sample(rows, substructure=name), priors=priors, grid=grid), first, n)
 
 
 def render_batch(first, seed, split, *, priors: Priors, batch_size: int) -> dict[str, jax.Array]:
     """Returns a training batch of consecutive images, noise included, rendered on the device; for use inside jit.
 
-    The images are those of `simulate_images`, to rounding. Counts over 60,000 are cut off.
-
-    Args:
-      first: index of the first image.
-      seed, split, priors: as in `simulate_images`.
-      batch_size: number of images.
-
-    Returns:
-      images: uint16 (batch_size, num_pixels, num_pixels).
-      labels: int32 (batch_size,).
+    `images`, uint16 (batch_size, num_pixels, num_pixels), are those of `simulate_images` from index `first` on, to
+    rounding; counts over MAX_COUNTS are cut off. `labels` are int32 (batch_size,).
     """
-
-    def make(substructure, indices):
-        return render_block(seed, split, indices, priors=priors, substructure=substructure)[0]
-
-    labels = (first + jnp.arange(batch_size, dtype=jnp.int32)) % len(CLASSES)
-    return {"images": _in_turn(make, first, batch_size), "labels": labels}
-
-
-def _simulate_chunk(
-    start: int, stop: int, block: int, seed: int, split: int, priors: Priors, classes: tuple[str, ...]
-) -> np.ndarray:
-    """Returns images start to stop, at most `block` of each class: uint16 (n, height, width)."""
-    images = np.empty((stop - start, priors.num_pixels, priors.num_pixels), np.uint16)
-    for label, name in enumerate(classes):
-        # Always a whole block, so that the bits of an image never depend on the number of images.
-        indices = start + label + len(classes) * np.arange(block, dtype=np.int32)
-        with jax.enable_x64(False):  # its 64-bit loop counters would change the last bit of some pixels
-            rendered, most = render_block(seed, split, indices, priors=priors, substructure=name)
-        check_counts(float(most), name)
-        used = indices < stop
-        images[indices[used] - start] = np.asarray(rendered)[used]
-    return images
-
-
-def check_counts(most: float, substructure: str) -> None:
-    """Raises InputError if the largest expected counts of some images are no number, or too large to store."""
-    heavy = "its substructure is heavier than the prior `mass`, or a prior is out of the range that can be rendered"
-    check(not np.isnan(most), f"a {substructure} lens cannot be rendered: {heavy}")
-    check(
-        most + 6 * most**0.5 < MAX_COUNTS,
-        f"a pixel has {most:.0f} counts, more than {MAX_COUNTS}; lower the prior `photons`",
-    )
+    render = partial(render_block, seed, split, priors=priors)
+    images = _in_turn(lambda name, rows: render(rows, substructure=name)[0], first, batch_size)
+    return {"images": images, "labels": (first + jnp.arange(batch_size, dtype=jnp.int32)) % len(CLASSES)}
 
 
 def simulate_images(
@@ -150,24 +98,32 @@ def simulate_images(
     """Yields `n` images in order, from image `start` on, in chunks of uint16 photon counts (chunk, height, width).
 
     The public images are such counts, scaled to [0, 1] one by one. On a CPU all cores work, each on its own chunks.
-
-    Args:
-      n: number of images, at least 1.
-      seed: non-negative.
-      split: non-negative; different splits never share an image.
-      priors: the population.
-      classes: the substructures of images 0, 1, ... in turn.
-      start: index of the first image.
+    `seed` and `split` are not negative; different splits never share an image. `classes` are the substructures of
+    images 0, 1, ... in turn. InputError for n < 1, or if a lens cannot be rendered or has too many counts.
     """
     check(n >= 1, f"n={n}: expected at least 1 image")
     block = _block_size()
-    chunk = len(classes) * block
-    make = partial(_simulate_chunk, block=block, seed=seed, split=split, priors=priors, classes=classes)
-    workers = _workers()
+    chunk, workers = len(classes) * block, _workers()
     stop, left_out = start + n, start % chunk  # chunks always begin at multiples of their size
-    begins = range(start - left_out, stop, chunk)
+
+    def make(begin):
+        images = np.empty((min(chunk, stop - begin), priors.num_pixels, priors.num_pixels), np.uint16)
+        for label, name in enumerate(classes):
+            # Always a whole block, so that the bits of an image never depend on the number of images.
+            indices = begin + label + len(classes) * np.arange(block, dtype=np.int32)
+            with jax.enable_x64(False):  # its 64-bit loop counters would change the last bit of some pixels
+                rendered, largest = render_block(seed, split, indices, priors=priors, substructure=name)
+            most = float(largest)
+            heavy = "its substructure is heavier than the prior `mass`, or a prior is beyond what can be rendered"
+            check(not np.isnan(most), f"a {name} lens cannot be rendered: {heavy}")
+            many = f"a pixel has {most:.0f} counts, more than {MAX_COUNTS}; lower the prior `photons`"
+            check(most + 6 * most**0.5 < MAX_COUNTS, many)
+            used = indices < stop
+            images[indices[used] - begin] = np.asarray(rendered)[used]
+        return images
+
     with ThreadPoolExecutor(workers) as pool:
-        futures = (pool.submit(make, begin, min(begin + chunk, stop)) for begin in begins)  # submitted when taken
+        futures = (pool.submit(make, begin) for begin in range(start - left_out, stop, chunk))  # submitted when taken
         pending = deque(islice(futures, 2 * workers))
         while pending:
             yield pending.popleft().result()[left_out:]
@@ -178,27 +134,29 @@ def simulate_images(
 def render_images(lens_params: Mapping[str, Any], priors: Priors) -> np.ndarray:
     """Returns the expected counts of any number of lenses, float32 (n, num_pixels, num_pixels).
 
-    The same as `render_lenses` to rounding, but not for use inside jit: on a CPU all cores work.
-
-    Args:
-      lens_params: as of `sample_lens`, each with a leading axis of length n.
-      priors: the camera and the source's fixed profile.
+    The same as `render_lenses` to rounding, but not for use inside jit: on a CPU all cores work. `lens_params` are as
+    of `sample_lens`, each with a leading axis of length n; `priors` are the camera and the source's fixed profile.
     """
-    shape, block = np.shape(lens_params["z_lens"]), _block_size()
+    shape = np.shape(lens_params["z_lens"])
     check(len(shape) == 1, f"lens_params of shape {shape} are not those of n lenses; for one, call render_lens")
-    n = shape[0]
-    check(n >= 1, "lens_params hold no lens")
+    check(shape[0] >= 1, "lens_params hold no lens")
 
-    def render(start):
-        rows = np.minimum(np.arange(start, start + block), n - 1)  # always a whole block: one compiled program
-        lenses = {name: np.asarray(values)[rows] for name, values in lens_params.items()}
+    def render(lenses):
         return np.asarray(_render(lenses, priors=priors))
 
     with ThreadPoolExecutor(_workers()) as pool:
-        return np.concatenate(list(pool.map(render, range(0, n, block))))[:n]
+        return np.concatenate(list(pool.map(render, _blocks(lens_params, _block_size()))))[: shape[0]]
 
 
 _render = jax.jit(render_lenses, static_argnames="priors")
+
+
+def _blocks(lens_params: Mapping[str, Any], size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the parameters of `size` lenses each, the last one repeated: one compiled program renders all blocks."""
+    n = len(lens_params["z_lens"])
+    for start in range(0, n, size):
+        rows = np.minimum(np.arange(start, start + size), n - 1)
+        yield {name: np.asarray(values)[rows] for name, values in lens_params.items()}
 
 
 def _block_size() -> int:
@@ -234,27 +192,15 @@ def _sample_block(seed, split, indices, *, priors: Priors, substructure: str) ->
 
 def without_nan(lens_params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns parameters of lenses of all classes that can be rendered together: NaN becomes no mass, at the centre."""
-    return {
-        name: np.where(np.isnan(values), np.float32(name == "vortex_length"), values)
-        for name, values in lens_params.items()
-    }
+    fill = {"vortex_length": np.float32(1)}
+    return {name: np.where(np.isnan(x), fill.get(name, np.float32(0)), x) for name, x in lens_params.items()}
 
 
 def deflection_maps(lens_params: dict[str, np.ndarray], priors: Priors, grid: Grid) -> np.ndarray:
-    """Returns `deflection_map` of lenses of any class, float32 (n, cells, cells, 2), arcsec.
-
-    Args:
-      lens_params: as `simulate_parameters` returns them.
-      priors: the population.
-      grid: the cells of the maps.
-    """
-    n = len(lens_params["z_lens"])
-    maps = np.empty((n, grid.cells, grid.cells, 2), np.float32)
-    for start in range(0, n, BLOCK):
-        rows = np.minimum(np.arange(start, start + BLOCK), n - 1)  # always a whole block: one compiled program
-        lenses = without_nan({name: values[rows] for name, values in lens_params.items()})
-        maps[start : start + BLOCK] = _map_block(lenses, priors=priors, grid=grid)[: n - start]
-    return maps
+    """Returns `deflection_map` of the lenses of `simulate_parameters`, float32 (n, cells, cells, 2), arcsec."""
+    blocks = _blocks(without_nan(lens_params), BLOCK)
+    maps = [np.asarray(_map_block(lenses, priors=priors, grid=grid)) for lenses in blocks]
+    return np.concatenate(maps)[: len(lens_params["z_lens"])]
 
 
 @partial(jax.jit, static_argnames=("priors", "grid"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from math import pi, radians
 from typing import Any
 
-from gravlens_jax.config import PriorPreset, check_finite
+from gravlens_jax.config import PriorPreset, check_ranges
 from gravlens_jax.errors import check
 
 
@@ -65,14 +65,12 @@ class Priors:
     vortex_centre_sigma: float = 0.5  # [P, M] arcsec, normal in x and in y
 
     def __post_init__(self):
-        check_finite(self)
-        values = vars(self)
-        for name, value in values.items():
-            low, high = RANGES.get(name.removesuffix("_min").removesuffix("_max"), (-math.inf, math.inf))
-            check(value is None or low <= value <= high, f"{name}={value}: expected {low:g} to {high:g}")
+        values, stems = vars(self), {name: name.removesuffix("_min").removesuffix("_max") for name in vars(self)}
+        check_ranges(self, **{name: RANGES[stem] for name, stem in stems.items() if stem in RANGES})
+        for name, stem in stems.items():
             if name.endswith("_min"):
-                largest = values[name.removesuffix("_min") + "_max"]
-                check(value <= largest, f"{name}={value} is larger than {name.removesuffix('_min')}_max={largest}")
+                low, high = values[name], values[f"{stem}_max"]
+                check(low <= high, f"{name}={low} is larger than {stem}_max={high}")
         behind = self.z_source_min > self.z_lens_max
         check(behind, f"z_source_min={self.z_source_min} is not behind z_lens_max={self.z_lens_max}")
         check(self.psf_size % 2 == 1, f"psf_pixels={self.psf_pixels}: expected an odd number")
@@ -81,11 +79,8 @@ class Priors:
         check(cut <= 0.01, f"{wide}, more than 1 %; leave psf_pixels out for 4 sigma on either side")
         check(self.subhalo_slope != -1, "subhalo_slope=-1 has no power-law integral; try -0.999")
         most = self.subhalo_number + (6 * math.sqrt(self.subhalo_number) if self.subhalo_poisson else 0)
-        check(
-            most <= self.subhalo_padding,
-            f"subhalo_padding={self.subhalo_padding} is too few for subhalo_number={self.subhalo_number}; set it to "
-            f"{math.ceil(most)} or more",
-        )
+        few = f"subhalo_padding={self.subhalo_padding} is too few for subhalo_number={self.subhalo_number}"
+        check(most <= self.subhalo_padding, f"{few}; set it to {math.ceil(most)} or more")
 
     @property
     def psf_size(self) -> int:
@@ -124,8 +119,10 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def _fixed(**values: float) -> dict[str, Any]:
-    return {f"{name}_{bound}": value for name, value in values.items() for bound in ("min", "max")}
+def _bounds(**values: float | tuple[float, float]) -> dict[str, Any]:
+    """Returns the fields of bounds (min, max), or of fixed values."""
+    pairs = {name: value if isinstance(value, tuple) else (value, value) for name, value in values.items()}
+    return {f"{name}_{bound}": x for name, pair in pairs.items() for bound, x in zip(("min", "max"), pair, strict=True)}
 
 
 CT1 = Priors(psf_pixels=11)  # [M]
@@ -133,17 +130,13 @@ PRIORS: dict[PriorPreset, Priors] = {
     # Re-simulates the public "Common Test I" images.
     "ct1": CT1,
     # The same at fixed redshifts, as in the papers' Model A.
-    "model_a": replace(CT1, **_fixed(z_lens=0.5, z_source=1.0)),
+    "model_a": replace(CT1, **_bounds(z_lens=0.5, z_source=1.0)),
     # arXiv 2008.12731, Table I as printed: an ablation, in which subhalos are all but invisible.
     "paper": replace(
         CT1,
-        shear_angle_max=2 * pi,
-        source_angle_max=2 * pi,
-        source_radius_min=0.25,
-        source_radius_max=1.0,
         subhalo_slope=-1.9,
-        vortex_length_min=0.5,
-        vortex_length_max=2.0,
+        **_bounds(shear_angle=(0.0, 2 * pi), source_angle=(0.0, 2 * pi)),
+        **_bounds(source_radius=(0.25, 1.0), vortex_length=(0.5, 2.0)),
     ),
     # DeepLenseSim's Model I [C]. Its exposure time, log-uniform from 1e3 to 10^3.5, is here its geometric mean, and its
     # Gaussian background of rms 0.01 is here the Poisson noise of a sky of the same variance.
@@ -155,17 +148,14 @@ PRIORS: dict[PriorPreset, Priors] = {
         sky=3.55,
         mass_includes_substructure=False,
         lens_axis_ratio=0.9 / 1.1,  # e1 = 0.1, e2 = 0
-        **_fixed(z_lens=0.5, z_source=1.0, shear=0.05, source_radius=0.25, vortex_mass_fraction=0.03),
-        **_fixed(source_axis_ratio=0.7522, source_angle=3 * pi / 8),  # e1 = -0.1, e2 = 0.1
-        shear_angle_max=0.0,
-        source_offset_min=-0.35,
-        source_offset_max=0.35,
+        **_bounds(z_lens=0.5, z_source=1.0, shear=0.05, shear_angle=0.0, source_radius=0.25, vortex_mass_fraction=0.03),
+        **_bounds(source_axis_ratio=0.7522, source_angle=3 * pi / 8),  # e1 = -0.1, e2 = 0.1
+        **_bounds(source_offset=(-0.35, 0.35)),
         source_in_square=True,
         source_n=1.0,
         subhalo_poisson=False,
         subhalo_offset_min=0.25,
-        vortex_length_min=0.06,  # twice the de Broglie wavelength of axions of 1e-22 to 1e-24 eV
-        vortex_length_max=6.0,
+        **_bounds(vortex_length=(0.06, 6.0)),  # 0.06: twice the de Broglie wavelength of axions of 1e-22 to 1e-24 eV
         vortex_length_log=True,
         vortex_centre_sigma=0.0,
     ),
@@ -175,10 +165,7 @@ PRIORS: dict[PriorPreset, Priors] = {
 def make_easy(priors: Priors, factor: float = 4.0) -> Priors:
     """Returns the population with substructure `factor` times as heavy, which a network learns to recognize first."""
     names = ("subhalo_mass_min", "subhalo_mass_max", "vortex_mass_fraction_min", "vortex_mass_fraction_max")
-    heaviest = factor * priors.vortex_mass_fraction_max
-    check(
-        heaviest < 1,
-        f"vortex_mass_fraction_max={priors.vortex_mass_fraction_max}: expected less than {1 / factor:g}, "
-        f"because substructure of easy images is {factor:g} times as heavy; lower it or simulate no easy images",
-    )
+    largest, reason = priors.vortex_mass_fraction_max, f"substructure of easy images is {factor:g} times as heavy"
+    expected = f"expected less than {1 / factor:g}, because {reason}; lower it or simulate no easy images"
+    check(factor * largest < 1, f"vortex_mass_fraction_max={largest}: {expected}")
     return replace(priors, **{name: factor * getattr(priors, name) for name in names})

@@ -18,7 +18,7 @@ from gravlens_jax.lensing import profiles
 from gravlens_jax.lensing.noise import poisson
 from gravlens_jax.lensing.priors import Priors
 
-LensParams = dict[str, jax.Array]
+LensParams = dict[str, jax.Array]  # a result of `sample_lens`
 
 
 class Grid(NamedTuple):
@@ -38,18 +38,11 @@ PAIRS = ("source", "vortex_centre", "lens_centre")  # of x and y
 
 
 def sample_lens(key: jax.Array, priors: Priors, substructure: str) -> LensParams:
-    """Returns the parameters of one lens, drawn from `priors`.
+    """Returns the parameters of one lens, in arcsec, radians and solar masses; `substructure` is one of CLASSES.
 
-    Args:
-      key: a `jax.random.key`.
-      priors: the population.
-      substructure: "no", "sphere" or "vort".
-
-    Returns:
-      float32 scalars z_lens, z_source, halo_mass, theta_E (of the main halo), shear, shear_angle, source_radius,
-      source_axis_ratio, source_angle, and source (2,); for "sphere" also subhalo_centres (padding, 2) and
-      subhalo_masses (padding,), padded with 0; for "vort" also vortex_mass, vortex_angle, vortex_length and
-      vortex_centre (2,). Arcsec, radians, solar masses.
+    They are float32 scalars z_lens, z_source, halo_mass, theta_E (of the main halo), shear, shear_angle, source_radius,
+    source_axis_ratio, source_angle, and source (2,); for "sphere" also subhalo_centres (padding, 2) and subhalo_masses
+    (padding,), padded with 0; for "vort" also vortex_mass, vortex_angle, vortex_length and vortex_centre (2,).
     """
     check(substructure in CLASSES, f"substructure={substructure!r}: expected one of {', '.join(CLASSES)}")
     *most_keys, last_key = jax.random.split(key, 16)
@@ -117,10 +110,7 @@ def _sample_vortex(keys: Iterator[jax.Array], priors: Priors) -> LensParams:
 def deflect_substructure(
     x: jax.Array, y: jax.Array, lens_params: LensParams, softening: float = profiles.SOFTENING
 ) -> profiles.Pair:
-    """Returns the deflection (arcsec) at `x`, `y` of the subhalos and the vortex alone; 0 for a lens with neither.
-
-    `softening` (arcsec) is that of the point masses: see `profiles.deflect_points`.
-    """
+    """Returns the deflection (arcsec) by the subhalos and the vortex, `softening` of their point masses; 0 without."""
     p = lens_params
     parts = []
     if "subhalo_masses" in p:
@@ -140,11 +130,6 @@ def deflection_map(lens_params: LensParams, priors: Priors, grid: Grid) -> jax.A
 
     The smooth lens has the same redshifts and the whole `priors.mass` in its main halo, so the map is 0 for a lens
     without substructure. Arcsec; the last axis is x and y. Point masses are softened by 3/8 of a cell.
-
-    Args:
-      lens_params: a result of `sample_lens`.
-      priors: the population.
-      grid: the cells.
     """
     p = lens_params
     x, y = profiles.pixel_grid(grid.cells, grid.width, dtype=jnp.float32)
@@ -159,15 +144,9 @@ def render_lens(lens_params: Mapping[str, Any], priors: Priors) -> jax.Array:
     """Returns the expected photon counts per pixel, float32 (num_pixels, num_pixels), sky included.
 
     Of `priors` only the camera and the source's fixed profile are used, and its `lens_axis_ratio` if the lens has none.
-
-    Args:
-      lens_params: a result of `sample_lens`, or numbers and tuples under the same names; halo_mass is not used.
-        Optional are lens_axis_ratio, lens_angle (radians) and lens_centre (2,), those of the main halo. Values that
-        cannot be rendered give NaN.
-      priors: the camera.
-
-    Raises:
-      InputError: names that are missing or unknown, or arrays of other shapes.
+    `lens_params` are a result of `sample_lens`, or numbers and tuples under the same names; halo_mass is not used.
+    Optional are lens_axis_ratio, lens_angle (radians) and lens_centre (2,), those of the main halo. Values that cannot
+    be rendered give NaN. InputError for names that are missing or unknown, or arrays of other shapes.
     """
     p = _as_arrays(lens_params)
     # An odd number of sub-pixels would put a ray on the singular centre of the halo.
@@ -189,18 +168,12 @@ def render_lens(lens_params: Mapping[str, Any], priors: Priors) -> jax.Array:
 
 def _as_arrays(lens_params: Mapping[str, Any]) -> LensParams:
     """Returns the parameters of one lens as arrays; InputError unless their names and shapes belong together."""
-    p = {
-        name: jnp.asarray(value, None if hasattr(value, "dtype") else jnp.float32)
-        for name, value in lens_params.items()
-    }
+    p = {name: jnp.asarray(x, None if hasattr(x, "dtype") else jnp.float32) for name, x in lens_params.items()}
     groups = [group for group in (SUBHALOS, VORTEX) if p.keys() & set(group)]
     needed = {name for group in (SMOOTH, *groups) for name in group}
     check(needed <= p.keys(), f"lens_params lack {', '.join(sorted(needed - p.keys()))}")
-    unknown = p.keys() - needed - set(OPTIONAL)
-    check(
-        not unknown,
-        f"lens_params have unknown names {', '.join(sorted(unknown))}; expected {', '.join(sorted(needed))}",
-    )
+    unknown = ", ".join(sorted(p.keys() - needed - set(OPTIONAL)))
+    check(not unknown, f"lens_params have unknown names {unknown}; expected {', '.join(sorted(needed))}")
     n = len(p["subhalo_masses"]) if SUBHALOS in groups and p["subhalo_masses"].ndim == 1 else 0
     shapes = {"subhalo_masses": (n,), "subhalo_centres": (n, 2)} | dict.fromkeys(PAIRS, (2,))
     for name, value in p.items():
@@ -231,17 +204,13 @@ def _deflect_halo(x: jax.Array, y: jax.Array, theta_E: jax.Array, p: LensParams,
     return profiles.deflect_sie(x, y, theta_E, axis_ratio, angle)
 
 
-def significance(lens_params: Mapping[str, Any], priors: Priors) -> jax.Array:
+def significance(lens_params: LensParams, priors: Priors) -> jax.Array:
     """Returns by how many standard deviations of the photon noise the substructure stands out, float32 ().
 
     After a refit of every smooth parameter: theta_E, shear, the source's position, axis ratio and angle, and its radius
     if the priors leave it free. The imprint of the substructure, less that of the same mass in the halo, is divided by
     the noise of each pixel; what remains after a least-squares fit of its derivatives in the smooth parameters is the
     significance. It is 0 for a lens without substructure. For vmap over lenses of one class.
-
-    Args:
-      lens_params: a result of `sample_lens`.
-      priors: the population.
     """
     p = _as_arrays(lens_params)
     smooth = {name: value for name, value in p.items() if name in SMOOTH or name in OPTIONAL}
