@@ -18,7 +18,7 @@ CORE = ("model", "optim", "train_step", "loader", "checkpoint", "training")
 LIMITS = [  # sizes as they are: lower them when something is removed
     ("gravlens_jax/**/*.py", "lines", 4_720),
     ("gravlens_jax/**/[a-z]*.py", "files", 28),  # not __init__.py and __main__.py
-    (" ".join(f"gravlens_jax/{name}.py" for name in CORE), "lines", 800),
+    (" ".join(f"gravlens_jax/{name}.py" for name in CORE), "lines", 750),
     ("scripts/**/*.py", "lines", 3_400),
     ("scripts/bench/*.py", "lines", 1_700),
     ("tests/**/*.py", "lines", 5_030),

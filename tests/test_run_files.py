@@ -59,7 +59,7 @@ def test_history_ends_at_the_saved_step_also_without_its_damaged_line(tmp_path, 
 
 def test_temperatures_belong_to_steps_and_damaged_ones_are_refused(tmp_path):
     assert run_files.read_temperature(tmp_path, 2) == 1.0
-    run_files.write_calibration(tmp_path, {2: (2.5, None)})
+    run_files.write_calibration(tmp_path, {2: (2.5, {})})
     assert [run_files.read_temperature(tmp_path, step) for step in (2, 3)] == [2.5, 1.0]
     for damage in ('{"2": 0.0}', "[1]", '{"2": "x"}', "{"):
         (tmp_path / "calibration.json").write_text(damage)
