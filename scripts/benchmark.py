@@ -24,7 +24,7 @@ JSON = Path("benchmark.jsonl")
 def simulate(
     seconds: float = 4.0,
     repeats: int = 3,
-    peers: tuple[Literal["lenstronomy", "herculens", "caustics"], ...] = (),
+    peers: tuple[Literal["lenstronomy", "herculens"], ...] = (),
     json_file: Path = JSON,
 ) -> None:
     """Measures images per second of `sphere` lenses with 25 subhalos, on one core and on all, beside other codes.
@@ -36,7 +36,7 @@ def simulate(
     Args:
         seconds: length of one measurement.
         repeats: measurements of each figure.
-        peers: other codes to measure (pip install lenstronomy herculens caustics six).
+        peers: other codes to measure (pip install lenstronomy herculens six tqdm).
         json_file: where a line is added for each row.
     """
     check_least(1, repeats=repeats)
