@@ -2,7 +2,6 @@
 
 import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bench.harness import Row, alternate, call_apart
+from bench.harness import Row, alternate, call_apart, time_calls
 from bench.simulators import lenstronomy_image, make_herculens
 from gravlens_jax.lensing.images import render_images, simulate_images
 from gravlens_jax.lensing.priors import PRIORS
@@ -49,12 +48,9 @@ def rate(code: str, seconds: float, cores: list[int]) -> float:
     """Returns the images per second of one of CODES, measured for `seconds`; binds the process to `cores` (Linux)."""
     os.sched_setaffinity(0, cores)
     render, lenses = CODES[code]()
-    jax.block_until_ready(render(lenses))  # compiles
-    start, done, passed = time.perf_counter(), 0, 0.0
-    while passed < seconds:
-        done += len(jax.block_until_ready(render(lenses)))
-        passed = time.perf_counter() - start
-    return done / passed
+    n = len(jax.block_until_ready(render(lenses)))  # compiles
+    times = time_calls(partial(render, lenses), 1, 10**9, seconds)
+    return n * len(times) / sum(times)
 
 
 def simulation_rates(seconds: float, repeats: int, codes: list[str], cores: list[int]) -> list[Row]:

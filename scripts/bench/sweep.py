@@ -7,16 +7,14 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import jax
 
-from bench.costs import Case, Dtype, Peak, Steps, peak_of, quartiles, roofline, step_flops
+from bench.costs import Case, Steps, peak_of, quartiles, step_flops
 from bench.harness import Row, Run, alternate, check_least, worker
 from bench.steps import compile_step
 from gravlens_jax.errors import check_installed
-from gravlens_jax.sharding import check_batch_size, data_mesh, is_main
+from gravlens_jax.sharding import check_batch_size, data_mesh
 
 STEP_COLUMNS = (
     "  step s{step_seconds:.3g}    25 %{step_seconds_quartiles[0]:.3g}    75 %{step_seconds_quartiles[1]:.3g}"
@@ -24,68 +22,53 @@ STEP_COLUMNS = (
 )
 RATE_COLUMNS = (
     f"compile s{{compile_seconds:.1f}}{STEP_COLUMNS}of peak{{tflops_fraction:.1%}} GB/s{{gb_per_second:.0f}}"
-    "of peak{bandwidth_fraction:.1%}   MiB{memory_mib:.0f}bound        {bound}"
+    "of peak{bandwidth_fraction:.1%}   MiB{memory_mib:.0f}"
 )
 COLUMNS = (
-    "size{image_size}batch{batch_size}dtype   {dtype}recipe {recipe}a call{steps_per_call}dev{devices}"
-    f"transfer s{{transfer_seconds:.3g}}{RATE_COLUMNS}torch{{torch_images_per_second:,.0f}}ratio{{ratio:.2f}}"
+    "size{image_size}batch{batch_size}dtype   {dtype}"
+    f"{RATE_COLUMNS}torch{{torch_images_per_second:,.0f}}ratio{{ratio:.2f}}"
 )
 SCALING_COLUMNS = f"scaling {{scaling}}dev{{devices}}batch{{batch_size}}{STEP_COLUMNS}efficiency{{efficiency:.3f}}"
 
 
-def split_cpu(devices: tuple[int, ...]) -> None:
-    """Splits the CPU into as many virtual devices as are needed, where JAX runs on one; call it before it uses one."""
-    if max(devices, default=1) > 1 and not jax.distributed.is_initialized():
-        jax.config.update("jax_num_cpu_devices", max(devices))
-
-
 def measure_step(
     case: Case,
-    peak: Peak | None,
     warmup: int,
     steps: int,
     repeats: int = 1,
     most_seconds: float = math.inf,
     peer: ProcessPoolExecutor | None = None,
-    profile: Path | None = None,
 ) -> Row:
-    """Returns the figures of a step; nothing in a process that owns none of its devices.
+    """Returns the figures of a step.
 
     Args:
       case: the step.
-      peak: of its devices.
       warmup: calls before each measurement.
       steps: calls of each measurement.
       repeats: measurements, alternating with the peer's.
       most_seconds: of a measurement, with fewer calls if need be.
       peer: a process in which PyTorch runs the same.
-      profile: folder for a trace of a few steps.
 
     Returns:
       the fields of `Case`; the facts of `compile_step`; `quartiles`; tflops; gb_per_second, of memory traffic;
-      if the peak is known, peak, tflops_fraction and `roofline`; with a peer torch (facts about it),
+      if the peak of the devices is known, peak, tflops_fraction and bandwidth_fraction; with a peer
       torch_images_per_second and ratio, our speed over its.
     """
     run, facts = compile_step(case)
     runs: dict[str, Run] = {"jax": partial(run, most_seconds=most_seconds)}
     row = case._asdict() | facts
     if peer:
-        row["torch"] = peer.submit(_torch_step, case).result()
         runs["torch"] = lambda *calls: peer.submit(_torch_step, case, *calls).result()
     timed = alternate(runs, lambda code: runs[code](warmup, steps), repeats)
     seconds = {code: list(itertools.chain.from_iterable(some)) for code, some in timed.items()}
-    if profile:
-        with jax.profiler.trace(str(profile)):
-            run(0, 5)
-    if not seconds["jax"]:
-        return {}
     row |= quartiles(seconds["jax"], case.batch_size)
     row["tflops"] = step_flops(case) * row["images_per_second"] / 1e12
-    if peak:
-        row |= {"peak": peak._asdict(), "tflops_fraction": row["tflops"] / peak.tflops}
     if case.steps_per_call == 1 and row["accessed_bytes"]:  # the compiler counts a loop once
         row["gb_per_second"] = row["accessed_bytes"] * case.devices / row["step_seconds"] / 1e9
-        row |= roofline(row["tflops"], row["gb_per_second"], peak) if peak else {}
+    if peak := peak_of(case.dtype, case.devices):
+        row |= {"peak": peak._asdict(), "tflops_fraction": row["tflops"] / peak.tflops}
+        if "gb_per_second" in row:
+            row["bandwidth_fraction"] = row["gb_per_second"] / peak.bandwidth
     if peer:
         row["torch_images_per_second"] = case.batch_size / statistics.median(seconds["torch"])
         row["ratio"] = row["images_per_second"] / row["torch_images_per_second"]
@@ -100,48 +83,37 @@ def sweep(train: bool, options: Steps) -> Iterator[Row]:
     a = options
     if a.peer:
         check_installed(a.peer, "--peer", a.peer)
-    split_cpu(a.devices)
-    recipes, calls = (a.recipe, a.steps_per_call) if train else (("adam",), (1,))
-    combinations = itertools.product(a.image_size, a.batch_size, a.dtype, a.devices, recipes, calls)
     with worker() if a.peer else nullcontext() as peer:
-        for size, batch_size, dtype, devices, recipe, steps_per_call in combinations:
-            case = Case(train, batch_size, size, dtype, devices, recipe, steps_per_call)
-            peak = peak_of(dtype, devices, a.peak_tflops, a.peak_gb)
-            yield measure_step(case, peak, a.warmup, a.steps, a.repeats, peer=peer, profile=a.profile)
+        for size, batch_size, dtype in itertools.product(a.image_size, a.batch_size, a.dtype):
+            case = Case(train, batch_size, size, dtype)
+            yield measure_step(case, a.warmup, a.steps, a.repeats, peer=peer)
 
 
-def _torch_step(case: Case, *calls: int) -> Any:
-    """Returns the seconds of `torch_step` if numbers of calls are given, else its facts."""
+def _torch_step(case: Case, warmup: int, steps: int) -> list[float]:
     from bench.torch_resnet import torch_step
 
-    run, facts = torch_step(case)
-    return run(*calls) if calls else facts
+    return torch_step(case)(warmup, steps)
 
 
-def scaling_cases(
-    devices: tuple[int, ...], batch_per_device: int, batch_size: int | None, size: int, dtype: Dtype = "float32"
-) -> list[tuple[str, Case]]:
+def scaling_cases(devices: tuple[int, ...], batch_per_device: int, size: int) -> list[tuple[str, Case]]:
     """Returns the steps of "weak" scaling, with the same batch for each device, and of "strong", with one batch.
 
     Args:
       devices: numbers of devices; if empty, powers of two up to all.
-      batch_per_device: of weak scaling.
-      batch_size: of strong scaling, over all devices; by default that of weak scaling on the most devices.
-      size, dtype: see `Case`.
+      batch_per_device: of weak scaling; the batch of strong scaling is that of weak scaling on the most devices.
+      size: pixels, height and width.
     """
     counts = sorted(set(devices)) or [2**k for k in range(jax.device_count().bit_length())]
-    check_least(1, devices=devices or None, batch_per_device=batch_per_device, batch_size=batch_size, image_size=size)
-    whole = batch_size or batch_per_device * counts[-1]
-    weak = [("weak", Case(True, n * batch_per_device, size, dtype, n)) for n in counts]
-    return weak + [("strong", Case(True, whole, size, dtype, n)) for n in counts]
+    check_least(1, devices=devices or None, batch_per_device=batch_per_device, image_size=size)
+    weak = [("weak", Case(True, n * batch_per_device, size, devices=n)) for n in counts]
+    return weak + [("strong", Case(True, counts[-1] * batch_per_device, size, devices=n)) for n in counts]
 
 
-def scale(cases: list[tuple[str, Case]], warmup: int, steps: int, repeats: int) -> Iterator[Row]:
+def scale_steps(cases: list[tuple[str, Case]], warmup: int, steps: int, repeats: int) -> Iterator[Row]:
     """Yields the figures of steps over several numbers of devices.
 
-    In a run of several processes all must call this with the same arguments; only the first yields anything. Virtual
-    devices of a CPU share its cores, and one of them uses most of these already: at best the images per second stay the
-    same, an efficiency of 1/n, and only the overhead of the split is measured.
+    Virtual devices of a CPU share its cores, and one of them uses most of these already: at best the images per second
+    stay the same, an efficiency of 1/n, and only the overhead of the split is measured.
 
     Args:
       cases: of `scaling_cases`.
@@ -160,9 +132,7 @@ def scale(cases: list[tuple[str, Case]], warmup: int, steps: int, repeats: int) 
         check_batch_size(case.batch_size, data_mesh(case.devices))
     fewest: dict[str, Row] = {}
     for scaling, case in cases:
-        row = measure_step(case, peak_of(case.dtype, case.devices), warmup, steps, repeats)
-        if is_main():
-            first = fewest.setdefault(scaling, row)
-            growth = case.devices / first["devices"]
-            efficiency = row["images_per_second"] / first["images_per_second"] / growth
-            yield {"scaling": scaling} | row | {"efficiency": efficiency}
+        row = measure_step(case, warmup, steps, repeats)
+        first = fewest.setdefault(scaling, row)
+        efficiency = row["images_per_second"] / first["images_per_second"] * first["devices"] / case.devices
+        yield {"scaling": scaling} | row | {"efficiency": efficiency}
