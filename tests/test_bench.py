@@ -52,10 +52,7 @@ def test_forward_flops_equal_the_compiler_count(size):
     [
         ("NVIDIA H200", 494.7, 989.4, 4800),
         ("NVIDIA GH200 480GB", 494.7, 989.4, 4000),
-        ("A100-SXM4-80GB", 156, 312, 2039),
-        ("NVIDIA GeForce RTX 4090", 82.6, 165.2, 1008),
         ("Tesla T4", 8.1, 65, 320),
-        ("AMD Instinct MI300X", 163.4, 1307.4, 5300),
         ("TPU v5", 459, 459, 2765),
         ("TPU v5 lite", 197, 197, 819),
     ],
@@ -63,22 +60,13 @@ def test_forward_flops_equal_the_compiler_count(size):
 def test_peaks_of_devices_by_the_names_that_jax_reports(kind, float32, bfloat16, bandwidth):
     assert costs.find_peak(kind, "float32") == (float32, bandwidth)
     assert costs.find_peak(kind, "bfloat16") == (bfloat16, bandwidth)
-
-
-@pytest.mark.parametrize("kind", ["NVIDIA H100 PCIe", "NVIDIA H200 NVL", "NVIDIA GeForce RTX 4090 Laptop GPU", "cpu"])
-def test_other_variants_have_no_peak(kind):
-    assert costs.find_peak(kind, "float32") is None
+    assert costs.find_peak(f"{kind} NVL", "float32") is None  # of another variant
 
 
 def test_topologies_have_the_device_kinds_of_the_peaks():
     pytest.importorskip("libtpu")
     for name in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"):
         assert costs.find_peak(steps.topology_mesh(name).devices[0].device_kind, "bfloat16")
-
-
-def test_cpu_peak_is_that_of_the_fastest_product_and_copy(monkeypatch):
-    monkeypatch.setattr(costs, "time_calls", lambda function, warmup, calls: [0.5, 2.0])
-    assert costs.cpu_peak.__wrapped__()[:2] == (4 * 2048**3 / 1e12, 4 * 2**28 / 1e9)
 
 
 def test_peak_of_several_accelerators_is_their_sum(monkeypatch):
@@ -89,24 +77,18 @@ def test_peak_of_several_accelerators_is_their_sum(monkeypatch):
     assert costs.peak_of("float32") is None
 
 
-def test_table_is_markdown_with_a_line_for_each_row(capsys, tmp_path):
-    rows = [{"code": "a", "seconds": [0.25, 2]}, {"code": "b"}]
-    assert harness.report("some", iter(rows), "code {code}   s{seconds[0]:.2f}", tmp_path / "a.jsonl") == rows
-    assert capsys.readouterr().out.startswith(
-        "| code  |    s |\n|-------|-----:|\n| a     | 0.25 |\n| b     |    - |\n"
-    )
-
-
-def test_rows_are_in_the_file_when_a_later_one_fails(tmp_path):
+def test_rows_are_in_the_table_and_in_the_file_when_a_later_one_fails(tmp_path, capsys):
     def rows():
-        yield {"code": "a"}
-        assert json.loads((tmp_path / "a.jsonl").read_text())["code"] == "a"
+        yield {"code": "a", "seconds": [0.25, 2]}
+        yield {"code": "b"}
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        harness.report("some", rows(), "code {code}", tmp_path / "a.jsonl")
-    harness.report("some", [{"code": "b"}], "code {code}", tmp_path / "a.jsonl")
-    assert [row["code"] for row in read_lines(tmp_path / "a.jsonl")] == ["a", "b"]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            harness.report("some", rows(), "code {code}   s{seconds[0]:.2f}", tmp_path / "a.jsonl")
+    assert [row["code"] for row in read_lines(tmp_path / "a.jsonl")] == ["a", "b", "a", "b"]
+    table = "| code  |    s |", "|-------|-----:|", "| a     | 0.25 |", "| b     |    - |"
+    assert capsys.readouterr().out.startswith("\n".join(table))
 
 
 def test_lines_hold_all_that_measurements_depend_on(monkeypatch, tmp_path, capsys):
@@ -138,16 +120,6 @@ def test_steps_are_timed_and_training_has_two_all_reduces_for_each_normalization
     assert len(measure(1, 5, most_seconds=0)) == 0 and len(measure(0, 5, most_seconds=1e-9)) == 1
     assert found["memory_mib"] > 0.01 and found["compile_seconds"] > 0
     assert found["collectives"] == ({"all-reduce": 2 * 7 + 2} if case.devices > 1 else {})
-
-
-def test_programs_without_counts_have_fewer_figures(monkeypatch):
-    lowered = jax.jit(jnp.sin).lower(1.0)
-    compiled = SimpleNamespace(memory_analysis=lambda: None, cost_analysis=lambda: None, as_text=lambda: None)
-    _, found = steps.compile_program(SimpleNamespace(compile=lambda: compiled))
-    assert "memory_mib" not in found and found["accessed_bytes"] == 0 and lowered
-    monkeypatch.setattr(sweep, "compile_step", lambda case: (lambda *_, **__: [0.5], found))
-    row = sweep.measure_step(Case(True, 4, 8), 1, 1)
-    assert row["images_per_second"] == 8 and "gb_per_second" not in row
 
 
 @pytest.mark.parametrize("option", [{"batch_size": (0,)}, {"image_size": ()}, {"steps": 0}, {"dtype": ()}])

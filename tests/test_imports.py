@@ -21,7 +21,7 @@ LIMITS = [  # sizes as they are: lower them when something is removed
     (" ".join(f"gravlens_jax/{name}.py" for name in CORE), "lines", 800),
     ("scripts/**/*.py", "lines", 2_980),
     ("scripts/bench/*.py", "lines", 1_300),
-    ("tests/**/*.py", "lines", 4_960),
+    ("tests/**/*.py", "lines", 4_930),
     ("README.md", "lines", 160),
     ("README.md", "words", 1_500),
 ]
