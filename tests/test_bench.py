@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import gravlens_jax
-from bench import costs, device, harness, runs, steps, sweep
+from bench import costs, device, facts, harness, runs, steps, sweep
 from bench import input as reading
 from bench.costs import Case, Steps
 from conftest import ROOT
@@ -50,16 +50,20 @@ def test_forward_flops_equal_the_compiler_count(size):
 @pytest.mark.parametrize(
     "kind, float32, bfloat16, bandwidth",
     [
-        ("NVIDIA H200", 494.7, 989.4, 4800),
-        ("NVIDIA GH200 480GB", 494.7, 989.4, 4000),
-        ("Tesla T4", 8.1, 65, 320),
-        ("TPU v5", 459, 459, 2765),
-        ("TPU v5 lite", 197, 197, 819),
+        ("NVIDIA H200", (494.7, "TF32"), (989.4, "bfloat16"), 4800),
+        ("NVIDIA GH200 480GB", (494.7, "TF32"), (989.4, "bfloat16"), 4000),
+        ("NVIDIA L40S", (183, "TF32"), (362, "bfloat16"), 864),
+        ("NVIDIA A10G", (35, "TF32"), (70, "bfloat16"), 600),
+        ("Tesla V100-SXM2-16GB", (15.7, "float32"), (125, "float16"), 900),
+        ("Tesla T4", (8.1, "float32"), (65, "float16"), 320),
+        ("AMD Instinct MI300X", (163.4, "float32"), (1307.4, "bfloat16"), 5300),
+        ("TPU v5", (459, "bfloat16"), (459, "bfloat16"), 2765),
+        ("TPU v5 lite", (197, "bfloat16"), (197, "bfloat16"), 819),
     ],
 )
 def test_peaks_of_devices_by_the_names_that_jax_reports(kind, float32, bfloat16, bandwidth):
-    assert costs.find_peak(kind, "float32") == (float32, bandwidth)
-    assert costs.find_peak(kind, "bfloat16") == (bfloat16, bandwidth)
+    assert costs.find_peak(kind, "float32") == (float32[0], bandwidth, float32[1])
+    assert costs.find_peak(kind, "bfloat16") == (bfloat16[0], bandwidth, bfloat16[1])
     assert costs.find_peak(f"{kind} NVL", "float32") is None  # of another variant
 
 
@@ -69,12 +73,23 @@ def test_topologies_have_the_device_kinds_of_the_peaks():
         assert costs.find_peak(steps.topology_mesh(name).devices[0].device_kind, "bfloat16")
 
 
-def test_peak_of_several_accelerators_is_their_sum(monkeypatch):
+def test_peak_of_several_accelerators_is_their_sum_and_unknown_ones_need_both_numbers(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H200")])
-    assert costs.peak_of("float32", 4) == (4 * 494.7, 4 * 4800)
+    assert costs.peak_of("float32", 4) == (4 * 494.7, 4 * 4800, "TF32")
+    assert costs.peak_of("float32", tflops=100.0) == (100, 4800, "TF32")
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H300")])
-    assert costs.peak_of("float32") is None
+    assert costs.peak_of("float32", 2, 100.0, 50.0) == (200, 100, "given")
+    assert costs.peak_of("float32", 1, 100.0) is costs.peak_of("float32") is None
+
+
+@pytest.mark.parametrize(
+    "tflops, gb, bound", [(5, 50, "compute bound"), (5, 700, "memory bound"), (1, 100, "latency bound")]
+)
+def test_bound_follows_from_the_intensity_and_the_fractions_of_both_peaks(tflops, gb, bound):
+    row = costs.roofline(tflops, gb, costs.Peak(10, 1000, "TF32"))
+    assert row["bound"] == bound and row["ridge"] == 10 and row["intensity"] == 1000 * tflops / gb
+    assert (row["intensity"] > row["ridge"]) == (tflops / 10 > row["bandwidth_fraction"])
 
 
 def test_rows_are_in_the_table_and_in_the_file_when_a_later_one_fails(tmp_path, capsys):
@@ -92,17 +107,28 @@ def test_rows_are_in_the_table_and_in_the_file_when_a_later_one_fails(tmp_path, 
 
 
 def test_lines_hold_all_that_measurements_depend_on(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("JAX_SOMETHING", f"{Path.home()}/cache")
+    monkeypatch.setenv("JAX_SOMETHING", f"{Path.home()}/cache:/home/somebody/else")
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "some", f"{Path.home()}/a b"])
     harness.report("some", [{"code": "a", "seconds": 0.5}], "code {code}", tmp_path / "a.jsonl")
     (line,) = read_lines(tmp_path / "a.jsonl")
     assert (line["schema"], line["benchmark"], line["seconds"]) == (1, "some", 0.5)
-    assert line["command"] == "benchmark.py some '~/a b'" and line["environment"]["JAX_SOMETHING"] == "~/cache"
+    assert line["command"] == "benchmark.py some '~/a b'" and line["environment"]["JAX_SOMETHING"] == "~/cache:~/else"
     assert {"jax", "jaxlib", "flax", "optax", "python"} <= line["versions"].keys()
     assert line["gravlens_jax"] == gravlens_jax.__version__ and line["device_count"] == 2 and line["cpu"]
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", line["commit"]) if (ROOT / ".git").exists() else True
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", line["started"])
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", line[name]) for name in ("time", "started"))
     assert "2 x cpu" in capsys.readouterr().out
+
+
+def test_driver_and_libraries_of_an_accelerator_are_facts(monkeypatch, tmp_path):
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release\n")
+    monkeypatch.setattr(facts, "DRIVERS", (str(tmp_path / "none"), str(tmp_path / "version")))
+    packages = {"nvidia-cudnn-cu12": "9.8.0", "jax_cuda12_plugin": "0.12.0", "libtpu": "0.0.20", "scipy": "1.14"}
+    found = [SimpleNamespace(metadata={"Name": name}, version=version) for name, version in packages.items()]
+    monkeypatch.setattr(facts, "distributions", lambda: found)
+    assert facts.versions().keys() == {"python", "nvidia-cudnn-cu12", "jax-cuda12-plugin", "libtpu"}
+    line = facts.describe(facts.machine_facts())
+    assert "driver 570.86.15" in line and "nvidia-cudnn-cu12 9.8.0" in line and "libtpu 0.0.20" in line
 
 
 @pytest.mark.parametrize(
@@ -120,6 +146,15 @@ def test_steps_are_timed_and_training_has_two_all_reduces_for_each_normalization
     assert len(measure(1, 5, most_seconds=0)) == 0 and len(measure(0, 5, most_seconds=1e-9)) == 1
     assert found["memory_mib"] > 0.01 and found["compile_seconds"] > 0
     assert found["collectives"] == ({"all-reduce": 2 * 7 + 2} if case.devices > 1 else {})
+
+
+def test_peer_is_eager_where_torch_cannot_compile(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from bench.torch_resnet import torch_step
+
+    monkeypatch.setattr(torch, "compile", lambda network: 1 / 0)
+    measure, found = torch_step(Case(True, 4, 16, depth=8))
+    assert found["mode"] == "eager (torch.compile failed: ZeroDivisionError)" and len(measure(0, 2)) == 2
 
 
 @pytest.mark.parametrize("option", [{"batch_size": (0,)}, {"image_size": ()}, {"steps": 0}, {"dtype": ()}])
@@ -161,12 +196,15 @@ def test_device_is_measured_in_order_of_importance_and_errors_are_rows(monkeypat
     line = {"epochs": 1, "minutes": 0.5, "val_accuracy": 0.96, "images_per_second": 3.0, "reached": [0.95]}
     monkeypatch.setattr(sweep, "compile_step", compile_step)
     monkeypatch.setattr(runs, "run_from_nothing", lambda *_, **__: iter([line | {"reached": []}, line]))
-    monkeypatch.setattr(costs, "cpu_peak", lambda: costs.Peak(1.0, 4.0))
-    out = run_here(tmp_path, "benchmark.py", "device", "--batch-sizes", "32", "8", "--runs", "files")
+    monkeypatch.setattr(costs, "cpu_peak", lambda: costs.Peak(1.0, 4.0, "float32"))
+    out = run_here(
+        tmp_path, "benchmark.py", "device", "--batch-sizes", "32", "8", "--runs", "files", "--profile", "trace"
+    )
     rows = read_lines(tmp_path / "benchmark.jsonl")
     steps_, latency = rows[:2], rows[2]
     assert [row["steps_per_call"] for row in steps_] == [1, 64] and steps_[0]["gb_per_second"] == 2
-    assert steps_[0]["images_per_second"] == 64 and steps_[0]["bandwidth_fraction"] == 0.5
+    assert steps_[0]["images_per_second"] == 64 and steps_[0]["bound"] == "memory bound" and "bound" not in steps_[1]
+    assert steps_[0]["peak"]["arithmetic"] == "float32" and list(tmp_path.glob("trace/**/*.xplane.pb"))
     assert latency["batch_size"] == 1 and latency["p99_seconds"] >= latency["step_seconds"] > 0
     assert rows[3]["error"] == "RuntimeError: RESOURCE_EXHAUSTED: out of memory" and rows[3]["batch_size"] == 8
     epochs = [row for row in rows if row["measured"] == "run, images: files"]

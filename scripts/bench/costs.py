@@ -7,6 +7,7 @@ them. A training step counts three times the forward pass, less the gradient of 
 import re
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,6 +18,34 @@ from gravlens_jax.errors import check
 
 Dtype = Literal["float32", "bfloat16"]
 Source = Literal["device", "files", "simulate"]
+LATENCY = 0.2  # a step that reaches less of both peaks waits for something else
+
+# Dense peaks of the vendors' data sheets by the device's name in JAX, a regular expression: TFLOP/s in float32 as JAX
+# multiplies it by default, TFLOP/s in bfloat16, GB/s of memory, and the arithmetic that is used instead of each dtype.
+# They are of what JAX counts as one device: half a chip of TPU v3 and TPU7x. MI300X has TF32, but XLA does not use it.
+_TF32, _HALF, _TPU = {"float32": "TF32"}, {"bfloat16": "float16"}, {"float32": "bfloat16"}
+PEAKS: dict[str, tuple[float, float, float, dict[str, str]]] = {
+    "B200": (1125.0, 2250.0, 8000, _TF32),
+    "GH200 144G HBM3e": (494.7, 989.4, 4900, _TF32),
+    "GH200 (?:120|480)GB": (494.7, 989.4, 4000, _TF32),
+    "H200": (494.7, 989.4, 4800, _TF32),
+    "H100 80GB HBM3": (494.7, 989.4, 3350, _TF32),
+    "A100-SXM4-80GB": (156.0, 312.0, 2039, _TF32),
+    "A100-SXM4-40GB": (156.0, 312.0, 1555, _TF32),
+    "L40S": (183.0, 362.0, 864, _TF32),
+    "L4": (60.0, 121.0, 300, _TF32),
+    "A10G": (35.0, 70.0, 600, _TF32),
+    "RTX 4090": (82.6, 165.2, 1008, _TF32),
+    "V100-SXM[23]-(?:16|32)GB": (15.7, 125.0, 900, _HALF),
+    "T4": (8.1, 65.0, 320, _HALF),
+    "MI300X(?: OAM)?": (163.4, 1307.4, 5300, {}),
+    "TPU7x": (1153.5, 1153.5, 3690, _TPU),
+    "TPU v6 lite": (918.0, 918.0, 1640, _TPU),
+    "TPU v5": (459.0, 459.0, 2765, _TPU),  # v5p
+    "TPU v5 lite": (197.0, 197.0, 819, _TPU),  # v5e
+    "TPU v4": (275.0, 275.0, 1228, _TPU),
+    "TPU v3": (61.5, 61.5, 450, _TPU),
+}
 
 
 class Peak(NamedTuple):
@@ -24,28 +53,7 @@ class Peak(NamedTuple):
 
     tflops: float  # TFLOP/s
     bandwidth: float  # GB/s of memory
-
-
-# Dense peaks of the vendors' data sheets by the device's name in JAX, a regular expression: TFLOP/s in float32 as JAX
-# multiplies it by default (in TF32 from A100 on, in bfloat16 on TPUs), TFLOP/s in bfloat16 (T4: float16), and GB/s of
-# memory. They are of what JAX counts as one device: half a chip of TPU7x. XLA does not use MI300X's TF32.
-PEAKS = {
-    "B200": (1125.0, 2250.0, 8000.0),
-    "GH200 (?:120|480)GB": (494.7, 989.4, 4000.0),
-    "H200": (494.7, 989.4, 4800.0),
-    "H100 80GB HBM3": (494.7, 989.4, 3350.0),
-    "A100-SXM4-80GB": (156.0, 312.0, 2039.0),
-    "A100-SXM4-40GB": (156.0, 312.0, 1555.0),
-    "L4": (60.0, 121.0, 300.0),
-    "RTX 4090": (82.6, 165.2, 1008.0),
-    "T4": (8.1, 65.0, 320.0),
-    "MI300X(?: OAM)?": (163.4, 1307.4, 5300.0),
-    "TPU7x": (1153.5, 1153.5, 3690.0),
-    "TPU v6 lite": (918.0, 918.0, 1640.0),
-    "TPU v5": (459.0, 459.0, 2765.0),  # v5p
-    "TPU v5 lite": (197.0, 197.0, 819.0),  # v5e
-    "TPU v4": (275.0, 275.0, 1228.0),
-}
+    arithmetic: str  # in which the first is reached
 
 
 class Case(NamedTuple):
@@ -79,6 +87,8 @@ class Steps:
     steps: int = 30  # steps of each measurement
     repeats: int = 3  # measurements of each combination, alternating with the peer's
     peer: Literal["torch"] | None = None  # time the same in PyTorch (pip install torch)
+    peak_tflops: float | None = None  # TFLOP/s of a device that is not known, in this dtype
+    peak_gb: float | None = None  # GB/s of the memory of such a device
 
     def __post_init__(self):
         check_least(1, batch_size=self.batch_size, image_size=self.image_size, steps=self.steps, repeats=self.repeats)
@@ -96,6 +106,9 @@ class Device:
     runs: tuple[Source, ...] = ("device", "files")  # images of the runs to 95 %; or none
     preset: Literal["default", "best", "smoke"] = "default"  # recipe of the runs, and of the size of images
     budget_minutes: float = 10.0  # after which it ends with what is measured, as it does at Ctrl-C
+    profile: Path | None = None  # folder for a trace of a few training steps, for Perfetto or TensorBoard
+    peak_tflops: float | None = None  # TFLOP/s of a device that is not known, in the first dtype
+    peak_gb: float | None = None  # GB/s of the memory of such a device
 
     def __post_init__(self):
         check_least(1, batch_sizes=self.batch_sizes, steps_per_call=self.steps_per_call)
@@ -106,9 +119,9 @@ class Device:
 def find_peak(device_kind: str, dtype: str) -> Peak | None:
     """Returns the row of PEAKS for a device, by its name in JAX; None for a device without a row."""
     vendor = "(?:NVIDIA |Tesla |GeForce |AMD |Instinct )*"
-    for name, (float32, bfloat16, bandwidth) in PEAKS.items():
+    for name, (float32, bfloat16, bandwidth, instead) in PEAKS.items():
         if re.fullmatch(vendor + name, device_kind):
-            return Peak(float32 if dtype == "float32" else bfloat16, bandwidth)
+            return Peak(float32 if dtype == "float32" else bfloat16, bandwidth, instead.get(dtype, dtype))
     return None
 
 
@@ -125,17 +138,21 @@ def cpu_peak() -> Peak:
 
     a = jax.numpy.ones((2048, 2048))
     matmul = jax.jit(lambda a: a @ a)
-    return Peak(2 * 2048**3 / time_calls(lambda: matmul(a), 3, 10)[0] / 1e12, copy_bandwidth())
+    return Peak(2 * 2048**3 / time_calls(lambda: matmul(a), 3, 10)[0] / 1e12, copy_bandwidth(), "float32, measured")
 
 
-def peak_of(dtype: str, devices: int = 1) -> Peak | None:
-    """Returns the peak of several devices: of a CPU `cpu_peak`, of others from PEAKS."""
+def peak_of(dtype: str, devices: int = 1, tflops: float | None = None, bandwidth: float | None = None) -> Peak | None:
+    """Returns the peak of several devices: of a CPU `cpu_peak`, of others from PEAKS, or the numbers that are given."""
     import jax
 
-    if jax.default_backend() == "cpu":  # its virtual devices share its cores
-        return cpu_peak()
-    known = find_peak(jax.devices()[0].device_kind, dtype)
-    return known and Peak(devices * known.tflops, devices * known.bandwidth)
+    on_cpu = jax.default_backend() == "cpu"
+    known = cpu_peak() if on_cpu else find_peak(jax.devices()[0].device_kind, dtype)
+    if tflops and bandwidth:
+        known = Peak(tflops, bandwidth, "given")
+    elif known:
+        known = known._replace(tflops=tflops or known.tflops, bandwidth=bandwidth or known.bandwidth)
+    shared = 1 if on_cpu else devices  # virtual devices of a CPU share its cores
+    return known and known._replace(tflops=shared * known.tflops, bandwidth=shared * known.bandwidth)
 
 
 def step_flops(case: Case) -> int:
@@ -158,3 +175,17 @@ def quartiles(seconds: list[float], n: int) -> Row:
     """Returns step_seconds (median), step_seconds_quartiles and images_per_second of steps on `n` images each."""
     low, step, high = np.quantile(seconds, [0.25, 0.5, 0.75]).tolist()
     return {"step_seconds": step, "step_seconds_quartiles": [low, high], "images_per_second": n / step}
+
+
+def roofline(tflops: float, gb_per_second: float, peak: Peak) -> Row:
+    """Returns where a step lies relative to the roofline of its devices.
+
+    Returns:
+      bandwidth_fraction, of the peak; intensity, FLOPs for each byte of memory traffic; ridge, the intensity from which
+      on arithmetic is the bottleneck; and bound: "latency bound" if the fractions of both peaks are below LATENCY, else
+      "compute bound" if the intensity is above the ridge, else "memory bound".
+    """
+    compute, memory = tflops / peak.tflops, gb_per_second / peak.bandwidth
+    bound = "latency" if max(compute, memory) < LATENCY else "compute" if compute > memory else "memory"
+    row = {"bandwidth_fraction": memory, "bound": f"{bound} bound", "intensity": 1e3 * tflops / gb_per_second}
+    return row | {"ridge": 1e3 * peak.tflops / peak.bandwidth}

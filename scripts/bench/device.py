@@ -4,13 +4,14 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from bench import runs
-from bench.costs import Case, Device, Dtype, Source, quartiles
+from bench.costs import Case, Device, Dtype, Source, peak_of, quartiles
 from bench.harness import Row, time_calls
 from bench.steps import compile_program
 from bench.sweep import RATE_COLUMNS, measure_step
@@ -86,14 +87,15 @@ def measurements(options: Device) -> list[Measurement]:
     a, recipe = options, PRESETS[options.preset]
     size, (first, *sizes) = recipe.input.crop // recipe.input.pool, a.batch_sizes
 
-    def step(n: int, dtype: Dtype, train: bool, steps_per_call: int = 1) -> Measurement:
+    def step(n: int, dtype: Dtype, train: bool, steps_per_call: int = 1, profile: Path | None = None) -> Measurement:
+        peaks = (a.peak_tflops if dtype == a.dtypes[0] else None, a.peak_gb)
         case = Case(train, n, size, dtype, steps_per_call=steps_per_call)
         known = {"measured": "training step" if train else "inference"} | case._asdict()
-        return known, lambda: [measure_step(case, 5, 30, 1, SECONDS)]
+        return known, lambda: [measure_step(case, peak_of(dtype, 1, *peaks), 5, 30, 1, SECONDS, profile=profile)]
 
     alone = {"dtype": "float32"}
     essential = [
-        step(first, a.dtypes[0], True),
+        step(first, a.dtypes[0], True, profile=a.profile),
         step(first, a.dtypes[0], True, a.steps_per_call),
         ({"measured": "one image, host to host", "batch_size": 1} | alone, latency),
         *(step(n, a.dtypes[0], True) for n in sizes),

@@ -15,17 +15,26 @@ from typing import Any
 import gravlens_jax
 
 PACKAGES = "jax|jaxlib|flax|optax|numpy|torch|libtpu|jax-(cuda|rocm).*|nvidia-(cudnn|cuda-runtime|cublas)(-cu.*)?"
+DRIVERS = "/proc/driver/nvidia/version", "/sys/module/amdgpu/version"
 VARIABLES = "JAX_", "XLA_", "LIBTPU_", "GLIBC_TUNABLES"  # prefixes of environment variables
+
+
+def utc_time() -> str:
+    """Returns the time, such as 2026-01-31T12:00:00Z."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+STARTED = utc_time()  # of this run, the same in all its lines
 
 
 def machine_facts() -> dict[str, Any]:
     """Returns what measurements depend on here, for JSON; it uses the devices of JAX. None is what cannot be known."""
     import jax
 
-    device, home = jax.devices()[0], str(Path.home())
+    device = jax.devices()[0]
     return {
-        "started": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "command": shlex.join(sys.argv).replace(home, "~"),
+        "started": STARTED,
+        "command": without_home(shlex.join(sys.argv)),
         "gravlens_jax": gravlens_jax.__version__,
         "commit": commit(),
         "versions": versions(),
@@ -34,9 +43,10 @@ def machine_facts() -> dict[str, Any]:
         "device_memory_mib": (device.memory_stats() or {}).get("bytes_limit", 0) / 2**20 or None,
         "platform": device.platform,
         "platform_version": " ".join(device.client.platform_version.split()),
-        "cpu": _cpu(),
+        "driver": _find(r"\b\d+\.\d[\d.]*", *DRIVERS),
+        "cpu": _find(r"(?<=model name\t: ).+", "/proc/cpuinfo") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "environment": {k: v.replace(home, "~") for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
+        "environment": {k: without_home(v) for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
     }
 
 
@@ -45,7 +55,7 @@ def describe(facts: dict[str, Any]) -> str:
     devices = f"{facts['device_count']} x {facts['device_kind']}, {facts['cores']} cores of {facts['cpu']}"
     own = f"gravlens_jax {facts['gravlens_jax']} ({(facts['commit'] or 'no clone')[:9]})"
     shown = [f"{name} {v}" for name, v in facts["versions"].items() if re.match("jax$|libtpu|torch|nvidia-cudnn", name)]
-    return ", ".join([devices, own, *shown, facts["started"]])
+    return ", ".join([devices, f"driver {facts['driver'] or 'none'}", own, *shown, facts["started"]])
 
 
 def versions() -> dict[str, str]:
@@ -65,9 +75,17 @@ def commit() -> str | None:
     return None
 
 
-def _cpu() -> str:
-    """Returns the name of the CPU, or else of its architecture."""
-    with suppress(OSError):
-        if found := re.search(r"(?<=model name\t: ).+", Path("/proc/cpuinfo").read_text()):
-            return found[0].strip()
-    return platform.processor() or platform.machine()
+def without_home(text: str) -> str:
+    """Returns the text with ~ for home folders."""
+    own = os.path.expanduser("~").rstrip("/")
+    patterns = [re.escape(own) + r"(?![\w.-])"] * bool(own) + [r"/(?:home|Users)/[^/\s'\":,]+"]
+    return re.sub("|".join(patterns), "~", text)
+
+
+def _find(pattern: str, *paths: str) -> str | None:
+    """Returns the first match in the first of the files that can be read."""
+    for path in paths:
+        with suppress(OSError):
+            found = re.search(pattern, Path(path).read_text())
+            return found and found[0].strip()
+    return None

@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, TypeVar
 
-from bench.facts import describe, machine_facts
+from bench.facts import describe, machine_facts, utc_time
 from gravlens_jax.errors import check
 
 SCHEMA = 1
@@ -91,7 +91,8 @@ def report(benchmark: str, rows: Iterable[Row], columns: str, json_file: Path) -
                 print("|", " | ".join(_cell(row, *field) for field in fields), "|", flush=True)
                 done.append(row)
                 facts = facts or machine_facts()
-                print(json.dumps({"schema": SCHEMA, "benchmark": benchmark} | row | facts), file=file, flush=True)
+                line = {"schema": SCHEMA, "benchmark": benchmark, "time": utc_time()} | row | facts
+                print(json.dumps(line), file=file, flush=True)
     finally:  # also if it is cut short
         if facts:
             print(f"\n{describe(facts)}\n{len(done)} lines added to {json_file}", flush=True)

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 
-from bench.costs import Case, Steps, peak_of, quartiles, step_flops
+from bench.costs import Case, Peak, Steps, peak_of, quartiles, roofline, step_flops
 from bench.harness import Row, Run, alternate, check_least, worker
 from bench.steps import compile_step
 from gravlens_jax.errors import check_installed
@@ -22,7 +24,7 @@ STEP_COLUMNS = (
 )
 RATE_COLUMNS = (
     f"compile s{{compile_seconds:.1f}}{STEP_COLUMNS}of peak{{tflops_fraction:.1%}} GB/s{{gb_per_second:.0f}}"
-    "of peak{bandwidth_fraction:.1%}   MiB{memory_mib:.0f}"
+    "of peak{bandwidth_fraction:.1%}   MiB{memory_mib:.0f}bound        {bound}"
 )
 COLUMNS = (
     "size{image_size}batch{batch_size}dtype   {dtype}"
@@ -33,42 +35,49 @@ SCALING_COLUMNS = f"scaling {{scaling}}dev{{devices}}batch{{batch_size}}{STEP_CO
 
 def measure_step(
     case: Case,
+    peak: Peak | None,
     warmup: int,
     steps: int,
     repeats: int = 1,
     most_seconds: float = math.inf,
     peer: ProcessPoolExecutor | None = None,
+    profile: Path | None = None,
 ) -> Row:
     """Returns the figures of a step.
 
     Args:
       case: the step.
+      peak: of its devices.
       warmup: calls before each measurement.
       steps: calls of each measurement.
       repeats: measurements, alternating with the peer's.
       most_seconds: of a measurement, with fewer calls if need be.
       peer: a process in which PyTorch runs the same.
+      profile: folder for a trace of a few steps.
 
     Returns:
       the fields of `Case`; the facts of `compile_step`; `quartiles`; tflops; gb_per_second, of memory traffic;
-      if the peak of the devices is known, peak, tflops_fraction and bandwidth_fraction; with a peer
-      torch_images_per_second and ratio, our speed over its.
+      if the peak is known, peak, tflops_fraction and `roofline`; with a peer torch (facts about
+      it), torch_images_per_second and ratio, our speed over its.
     """
     run, facts = compile_step(case)
     runs: dict[str, Run] = {"jax": partial(run, most_seconds=most_seconds)}
     row = case._asdict() | facts
     if peer:
+        row["torch"] = peer.submit(_torch_step, case).result()
         runs["torch"] = lambda *calls: peer.submit(_torch_step, case, *calls).result()
     timed = alternate(runs, lambda code: runs[code](warmup, steps), repeats)
     seconds = {code: list(itertools.chain.from_iterable(some)) for code, some in timed.items()}
+    if profile:
+        with jax.profiler.trace(str(profile)):
+            run(0, 5)
     row |= quartiles(seconds["jax"], case.batch_size)
     row["tflops"] = step_flops(case) * row["images_per_second"] / 1e12
+    if peak:
+        row |= {"peak": peak._asdict(), "tflops_fraction": row["tflops"] / peak.tflops}
     if case.steps_per_call == 1 and row["accessed_bytes"]:  # the compiler counts a loop once
         row["gb_per_second"] = row["accessed_bytes"] * case.devices / row["step_seconds"] / 1e9
-    if peak := peak_of(case.dtype, case.devices):
-        row |= {"peak": peak._asdict(), "tflops_fraction": row["tflops"] / peak.tflops}
-        if "gb_per_second" in row:
-            row["bandwidth_fraction"] = row["gb_per_second"] / peak.bandwidth
+        row |= roofline(row["tflops"], row["gb_per_second"], peak) if peak else {}
     if peer:
         row["torch_images_per_second"] = case.batch_size / statistics.median(seconds["torch"])
         row["ratio"] = row["images_per_second"] / row["torch_images_per_second"]
@@ -86,13 +95,16 @@ def sweep(train: bool, options: Steps) -> Iterator[Row]:
     with worker() if a.peer else nullcontext() as peer:
         for size, batch_size, dtype in itertools.product(a.image_size, a.batch_size, a.dtype):
             case = Case(train, batch_size, size, dtype)
-            yield measure_step(case, a.warmup, a.steps, a.repeats, peer=peer)
+            peak = peak_of(dtype, 1, a.peak_tflops, a.peak_gb)
+            yield measure_step(case, peak, a.warmup, a.steps, a.repeats, peer=peer)
 
 
-def _torch_step(case: Case, warmup: int, steps: int) -> list[float]:
+def _torch_step(case: Case, *calls: int) -> Any:
+    """Returns the seconds of `torch_step` if numbers of calls are given, else its facts."""
     from bench.torch_resnet import torch_step
 
-    return torch_step(case)(warmup, steps)
+    run, facts = torch_step(case)
+    return run(*calls) if calls else facts
 
 
 def scaling_cases(devices: tuple[int, ...], batch_per_device: int, size: int) -> list[tuple[str, Case]]:
@@ -132,7 +144,7 @@ def scale_steps(cases: list[tuple[str, Case]], warmup: int, steps: int, repeats:
         check_batch_size(case.batch_size, data_mesh(case.devices))
     fewest: dict[str, Row] = {}
     for scaling, case in cases:
-        row = measure_step(case, warmup, steps, repeats)
+        row = measure_step(case, peak_of(case.dtype, case.devices), warmup, steps, repeats)
         first = fewest.setdefault(scaling, row)
         efficiency = row["images_per_second"] / first["images_per_second"] * first["devices"] / case.devices
         yield {"scaling": scaling} | row | {"efficiency": efficiency}

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from bench.costs import Case
-from bench.harness import Run, time_calls
+from bench.harness import Row, Run, alternate, time_calls
 from bench.steps import random_batch
 from gravlens_jax.config import Config, InputConfig, OptimConfig
 from gravlens_jax.train_step import DEFLECTION_UNIT, VISIBLE
@@ -121,25 +121,36 @@ def _optimizers(network: ResNet, config: OptimConfig) -> list[Any]:
 
 
 @lru_cache(maxsize=1)
-def torch_step(case: Case) -> Run:
-    """Returns the measurement of `steps.compile_step` in PyTorch, compiled: same network, input, loss and optimizer."""
+def torch_step(case: Case) -> tuple[Run, Row]:
+    """Returns the measurement of `steps.compile_step` in PyTorch: same network, input, loss and optimizer.
+
+    Returns:
+      run: (warmup, steps) -> sorted seconds of `steps` steps.
+      facts: device; and mode, "eager" or "compile" (torch.compile), whichever takes less time.
+    """
     batch, config = _tensors(random_batch(case, case.batch_size)), case.config
     network = ResNet(case.depth).to(DEVICE).train(case.train)
-    compiled, optimizers = torch.compile(network), _optimizers(network, config.optim)
+    optimizers = _optimizers(network, config.optim)
     autocast = partial(torch.autocast, DEVICE, torch.bfloat16, enabled=case.dtype == "bfloat16")
 
-    def step():
+    def step(forward):
         if not case.train:
             with torch.inference_mode(), autocast():
-                return float(_forward(compiled, _unit(batch[0]), config.input)[0].sum())  # waits for a GPU
+                return float(_forward(forward, _unit(batch[0]), config.input)[0].sum())  # waits for a GPU
         for optimizer in optimizers:
             optimizer.zero_grad()
         with autocast():
-            loss = _loss(compiled, network.auxiliary, batch, config)
+            loss = _loss(forward, network.auxiliary, batch, config)
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
         return float(loss.detach())
 
-    step()  # compiles
-    return partial(time_calls, step)
+    runs = {"eager": partial(time_calls, partial(step, network))}
+    try:
+        runs["compile"] = partial(time_calls, partial(step, torch.compile(network)))
+        fastest = {name: min(some)[0] for name, some in alternate(runs, lambda name: runs[name](3, 5), 2).items()}
+        mode = min(runs, key=lambda name: fastest[name])
+        return runs[mode], {"device": DEVICE, "mode": mode}
+    except Exception as error:  # torch.compile fails in many ways, most often because there is no C++ compiler
+        return runs["eager"], {"device": DEVICE, "mode": f"eager (torch.compile failed: {type(error).__name__})"}
