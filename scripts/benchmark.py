@@ -4,15 +4,13 @@ Each prints a Markdown table, and adds a line of JSON for each row to a file.
 """
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from bench.costs import Device, Dtype, Steps, copy_bandwidth
-from bench.facts import machine_facts
-from bench.harness import Row, call_apart, check_least, report
+from bench.harness import check_least, report
 from gravlens_jax import cli
 from gravlens_jax.config import PRESETS, ModelConfig
 from gravlens_jax.errors import check, check_installed
@@ -24,7 +22,7 @@ JSON = Path("benchmark.jsonl")
 def simulate(
     seconds: float = 4.0,
     repeats: int = 3,
-    peers: tuple[Literal["lenstronomy", "herculens", "caustics"], ...] = (),
+    peers: tuple[Literal["lenstronomy", "herculens"], ...] = (),
     json_file: Path = JSON,
 ) -> None:
     """Measures images per second of `sphere` lenses with 25 subhalos, on one core and on all, beside other codes.
@@ -36,7 +34,7 @@ def simulate(
     Args:
         seconds: length of one measurement.
         repeats: measurements of each figure.
-        peers: other codes to measure (pip install lenstronomy herculens caustics six).
+        peers: other codes to measure (pip install lenstronomy herculens six tqdm).
         json_file: where a line is added for each row.
     """
     check_least(1, repeats=repeats)
@@ -55,32 +53,26 @@ def measure_input(
     batch_size: int = 256,
     batches: int = 20,
     repeats: int = 3,
-    peer: Literal["torch"] | None = None,
     json_file: Path = JSON,
 ) -> None:
-    """Measures opening and random batches of a packed file beside other readers, each in a process of its own.
+    """Measures opening and random batches of a packed file, memory-mapped and by np.load, in processes of their own.
 
-    Reads the same images from the packed, memory-mapped npz, from the same file by np.load, from a compressed npz, and
-    with --peer torch from one .npy file each by a DataLoader (with 0, 1 and as many workers as there are cores). The
-    files are written to the folder for temporary files, and are in the page cache when they are read.
+    The file is written to the folder for temporary files, and is in the page cache when it is read.
 
     Args:
         images: number of images, 150 x 150 pixels.
         batch_size: images a batch.
         batches: batches of each measurement.
         repeats: measurements of each reader, alternating.
-        peer: whether to measure the DataLoader (pip install torch).
         json_file: where a line is added for each row.
     """
     check_least(1, batch_size=batch_size, batches=batches, repeats=repeats)
     check(Path("/proc/self/statm").exists(), "this benchmark reads its memory from /proc, which only Linux has")
     check(images >= batch_size, f"--images {images} do not fill a batch of {batch_size}; give more")
-    if peer:
-        check_installed(peer, "--peer", peer)
     os.environ |= cli.fast_environment()  # of the processes that it starts
     from bench.input import COLUMNS, measure_readers
 
-    rows = measure_readers(images, batch_size, batches, repeats, peer is not None)
+    rows = measure_readers(images, batch_size, batches, repeats)
     copy = copy_bandwidth() / 2
     print(f"a copy in memory: {copy:.1f} GB/s")
     report("input", [row | {"copy_gb_per_second": copy} for row in rows], COLUMNS, json_file)
@@ -107,82 +99,59 @@ def _sweep(command: str, options: Steps, json_file: Path) -> None:
 def scale(
     devices: tuple[int, ...] = (),
     batch_per_device: int = 64,
-    batch_size: int | None = None,
     image_size: int = 50,
-    dtype: Dtype = "float32",
     warmup: int = 3,
     steps: int = 10,
     repeats: int = 5,
     json_file: Path = JSON,
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
 ) -> None:
     """Measures training steps of ResNet-20 over 1, 2, ... devices: weak scaling and strong scaling.
 
     Figures are medians. Efficiency is the images per second of each device over those of each of the fewest. Devices of
-    a CPU are virtual and share its cores: at best images per second stay the same. A run of several processes is
-    started like one of train.py, on CPUs with JAX_NUM_CPU_DEVICES set.
+    a CPU are virtual and share its cores: at best images per second stay the same.
 
     Args:
         devices: numbers of devices; by default powers of two up to all. A CPU is split into as many as needed.
-        batch_per_device: images a step on each device, for weak scaling.
-        batch_size: images a step on all devices together, for strong scaling; by default the largest of weak scaling.
+        batch_per_device: images a step on each device, for weak scaling. Strong scaling has the largest of its batches.
         image_size: pixels of the network's input, height and width.
-        dtype: of activations.
         warmup: steps before each measurement.
         steps: steps of each measurement.
         repeats: measurements of each case.
         json_file: where a line is added for each row.
-        coordinator: HOST:PORT of process 0 of a run of several, or auto to let JAX detect the cluster.
-        num_processes: of that run.
-        process_id: of this process: 0, 1, ...
     """
     cli.set_environment()
-    from bench import sweep
-    from gravlens_jax.sharding import is_main, join_processes
+    import jax
+
+    from bench.sweep import SCALING_COLUMNS, scale_steps, scaling_cases
 
     check_folder(json_file)
-    join_processes(coordinator, num_processes, process_id)
-    sweep.split_cpu(devices)
-    cases = sweep.scaling_cases(devices, batch_per_device, batch_size, image_size, dtype)
-    rows = sweep.scale(cases, warmup, steps, repeats)
-    if is_main():
-        report("scale", rows, sweep.SCALING_COLUMNS, json_file)
-    else:
-        list(rows)
+    if max(devices, default=1) > 1:
+        jax.config.update("jax_num_cpu_devices", max(devices))
+    cases = scaling_cases(devices, batch_per_device, image_size)
+    report("scale", scale_steps(cases, warmup, steps, repeats), SCALING_COLUMNS, json_file)
 
 
 def accuracy(
     preset: Literal["default", "smoke"] = "default",
     epochs: tuple[int, ...] = (1, 3),
     targets: tuple[float, ...] = (0.896, 0.95),
-    peer: Literal["torch"] | None = None,
     json_file: Path = JSON,
 ) -> None:
     """Measures the minutes from nothing to validation accuracies: simulation, compilation and training.
-
-    With --peer torch also the same recipe in PyTorch, and GravLensNet's, whose minutes are its published number of
-    image-steps times the measured time of one.
 
     Args:
         preset: the recipe.
         epochs: numbers of epochs; each is a run, at whose end the learning rate is 0.
         targets: accuracies.
-        peer: whether to train in PyTorch too (pip install torch).
         json_file: where a line is added for each row.
     """
     check_least(1, epochs=epochs)
-    if peer:
-        check_installed(peer, "--peer", peer)
-    os.environ |= cli.fast_environment()  # of the processes that it starts
-    from bench.runs import COLUMNS, measure_accuracy, with_targets
+    cli.set_environment()
+    from bench.runs import COLUMNS, measure_accuracy
 
     check_folder(json_file)
-    facts: Row = call_apart(machine_facts, ())[0] | {"preset": preset}  # not here: its processes need the device
-    with tempfile.TemporaryDirectory() as folder:
-        rows = measure_accuracy(PRESETS[preset], epochs, peer is not None, Path(folder))
-        report("accuracy", with_targets(rows, targets), COLUMNS, json_file, facts)
+    rows = measure_accuracy(PRESETS[preset], epochs, targets)
+    report("accuracy", (row | {"preset": preset} for row in rows), COLUMNS, json_file)
 
 
 def compile_ahead(

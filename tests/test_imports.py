@@ -19,9 +19,9 @@ LIMITS = [  # sizes as they are: lower them when something is removed
     ("gravlens_jax/**/*.py", "lines", 4_720),
     ("gravlens_jax/**/[a-z]*.py", "files", 28),  # not __init__.py and __main__.py
     (" ".join(f"gravlens_jax/{name}.py" for name in CORE), "lines", 750),
-    ("scripts/**/*.py", "lines", 3_400),
-    ("scripts/bench/*.py", "lines", 1_700),
-    ("tests/**/*.py", "lines", 5_030),
+    ("scripts/**/*.py", "lines", 3_050),
+    ("scripts/bench/*.py", "lines", 1_380),
+    ("tests/**/*.py", "lines", 4_980),
     ("README.md", "lines", 160),
     ("README.md", "words", 1_500),
 ]

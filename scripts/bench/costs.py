@@ -13,12 +13,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from bench.harness import Row, check_least, time_calls
-from gravlens_jax.config import Config, InputConfig, ModelConfig, OptimConfig
+from gravlens_jax.config import Config, InputConfig, ModelConfig
 from gravlens_jax.errors import check
 
 Dtype = Literal["float32", "bfloat16"]
-
-Recipe = Literal["default", "adam"]
+Source = Literal["device", "files", "simulate"]
 LATENCY = 0.2  # a step that reaches less of both peaks waits for something else
 
 # Dense peaks of the vendors' data sheets by the device's name in JAX, a regular expression: TFLOP/s in float32 as JAX
@@ -65,23 +64,15 @@ class Case(NamedTuple):
     image_size: int  # pixels, height and width of images and network's input
     dtype: Dtype = "float32"  # of activations
     devices: int = 1  # how many of the devices to use
-    recipe: Recipe = "adam"  # of training: the default one (Muon, auxiliary loss), or Adam without auxiliary loss
     steps_per_call: int = 1  # more than one: images are in the device's memory, as with train.py --device-data
     depth: int = 20  # layers of the network
 
     @property
-    def auxiliary(self) -> bool:
-        """Whether a step has the auxiliary loss."""
-        return self.train and self.recipe == "default"
-
-    @property
     def config(self) -> Config:
-        """The run of which it is a step."""
-        adam = OptimConfig("adam", learning_rate=1e-3, weight_decay=1e-4)
+        """The run of which it is a step: the default recipe."""
         return Config(
             input=InputConfig(crop=self.image_size, pool=1).resolve(),
             model=ModelConfig(depth=self.depth, dtype=self.dtype),
-            optim=OptimConfig() if self.recipe == "default" else adam,
         )
 
 
@@ -92,23 +83,17 @@ class Steps:
     batch_size: tuple[int, ...] = (64,)  # images a step, over all devices
     image_size: tuple[int, ...] = (50,)  # pixels of the network's input, height and width
     dtype: tuple[Dtype, ...] = ("float32",)  # of activations
-    devices: tuple[int, ...] = (1,)  # number of devices to use; a CPU is split into as many as needed
-    recipe: tuple[Recipe, ...] = ("adam",)  # default: Muon and auxiliary loss; adam: Adam without auxiliary loss
-    steps_per_call: tuple[int, ...] = (1,)  # more than one: of images in the device's memory
     warmup: int = 10  # steps before each measurement
     steps: int = 30  # steps of each measurement
     repeats: int = 3  # measurements of each combination, alternating with the peer's
     peer: Literal["torch"] | None = None  # time the same in PyTorch (pip install torch)
-    profile: Path | None = None  # folder for a trace of a few steps, for Perfetto or TensorBoard
     peak_tflops: float | None = None  # TFLOP/s of a device that is not known, in this dtype
     peak_gb: float | None = None  # GB/s of the memory of such a device
 
     def __post_init__(self):
-        check_least(1, batch_size=self.batch_size, image_size=self.image_size, devices=self.devices)
-        check_least(1, steps=self.steps, repeats=self.repeats, steps_per_call=self.steps_per_call)
+        check_least(1, batch_size=self.batch_size, image_size=self.image_size, steps=self.steps, repeats=self.repeats)
         check_least(0, warmup=self.warmup)
         check(len(self.dtype) > 0, "dtype is empty: expected float32, bfloat16 or both")
-        check(len(self.recipe) > 0, "recipe is empty: expected default, adam or both")
 
 
 @dataclass(frozen=True)
@@ -117,20 +102,16 @@ class Device:
 
     batch_sizes: tuple[int, ...] = (32, 256, 2048)  # images a step
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")  # of activations
-    image_size: int = 42  # pixels of the network's input, height and width
     steps_per_call: int = 64  # of the row with more than one
-    runs: tuple[Literal["device", "files", "simulate"], ...] = (
-        "device",
-        "files",
-    )  # images of the runs to 95 %; or none
-    preset: Literal["default", "best", "smoke"] = "default"  # recipe of the runs
+    runs: tuple[Source, ...] = ("device", "files")  # images of the runs to 95 %; or none
+    preset: Literal["default", "best", "smoke"] = "default"  # recipe of the runs, and of the size of images
     budget_minutes: float = 10.0  # after which it ends with what is measured, as it does at Ctrl-C
     profile: Path | None = None  # folder for a trace of a few training steps, for Perfetto or TensorBoard
     peak_tflops: float | None = None  # TFLOP/s of a device that is not known, in the first dtype
     peak_gb: float | None = None  # GB/s of the memory of such a device
 
     def __post_init__(self):
-        check_least(1, batch_sizes=self.batch_sizes, image_size=self.image_size, steps_per_call=self.steps_per_call)
+        check_least(1, batch_sizes=self.batch_sizes, steps_per_call=self.steps_per_call)
         check(len(self.dtypes) > 0, "dtypes is empty: expected float32, bfloat16 or both")
         check(self.budget_minutes > 0, f"budget_minutes={self.budget_minutes}: expected a positive number")
 

@@ -1,10 +1,8 @@
 """All that is worth knowing of a device, in order of importance, within a budget of time."""
 
 import signal
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,12 @@ import jax
 import numpy as np
 
 from bench import runs
-from bench.costs import Case, Device, Dtype, peak_of, quartiles
+from bench.costs import Case, Device, Dtype, Source, peak_of, quartiles
 from bench.harness import Row, time_calls
 from bench.steps import compile_program
 from bench.sweep import RATE_COLUMNS, measure_step
 from gravlens_jax import load_pretrained, predict_logits
-from gravlens_jax.config import PRESETS, SPLITS, STREAM, ModelConfig
+from gravlens_jax.config import PRESETS, SPLITS, STREAM, Config, ModelConfig
 from gravlens_jax.inference import logits
 from gravlens_jax.lensing.images import simulate_images
 from gravlens_jax.lensing.priors import PRIORS
@@ -26,7 +24,7 @@ from gravlens_jax.sharding import data_mesh
 from gravlens_jax.stream import StreamData
 
 SECONDS = 4.0  # of a measurement, at most
-SOURCES: dict[str, dict[str, Any]] = {  # of training images, and the options that ask for them
+SOURCES: dict[Source, dict[str, Any]] = {  # of training images, and the options that ask for them
     "device": {"device_data": True},
     "files": {},
     "simulate": {"data": f"{STREAM}ct1"},
@@ -68,14 +66,13 @@ def measure_device(options: Device) -> Iterator[Row]:
     measured: its images per second over theirs.
     """
     recipe = PRESETS[options.preset]
-    same = recipe.model == ModelConfig() and recipe.input.crop // recipe.input.pool == options.image_size
     alone: dict[int, float] = {}  # batch size -> images per second of training steps
     for known, measure in measurements(options):
         try:
             for figures in measure():
                 row = known | figures | {"note": figures.get("note", "")}
                 n, rate = row.get("batch_size", 0), row.get("images_per_second", 0.0)
-                if row.get("train") and same:
+                if row.get("train") and recipe.model == ModelConfig():
                     alone.setdefault(n, rate)
                 elif "epochs" in row and n in alone and rate:
                     row["busy_fraction"] = rate / alone[n]
@@ -87,12 +84,12 @@ def measure_device(options: Device) -> Iterator[Row]:
 
 def measurements(options: Device) -> list[Measurement]:
     """Returns all measurements of a device, the most important ones first."""
-    a = options
-    size, first, *sizes = a.image_size, *a.batch_sizes
+    a, recipe = options, PRESETS[options.preset]
+    size, (first, *sizes) = recipe.input.crop // recipe.input.pool, a.batch_sizes
 
     def step(n: int, dtype: Dtype, train: bool, steps_per_call: int = 1, profile: Path | None = None) -> Measurement:
         peaks = (a.peak_tflops if dtype == a.dtypes[0] else None, a.peak_gb)
-        case = Case(train, n, size, dtype, recipe="default", steps_per_call=steps_per_call)
+        case = Case(train, n, size, dtype, steps_per_call=steps_per_call)
         known = {"measured": "training step" if train else "inference"} | case._asdict()
         return known, lambda: [measure_step(case, peak_of(dtype, 1, *peaks), 5, 30, 1, SECONDS, profile=profile)]
 
@@ -105,7 +102,7 @@ def measurements(options: Device) -> list[Measurement]:
         *(step(n, a.dtypes[0], False) for n in a.batch_sizes),
     ]
     trained = [
-        ({"measured": f"run, images: {name}", "batch_size": PRESETS[a.preset].batch_size}, partial(run, a.preset, name))
+        ({"measured": f"run, images: {name}", "batch_size": recipe.batch_size}, partial(run, recipe, name))
         for name in a.runs
     ]
     rest = [step(n, dtype, train) for dtype in a.dtypes[1:] for train in (True, False) for n in a.batch_sizes]
@@ -130,15 +127,10 @@ def simulate(n: int) -> Iterator[Row]:
     yield facts | quartiles(time_calls(partial(render, *3 * [np.int32(0)]), 1, 20, SECONDS), n)
 
 
-def run(preset: str, source: str) -> Iterator[Row]:
-    """Yields the epochs of a run from nothing (`runs.our_run`), and the minutes until it reaches 95 %."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = PRESETS[preset]
-        simulation = replace(config.simulation, folder=f"{folder}/data")
-        config = replace(config, simulation=simulation, run_dir=f"{folder}/run", **SOURCES[source])
-        epochs = ({"code": source, "epochs": config.epochs} | row for row in runs.our_run(config))
-        for row in runs.with_targets(epochs, (0.95,)):
-            yield row | {"note": "95 % reached" if "target" in row else ""}
+def run(recipe: Config, source: Source) -> Iterator[Row]:
+    """Yields the epochs of a run from nothing, and whether it has reached 95 %."""
+    for row in runs.run_from_nothing(recipe, (0.95,), **SOURCES[source]):
+        yield row | {"note": "95 % reached" if row["reached"] else ""}
 
 
 def compare_logits() -> Iterator[Row]:

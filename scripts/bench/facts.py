@@ -41,13 +41,11 @@ def machine_facts() -> dict[str, Any]:
         "device_kind": device.device_kind,
         "device_count": jax.device_count(),
         "device_memory_mib": (device.memory_stats() or {}).get("bytes_limit", 0) / 2**20 or None,
-        "process_count": jax.process_count(),
         "platform": device.platform,
         "platform_version": " ".join(device.client.platform_version.split()),
         "driver": _find(r"\b\d+\.\d[\d.]*", *DRIVERS),
         "cpu": _find(r"(?<=model name\t: ).+", "/proc/cpuinfo") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "matmul_precision": jax.config.values["jax_default_matmul_precision"] or "default",
         "environment": {k: without_home(v) for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
     }
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from math import inf
@@ -66,47 +66,29 @@ def call_apart(function: Callable[..., Any], *calls: tuple[Any, ...]) -> list[An
         return [future.result() for future in futures]
 
 
-def table(rows: Iterable[Row], columns: str) -> Iterator[Row]:
-    """Yields rows, and prints each as a line of a Markdown table as soon as it is measured.
+def report(benchmark: str, rows: Iterable[Row], columns: str, json_file: Path) -> list[Row]:
+    """Prints rows as a Markdown table, and appends each as a line of JSON to a file; returns them.
+
+    Both is done as soon as a row is measured. A line of JSON holds the row's values, `machine_facts` and SCHEMA, the
+    version of its keys: a key never changes its meaning.
 
     Args:
-      rows: values by name.
+      benchmark: its name.
+      rows: values by name, measured when they are requested.
       columns: the titles, each followed by its value as a replacement field: "code     {code} seconds{time:.3g}". A
         column is as wide as its title, to the left if this ends with a space. "-" stands for a value that a row lacks.
+      json_file: where the lines are added.
     """
+    done: list[Row] = []
+    facts: Row = {}
     fields = [(title, name or "", spec or "") for title, name, spec, _ in Formatter().parse(columns)]
     print("|", " | ".join(title for title, _, _ in fields), "|")
     rules = ["-" * len(title) + ("--" if title.endswith(" ") else "-:") for title, _, _ in fields]
     print("|" + "|".join(rules) + "|", flush=True)
-    for row in rows:
-        print("|", " | ".join(_cell(row, *field) for field in fields), "|", flush=True)
-        yield row
-
-
-def _cell(row: Row, title: str, name: str, spec: str) -> str:
-    try:
-        text = format(Formatter().get_field(name, (), row)[0], spec)
-    except KeyError:
-        text = "-"
-    return text.ljust(len(title)) if title.endswith(" ") else text.rjust(len(title))
-
-
-def report(benchmark: str, rows: Iterable[Row], columns: str, json_file: Path, facts: Row | None = None) -> list[Row]:
-    """Prints rows as a table, and appends each as a line of JSON to a file, as soon as it is measured; returns them.
-
-    A line holds the row's values, `facts` and SCHEMA, the version of its keys: a key never changes its meaning.
-
-    Args:
-      benchmark: its name.
-      rows: measured when they are requested.
-      columns: see `table`.
-      json_file: where the lines are added.
-      facts: by default `machine_facts` of this process, after the first row.
-    """
-    done = []
     try:
         with json_file.open("a") as file:
-            for row in table(rows, columns):
+            for row in rows:
+                print("|", " | ".join(_cell(row, *field) for field in fields), "|", flush=True)
                 done.append(row)
                 facts = facts or machine_facts()
                 line = {"schema": SCHEMA, "benchmark": benchmark, "time": utc_time()} | row | facts
@@ -115,3 +97,11 @@ def report(benchmark: str, rows: Iterable[Row], columns: str, json_file: Path, f
         if facts:
             print(f"\n{describe(facts)}\n{len(done)} lines added to {json_file}", flush=True)
     return done
+
+
+def _cell(row: Row, title: str, name: str, spec: str) -> str:
+    try:
+        text = format(Formatter().get_field(name, (), row)[0], spec)
+    except KeyError:
+        text = "-"
+    return text.ljust(len(title)) if title.endswith(" ") else text.rjust(len(title))

@@ -2,7 +2,6 @@
 
 import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from bench.harness import Row, alternate, call_apart
-from bench.simulators import lenstronomy_image, make_caustics, make_herculens
+from bench.harness import Row, alternate, call_apart, time_calls
+from bench.simulators import lenstronomy_image, make_herculens
 from gravlens_jax.lensing.images import render_images, simulate_images
 from gravlens_jax.lensing.priors import PRIORS
 from gravlens_jax.lensing.render import render_lens, render_lenses, sample_lens
@@ -30,20 +29,6 @@ def sample_lenses() -> dict[str, jax.Array]:
     return jax.vmap(sample)(jax.random.split(jax.random.key(0), BATCH))
 
 
-def _caustics_torch(compiled: bool) -> Renderer:
-    import torch
-
-    simulator, lenses = make_caustics(EXACT, "torch", sample_lenses())
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    render = torch.compile(torch.vmap(simulator)) if compiled else torch.vmap(simulator)
-    return torch.inference_mode()(render), torch.from_numpy(lenses)
-
-
-def _caustics_jax() -> Renderer:
-    simulator, lenses = make_caustics(EXACT, "jax", sample_lenses())
-    return jax.jit(jax.vmap(simulator)), lenses
-
-
 def _lenstronomy(lenses: dict[str, jax.Array]) -> list[np.ndarray]:
     own = jax.tree.map(np.asarray, lenses)
     return [lenstronomy_image({name: values[i] for name, values in own.items()}, EXACT) for i in range(BATCH)]
@@ -55,9 +40,6 @@ CODES: dict[str, Callable[[], Renderer]] = {
     "gravlens_jax, plain jax.vmap": lambda: (jax.jit(jax.vmap(partial(render_lens, priors=EXACT))), sample_lenses()),
     "gravlens_jax, with noise": lambda: (next, simulate_images(10**9, 0, 0, EXACT, ("sphere",))),
     "herculens": lambda: (jax.jit(jax.vmap(make_herculens(EXACT))), sample_lenses()),
-    "caustics, JAX": _caustics_jax,
-    "caustics, torch.compile": lambda: _caustics_torch(True),
-    "caustics, PyTorch": lambda: _caustics_torch(False),
     "lenstronomy": lambda: (_lenstronomy, sample_lenses()),
 }
 
@@ -66,12 +48,9 @@ def rate(code: str, seconds: float, cores: list[int]) -> float:
     """Returns the images per second of one of CODES, measured for `seconds`; binds the process to `cores` (Linux)."""
     os.sched_setaffinity(0, cores)
     render, lenses = CODES[code]()
-    jax.block_until_ready(render(lenses))  # compiles
-    start, done, passed = time.perf_counter(), 0, 0.0
-    while passed < seconds:
-        done += len(jax.block_until_ready(render(lenses)))
-        passed = time.perf_counter() - start
-    return done / passed
+    n = len(jax.block_until_ready(render(lenses)))  # compiles
+    times = time_calls(partial(render, lenses), 1, 10**9, seconds)
+    return n * len(times) / sum(times)
 
 
 def simulation_rates(seconds: float, repeats: int, codes: list[str], cores: list[int]) -> list[Row]:

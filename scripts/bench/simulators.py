@@ -1,10 +1,9 @@
 """The same images by other codes, for validation and benchmarks.
 
-lenstronomy (Birrer & Amara 2018), herculens (Galan et al. 2022) and caustics (Stone et al. 2024) are imported by the
-functions that need them. They get the lenses of `lensing.render.sample_lens` and return images as `render_lens` does.
+lenstronomy (Birrer & Amara 2018) and herculens (Galan et al. 2022) are imported by the functions that need them. They
+get the lenses of `lensing.render.sample_lens` and return images as `render_lens` does.
 """
 
-import os
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -15,8 +14,6 @@ import numpy as np
 
 from gravlens_jax.lensing.priors import Priors
 from gravlens_jax.lensing.profiles import einstein_radius_squared, sersic_b
-
-Lenses = dict[str, Any]  # parameters of n lenses, each with a leading axis of length n
 
 
 def psf_kernel(priors: Priors) -> np.ndarray:
@@ -118,7 +115,8 @@ def make_herculens(priors: Priors) -> Callable[[dict[str, jax.Array]], jax.Array
         source_model_class=LightModel([Sersic(radius_major_axis=False)]),
         kwargs_numerics={"supersampling_factor": priors.supersampling, "supersampling_convolution": False},
     )
-    amplitude, factor = _as_ours(1.9992 * priors.source_n - 0.3271, priors.source_n)
+    theirs, ours = 1.9992 * priors.source_n - 0.3271, sersic_b(priors.source_n)  # b_n of the Sersic profile
+    amplitude, factor = np.exp(ours - theirs), (theirs / ours) ** priors.source_n  # with which theirs is ours
 
     def render(p):
         keywords, source = _keywords(p, priors, p["subhalo_masses"], p["subhalo_centres"], jnp)
@@ -129,71 +127,3 @@ def make_herculens(priors: Priors) -> Callable[[dict[str, jax.Array]], jax.Array
         return priors.photons * (flux / priors.pixel_scale**2 + priors.sky)
 
     return render
-
-
-def _as_ours(b_n: Any, n: float) -> tuple[Any, Any]:
-    """Returns the amplitude and the factor of the radius with which a Sersic profile of another b_n is ours."""
-    ours = sersic_b(n)
-    return np.exp(ours - b_n), (b_n / ours) ** n
-
-
-def make_caustics(priors: Priors, backend: str, lenses: Lenses) -> tuple[Callable[[Any], Any], np.ndarray]:
-    """Returns caustics' function of the parameters of one lens, and these parameters of `lenses`, float (n, ...).
-
-    The lenses have all subhalos of their `priors`. The function is for vmap and returns a surface brightness with +y in
-    the last row: see `caustics_counts`. Light from outside of the field reaches its border, unlike in other codes.
-
-    Args:
-      priors: the camera, the source's fixed profile and the number of subhalos.
-      backend: "jax" or "torch"; the first one that a process chooses remains.
-      lenses: parameters of n lenses.
-    """
-    os.environ["CASKADE_BACKEND"] = backend
-    import caustics
-
-    kernel = psf_kernel(priors)
-    sparse = np.zeros([priors.supersampling * (priors.psf_size - 1) + 1] * 2, np.dtype(jnp.result_type(float)))
-    sparse[:: priors.supersampling, :: priors.supersampling] = kernel  # of sub-pixels, the same as after binning
-    cosmology = caustics.FlatLambdaCDM(name="cosmology")
-    centre = {"cosmology": cosmology, "x0": 0.0, "y0": 0.0}
-    points = [caustics.Point(cosmology, name=f"point{i}") for i in range(priors.subhalo_padding)]
-    halo, shear = caustics.SIS(name="halo", **centre), caustics.ExternalShear(name="shear", **centre)
-    plane = caustics.SinglePlane(cosmology, [halo, shear, *points], name="plane", z_l=0.5, z_s=1.0)
-    b_n = sersic_b(priors.source_n) - 2194697 / 30690717750 / priors.source_n**4  # with one more term
-    amplitude, factor = _as_ours(b_n, priors.source_n)
-    simulator = caustics.LensSource(
-        plane,
-        caustics.Sersic(n=priors.source_n, Ie=amplitude, name="source"),
-        pixelscale=priors.pixel_scale,
-        pixels_x=priors.num_pixels,
-        upsample_factor=priors.supersampling,
-        psf=sparse,
-    )
-    if backend == "torch":
-        import torch
-
-        simulator = simulator.to(dtype=torch.float32)
-    p = {name: np.asarray(values) for name, values in lenses.items()}
-    radii = np.sqrt(
-        jax.vmap(einstein_radius_squared)(*(lenses[name] for name in ("subhalo_masses", "z_lens", "z_source")))
-    )
-    values = {
-        ("halo", "Rein"): p["theta_E"],
-        ("shear", "gamma_1"): p["shear"] * np.cos(2 * p["shear_angle"]),
-        ("shear", "gamma_2"): p["shear"] * np.sin(2 * p["shear_angle"]),
-        ("source", "x0"): p["source"][:, 0],
-        ("source", "y0"): p["source"][:, 1],
-        ("source", "q"): p["source_axis_ratio"],
-        ("source", "phi"): p["source_angle"],
-        ("source", "Re"): factor * p["source_radius"] / np.sqrt(p["source_axis_ratio"]),  # along the major axis
-    }
-    for i in range(priors.subhalo_padding):
-        x, y = p["subhalo_centres"][:, i].T
-        values |= {(f"point{i}", "x0"): x, (f"point{i}", "y0"): y, (f"point{i}", "Rein"): radii[:, i]}
-    order = [(next(iter(param.parents)).name, param.name) for param in simulator.dynamic_params]
-    return simulator, np.stack([values[name] for name in order], axis=1)
-
-
-def caustics_counts(brightness: Any, priors: Priors) -> np.ndarray:
-    """Returns the expected counts of images (n, num_pixels, num_pixels) of a function of `make_caustics`."""
-    return priors.photons * (np.asarray(brightness)[:, ::-1] + priors.sky)

@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,11 +20,11 @@ from bench.harness import Row, Run, time_calls
 from gravlens_jax.config import CLASSES, SPLITS, Config, ModelConfig
 from gravlens_jax.datasets import map_grid
 from gravlens_jax.errors import InputError
-from gravlens_jax.inference import logits
+from gravlens_jax.inference import _outputs, logits
 from gravlens_jax.lensing.priors import PRIORS
 from gravlens_jax.model import ResNet, make_model
 from gravlens_jax.optim import make_optimizer
-from gravlens_jax.sharding import check_batch_size, data_mesh, replicate, shard_batch, shard_rows, wait_for_all
+from gravlens_jax.sharding import data_mesh, replicate, shard_batch, shard_rows
 from gravlens_jax.stream import StreamData
 from gravlens_jax.train_step import Batch, TrainState, init_state, train_steps
 
@@ -37,22 +36,22 @@ TOPOLOGY_COLUMNS = (
 
 
 def random_batch(case: Case, n: int) -> dict[str, np.ndarray]:
-    """Returns `n` images of random photon counts (uint16), labels and, if the step needs them, deflections of 0.
+    """Returns `n` images of random photon counts (uint16), labels and, for a training step, deflections of 0.
 
     Speed does not depend on the values.
     """
     size, cells = case.image_size, case.config.input.cells
     batch: dict[str, np.ndarray] = {"images": np.random.default_rng(0).poisson(100, (n, size, size)).astype(np.uint16)}
     batch["labels"] = (np.arange(n) % len(CLASSES)).astype(np.int32)
-    if case.auxiliary:
+    if case.train:
         batch["deflections"] = np.zeros((n, cells, cells, 2), np.float32)
     return batch
 
 
-def _set_up(config: Config, auxiliary: bool) -> tuple[ResNet, Callable[[], TrainState], Callable]:
+def _set_up(config: Config) -> tuple[ResNet, Callable[[], TrainState], Callable]:
     """Returns the network, a function that returns the first state, and the step (state, batch) -> (state, sums)."""
     model, tx = make_model(config.model, config.input, CLASSES), make_optimizer(config.optim, 1000)
-    init = partial(init_state, 0, model=model, tx=tx, config=config.optim, auxiliary=auxiliary)
+    init = partial(init_state, 0, model=model, tx=tx, config=config.optim, auxiliary=True)
     return model, init, partial(train_steps, model=model, tx=tx, config=config)
 
 
@@ -85,55 +84,43 @@ def compile_program(lowered: jax.stages.Lowered) -> tuple[Any, Row]:
 
 
 def compile_step(case: Case) -> tuple[Run, Row]:
-    """Compiles a step; in a run of several processes all must call this, and then `run`, with the same arguments.
+    """Compiles a step.
 
     Returns:
-      run: (warmup, calls) -> sorted seconds of a step, of `calls` calls after `warmup` others; see `time_calls`. In a
-        process that owns none of the devices it waits for the others, and returns no seconds.
-      facts: of `compile_program`; and transfer_seconds, of a batch to the devices. Empty in such a process.
+      run: (warmup, calls) -> sorted seconds of a step, of `calls` calls after `warmup` others; see `time_calls`.
+      facts: of `compile_program`.
     """
     mesh = data_mesh(case.devices)
-    check_batch_size(case.batch_size, mesh)
-    wait_for_all(f"compile {case}")
-    step: Callable | None = None
-    facts: Row = {}
-    if mesh.local_devices:
-        model, init, train = _set_up(case.config, case.auxiliary)
+    model, init, train = _set_up(case.config)
 
-        def infer(state, batch):
-            variables = {"params": state.params, "batch_stats": state.batch_stats}
-            return state, logits(model, variables, batch["images"])
+    def infer(state, batch):
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        return state, logits(model, variables, batch["images"])
 
-        state, put = replicate(init(), mesh), _batch_to_devices(case, mesh)
-        batch = put()
-        program = jax.jit(train if case.train else infer, donate_argnums=0)
-        compiled, facts = compile_program(program.lower(state, batch))
-        facts["transfer_seconds"] = statistics.median(time_calls(put, 3, 10, most_seconds=1))
-        step = partial(next, _run_steps(compiled, state, batch))
+    state, batch = replicate(init(), mesh), _batch_on_devices(case, mesh)
+    program = jax.jit(train if case.train else infer, donate_argnums=0)
+    compiled, facts = compile_program(program.lower(state, batch))
+
+    def steps(state: TrainState) -> Iterator[Any]:
+        while True:  # the next one starts when its result is requested
+            state, result = compiled(state, batch)
+            yield result
+
+    step = partial(next, steps(state))
 
     def run(warmup: int, calls: int, most_seconds: float = math.inf) -> list[float]:
-        wait_for_all(f"time {case}")
-        seconds = time_calls(step, warmup, calls, most_seconds) if step else []
-        return [call / case.steps_per_call for call in seconds]
+        return [call / case.steps_per_call for call in time_calls(step, warmup, calls, most_seconds)]
 
     return run, facts
 
 
-def _batch_to_devices(case: Case, mesh: Mesh) -> Callable[[], Batch]:
-    """Returns a function that moves the batch of a call to the devices, as `loader` does."""
+def _batch_on_devices(case: Case, mesh: Mesh) -> Batch:
+    """Returns the batch of a call, as `loader` moves it to the devices."""
     if case.steps_per_call == 1:
-        host_batch = random_batch(case, case.batch_size // mesh.size * len(mesh.local_devices))
-        return lambda: shard_batch(host_batch, mesh)
+        return shard_batch(random_batch(case, case.batch_size), mesh)
     n, shape = 4096, (case.steps_per_call, case.batch_size)
-    images, rows = random_batch(case, n), np.random.default_rng(0).integers(n, size=shape, dtype=np.int32)
-    return lambda: replicate(images, mesh) | {"rows": shard_rows(rows, mesh)}
-
-
-def _run_steps(step_fn: Callable, state: TrainState, batch: Batch) -> Iterator[Any]:
-    """Yields the results of one step after another; each starts when its result is requested."""
-    while True:
-        state, result = step_fn(state, batch)
-        yield result
+    rows = np.random.default_rng(0).integers(n, size=shape, dtype=np.int32)
+    return replicate(random_batch(case, n), mesh) | {"rows": shard_rows(rows, mesh)}
 
 
 def topology_mesh(name: str) -> Mesh:
@@ -158,7 +145,8 @@ def compile_for_tpus(names: tuple[str, ...], batch_per_chip: int, model: ModelCo
 def compile_run(config: Config, mesh: Mesh, platform: str) -> Iterator[Row]:
     """Yields program, batch_size and `compile_program`'s facts of the programs of a run.
 
-    These are "train", a step; "simulate", that of its batch; and "logits", inference of a batch.
+    These are "train", a step; "simulate", that of its batch; and "logits" and "map", inference of a batch: of its
+    logits, and of these and the deflection by the substructure.
 
     Args:
       config: the run; its batch size is over all devices.
@@ -166,7 +154,7 @@ def compile_run(config: Config, mesh: Mesh, platform: str) -> Iterator[Row]:
       platform: of the devices, such as "tpu".
     """
     whole, shares = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
-    model, init, step = _set_up(config, auxiliary=True)
+    model, init, step = _set_up(config)
     priors = PRIORS["ct1"]
     grid = map_grid(config.input, priors)
     source = StreamData(config.batch_size, priors, SPLITS.index("train"), config.batch_size, 0, mesh, grid)
@@ -175,10 +163,14 @@ def compile_run(config: Config, mesh: Mesh, platform: str) -> Iterator[Row]:
     state, batch = _sharded(jax.eval_shape(init), whole), _sharded(simulate.out_info, shares)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     images = jax.ShapeDtypeStruct(batch["images"].shape, jnp.float32, sharding=shares)
+    shapes = {"kernel": (4 * model.width, 2), "bias": (2,)}
+    head = {name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole) for name, shape in shapes.items()}
+    deflect = partial(_outputs, model=model, tta=False, maps=True)
     programs = {  # a further program of the package is a further line
         "train": jax.jit(step, donate_argnums=0, out_shardings=whole).trace(state, batch),
         "simulate": simulate,
         "logits": jax.jit(partial(logits, model), out_shardings=shares).trace(variables, images),
+        "map": jax.jit(deflect, out_shardings=shares).trace(variables | {"deflection": head}, images),
     }
     for program, traced in programs.items():
         _, facts = compile_program(traced.lower(lowering_platforms=(platform,)))

@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 
-from bench.costs import Case, Dtype, Peak, Steps, peak_of, quartiles, roofline, step_flops
+from bench.costs import Case, Peak, Steps, peak_of, quartiles, roofline, step_flops
 from bench.harness import Row, Run, alternate, check_least, worker
 from bench.steps import compile_step
 from gravlens_jax.errors import check_installed
-from gravlens_jax.sharding import check_batch_size, data_mesh, is_main
+from gravlens_jax.sharding import check_batch_size, data_mesh
 
 STEP_COLUMNS = (
     "  step s{step_seconds:.3g}    25 %{step_seconds_quartiles[0]:.3g}    75 %{step_seconds_quartiles[1]:.3g}"
@@ -27,16 +27,10 @@ RATE_COLUMNS = (
     "of peak{bandwidth_fraction:.1%}   MiB{memory_mib:.0f}bound        {bound}"
 )
 COLUMNS = (
-    "size{image_size}batch{batch_size}dtype   {dtype}recipe {recipe}a call{steps_per_call}dev{devices}"
-    f"transfer s{{transfer_seconds:.3g}}{RATE_COLUMNS}torch{{torch_images_per_second:,.0f}}ratio{{ratio:.2f}}"
+    "size{image_size}batch{batch_size}dtype   {dtype}"
+    f"{RATE_COLUMNS}torch{{torch_images_per_second:,.0f}}ratio{{ratio:.2f}}"
 )
 SCALING_COLUMNS = f"scaling {{scaling}}dev{{devices}}batch{{batch_size}}{STEP_COLUMNS}efficiency{{efficiency:.3f}}"
-
-
-def split_cpu(devices: tuple[int, ...]) -> None:
-    """Splits the CPU into as many virtual devices as are needed, where JAX runs on one; call it before it uses one."""
-    if max(devices, default=1) > 1 and not jax.distributed.is_initialized():
-        jax.config.update("jax_num_cpu_devices", max(devices))
 
 
 def measure_step(
@@ -49,7 +43,7 @@ def measure_step(
     peer: ProcessPoolExecutor | None = None,
     profile: Path | None = None,
 ) -> Row:
-    """Returns the figures of a step; nothing in a process that owns none of its devices.
+    """Returns the figures of a step.
 
     Args:
       case: the step.
@@ -63,8 +57,8 @@ def measure_step(
 
     Returns:
       the fields of `Case`; the facts of `compile_step`; `quartiles`; tflops; gb_per_second, of memory traffic;
-      if the peak is known, peak, tflops_fraction and `roofline`; with a peer torch (facts about it),
-      torch_images_per_second and ratio, our speed over its.
+      if the peak is known, peak, tflops_fraction and `roofline`; with a peer torch (facts about
+      it), torch_images_per_second and ratio, our speed over its.
     """
     run, facts = compile_step(case)
     runs: dict[str, Run] = {"jax": partial(run, most_seconds=most_seconds)}
@@ -77,8 +71,6 @@ def measure_step(
     if profile:
         with jax.profiler.trace(str(profile)):
             run(0, 5)
-    if not seconds["jax"]:
-        return {}
     row |= quartiles(seconds["jax"], case.batch_size)
     row["tflops"] = step_flops(case) * row["images_per_second"] / 1e12
     if peak:
@@ -100,14 +92,11 @@ def sweep(train: bool, options: Steps) -> Iterator[Row]:
     a = options
     if a.peer:
         check_installed(a.peer, "--peer", a.peer)
-    split_cpu(a.devices)
-    recipes, calls = (a.recipe, a.steps_per_call) if train else (("adam",), (1,))
-    combinations = itertools.product(a.image_size, a.batch_size, a.dtype, a.devices, recipes, calls)
     with worker() if a.peer else nullcontext() as peer:
-        for size, batch_size, dtype, devices, recipe, steps_per_call in combinations:
-            case = Case(train, batch_size, size, dtype, devices, recipe, steps_per_call)
-            peak = peak_of(dtype, devices, a.peak_tflops, a.peak_gb)
-            yield measure_step(case, peak, a.warmup, a.steps, a.repeats, peer=peer, profile=a.profile)
+        for size, batch_size, dtype in itertools.product(a.image_size, a.batch_size, a.dtype):
+            case = Case(train, batch_size, size, dtype)
+            peak = peak_of(dtype, 1, a.peak_tflops, a.peak_gb)
+            yield measure_step(case, peak, a.warmup, a.steps, a.repeats, peer=peer)
 
 
 def _torch_step(case: Case, *calls: int) -> Any:
@@ -118,30 +107,25 @@ def _torch_step(case: Case, *calls: int) -> Any:
     return run(*calls) if calls else facts
 
 
-def scaling_cases(
-    devices: tuple[int, ...], batch_per_device: int, batch_size: int | None, size: int, dtype: Dtype = "float32"
-) -> list[tuple[str, Case]]:
+def scaling_cases(devices: tuple[int, ...], batch_per_device: int, size: int) -> list[tuple[str, Case]]:
     """Returns the steps of "weak" scaling, with the same batch for each device, and of "strong", with one batch.
 
     Args:
       devices: numbers of devices; if empty, powers of two up to all.
-      batch_per_device: of weak scaling.
-      batch_size: of strong scaling, over all devices; by default that of weak scaling on the most devices.
-      size, dtype: see `Case`.
+      batch_per_device: of weak scaling; the batch of strong scaling is that of weak scaling on the most devices.
+      size: pixels, height and width.
     """
     counts = sorted(set(devices)) or [2**k for k in range(jax.device_count().bit_length())]
-    check_least(1, devices=devices or None, batch_per_device=batch_per_device, batch_size=batch_size, image_size=size)
-    whole = batch_size or batch_per_device * counts[-1]
-    weak = [("weak", Case(True, n * batch_per_device, size, dtype, n)) for n in counts]
-    return weak + [("strong", Case(True, whole, size, dtype, n)) for n in counts]
+    check_least(1, devices=devices or None, batch_per_device=batch_per_device, image_size=size)
+    weak = [("weak", Case(True, n * batch_per_device, size, devices=n)) for n in counts]
+    return weak + [("strong", Case(True, counts[-1] * batch_per_device, size, devices=n)) for n in counts]
 
 
-def scale(cases: list[tuple[str, Case]], warmup: int, steps: int, repeats: int) -> Iterator[Row]:
+def scale_steps(cases: list[tuple[str, Case]], warmup: int, steps: int, repeats: int) -> Iterator[Row]:
     """Yields the figures of steps over several numbers of devices.
 
-    In a run of several processes all must call this with the same arguments; only the first yields anything. Virtual
-    devices of a CPU share its cores, and one of them uses most of these already: at best the images per second stay the
-    same, an efficiency of 1/n, and only the overhead of the split is measured.
+    Virtual devices of a CPU share its cores, and one of them uses most of these already: at best the images per second
+    stay the same, an efficiency of 1/n, and only the overhead of the split is measured.
 
     Args:
       cases: of `scaling_cases`.
@@ -161,8 +145,6 @@ def scale(cases: list[tuple[str, Case]], warmup: int, steps: int, repeats: int) 
     fewest: dict[str, Row] = {}
     for scaling, case in cases:
         row = measure_step(case, peak_of(case.dtype, case.devices), warmup, steps, repeats)
-        if is_main():
-            first = fewest.setdefault(scaling, row)
-            growth = case.devices / first["devices"]
-            efficiency = row["images_per_second"] / first["images_per_second"] / growth
-            yield {"scaling": scaling} | row | {"efficiency": efficiency}
+        first = fewest.setdefault(scaling, row)
+        efficiency = row["images_per_second"] / first["images_per_second"] * first["devices"] / case.devices
+        yield {"scaling": scaling} | row | {"efficiency": efficiency}

@@ -1,7 +1,6 @@
-"""The network and its training in PyTorch."""
+"""The network, its training step and inference in PyTorch."""
 
 import itertools
-from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any
 
@@ -12,13 +11,7 @@ from torch.nn import functional
 from bench.costs import Case
 from bench.harness import Row, Run, alternate, time_calls
 from bench.steps import random_batch
-from gravlens_jax.config import Config, InputConfig, ModelConfig
-from gravlens_jax.datasets import Splits
-from gravlens_jax.errors import check
-from gravlens_jax.loader import Plan, eval_batches, train_batches
-from gravlens_jax.npz import Dataset
-from gravlens_jax.optim import learning_rate_schedule
-from gravlens_jax.sharding import data_mesh
+from gravlens_jax.config import Config, InputConfig, OptimConfig
 from gravlens_jax.train_step import DEFLECTION_UNIT, VISIBLE
 
 Tensors = tuple[Any, Any, Any]  # images (n, 1, height, width), labels (n,), maps (n, 2, cells, cells) or None
@@ -64,8 +57,6 @@ class ResNet(torch.nn.Module):
         channels = [16] * (n + 1) + [32] * n + [64] * n
         self.blocks = torch.nn.Sequential(*itertools.starmap(Block, itertools.pairwise(channels)))
         self.head, self.auxiliary = torch.nn.Linear(64, 3), torch.nn.Conv2d(64, 2, 1)
-        torch.nn.init.zeros_(self.auxiliary.weight)
-        torch.nn.init.zeros_(self.auxiliary.bias)
 
     def forward(self, x):
         features = self.blocks(functional.relu(self.norm(self.conv(x))))
@@ -93,9 +84,8 @@ def _flip(x: Any, maps: Any) -> tuple[Any, Any]:
     for axis in (2, 3):
         mirrored = torch.rand(len(x), 1, 1, 1, device=DEVICE) < 0.5
         x = torch.where(mirrored, x.flip(axis), x)
-        if maps is not None:
-            sign = torch.tensor([1.0, -1.0] if axis == 2 else [-1.0, 1.0], device=DEVICE).view(1, 2, 1, 1)
-            maps = torch.where(mirrored, sign * maps.flip(axis), maps)
+        sign = torch.tensor([1.0, -1.0] if axis == 2 else [-1.0, 1.0], device=DEVICE).view(1, 2, 1, 1)
+        maps = torch.where(mirrored, sign * maps.flip(axis), maps)
     return x, maps
 
 
@@ -116,66 +106,18 @@ def _loss(network: Any, auxiliary: Any, batch: Tensors, config: Config) -> Any:
     images, labels, maps = batch
     x, maps = _flip(_unit(images), maps)
     logits, features = _forward(network, x, config.input)
-    loss = functional.cross_entropy(logits, labels)
-    if maps is not None:
-        crop, window = config.input.crop, config.input.cell
-        visible = (_pool(x, crop, window, (config.input.cells * window - crop) // 2) / VISIBLE).clamp(max=1)
-        loss = loss + config.deflection_weight * (visible * (auxiliary(features) - maps) ** 2).mean()
-    return loss
+    crop, window = config.input.crop, config.input.cell
+    visible = (_pool(x, crop, window, (config.input.cells * window - crop) // 2) / VISIBLE).clamp(max=1)
+    squares = visible * (auxiliary(features) - maps) ** 2
+    return functional.cross_entropy(logits, labels) + config.deflection_weight * squares.mean()
 
 
-def _optimizers(net: ResNet, config: Config) -> list[tuple[Any, float]]:
-    """Returns the optimizers of `optim.make_optimizer`, and the factor of the learning rate of each."""
-    decay = config.optim.weight_decay
-    if config.optim.method == "adam":
-        return [(torch.optim.Adam(net.parameters(), weight_decay=decay), 1.0)]
-    kernels = {name: param for name, param in net.blocks.named_parameters() if param.ndim == 2}
-    others = [param for name, param in net.named_parameters() if name.removeprefix("blocks.") not in kernels]
-    muon = torch.optim.Muon(list(kernels.values()), weight_decay=decay)
-    return [(muon, 1.0), (torch.optim.Adam(others, betas=(0.9, 0.99)), 0.1)]
-
-
-def make_step(config: Config, train: bool, batch: Tensors) -> tuple[ResNet, Callable[[Tensors, float], Any], str]:
-    """Returns the network, its step (batch, learning rate) -> loss or logits, and how it runs: "eager" or "compile".
-
-    It is compiled if a step on `batch` then takes less time.
-    """
-    net = ResNet(config.model.depth).to(DEVICE).train(train)
-    optimizers = _optimizers(net, config)
-    autocast = partial(torch.autocast, DEVICE, torch.bfloat16, enabled=config.model.dtype == "bfloat16")
-
-    def step(network, batch, rate):
-        if not train:
-            with torch.inference_mode(), autocast():
-                return _forward(network, _unit(batch[0]), config.input)[0]
-        for optimizer, factor in optimizers:
-            optimizer.param_groups[0]["lr"] = rate * factor
-            optimizer.zero_grad()
-        with autocast():
-            loss = _loss(network, net.auxiliary, batch, config)
-        loss.backward()
-        for optimizer, _ in optimizers:
-            optimizer.step()
-        return loss.detach()
-
-    def seconds(network):  # with a learning rate of 0, which changes no parameter
-        return time_calls(lambda: _done(step(network, batch, 0.0)), 3, 5)[0]
-
-    try:
-        networks = {"eager": net, "compile": torch.compile(net)}
-        fastest = {name: min(some) for name, some in alternate(networks, lambda n: seconds(networks[n]), 2).items()}
-        mode = min(networks, key=lambda name: fastest[name])
-        network = networks[mode]
-    except Exception as error:  # torch.compile fails in many ways, most often because there is no C++ compiler
-        network, mode = net, f"eager (torch.compile failed: {type(error).__name__})"
-    for optimizer, _ in optimizers:
-        optimizer.state.clear()
-    return net, partial(step, network), mode
-
-
-def _done(result: Any) -> float:
-    """Waits for a tensor, and for all that a GPU does before; returns the sum of its elements."""
-    return float(result.sum())
+def _optimizers(network: ResNet, config: OptimConfig) -> list[Any]:
+    """Returns the optimizers of `optim.make_optimizer`: Muon for the kernels of the blocks, Adam for all the rest."""
+    kernels = {name: param for name, param in network.blocks.named_parameters() if param.ndim == 2}
+    others = [param for name, param in network.named_parameters() if name.removeprefix("blocks.") not in kernels]
+    muon = torch.optim.Muon(list(kernels.values()), lr=config.learning_rate, weight_decay=config.weight_decay)
+    return [muon, torch.optim.Adam(others, lr=0.1 * config.learning_rate, betas=(0.9, 0.99))]
 
 
 @lru_cache(maxsize=1)
@@ -184,44 +126,31 @@ def torch_step(case: Case) -> tuple[Run, Row]:
 
     Returns:
       run: (warmup, steps) -> sorted seconds of `steps` steps.
-      facts: version, device, mode: see `make_step`.
+      facts: device; and mode, "eager" or "compile" (torch.compile), whichever takes less time.
     """
-    batch = _tensors(random_batch(case, case.batch_size))
-    _, step, mode = make_step(case.config, case.train, batch)
-    run = partial(time_calls, lambda: _done(step(batch, case.config.optim.learning_rate)))
-    return run, {"version": torch.__version__, "device": DEVICE, "mode": mode}
+    batch, config = _tensors(random_batch(case, case.batch_size)), case.config
+    network = ResNet(case.depth).to(DEVICE).train(case.train)
+    optimizers = _optimizers(network, config.optim)
+    autocast = partial(torch.autocast, DEVICE, torch.bfloat16, enabled=case.dtype == "bfloat16")
 
+    def step(forward):
+        if not case.train:
+            with torch.inference_mode(), autocast():
+                return float(_forward(forward, _unit(batch[0]), config.input)[0].sum())  # waits for a GPU
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        with autocast():
+            loss = _loss(forward, network.auxiliary, batch, config)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        return float(loss.detach())
 
-def train_torch(config: Config, splits: Splits) -> Iterator[Row]:
-    """Trains by the recipe of `training.fit`, on the same batches; yields image_steps and val_accuracy of each epoch.
-
-    Args:
-      config: a run with cosine decay and flips; its network is `ResNet20`, its input has the logarithm.
-      splits: the images of the run.
-    """
-    config = config.resolve()
-    same = config.model == ModelConfig() and config.input.stretch == "log"
-    check(same, f"only ResNet20 and the logarithm are there in PyTorch; got {config.model}, {config.input}")
-    torch.manual_seed(config.seed)
-    size = config.batch_size
-    plan = Plan((splits.easy.size if splits.easy else 0) // size, splits.train.size // size, config.epochs)
-    rates = np.asarray(learning_rate_schedule(config.optim, plan.total_steps)(np.arange(plan.total_steps)))
-    batches = train_batches(splits.train, splits.easy, plan, 0)
-    first = next(batches)
-    net, update, _ = make_step(config, True, _tensors(first[1]))
-    for step, batch in itertools.chain([first], batches):
-        update(_tensors(batch), float(rates[step - 1]))
-        if plan.ends_epoch(step) and step > plan.easy_steps:
-            yield {"image_steps": step * size, "val_accuracy": _accuracy(net, splits.val, config.input)}
-
-
-@torch.inference_mode()
-def _accuracy(net: ResNet, dataset: Dataset, config: InputConfig) -> float:
-    correct = 0
-    net.eval()
-    for batch in eval_batches(dataset, 250, data_mesh(1)):
-        images, labels, _ = _tensors(batch)
-        right = _forward(net, _unit(images), config)[0].argmax(1) == labels
-        correct += int((right.cpu().numpy() & np.asarray(batch["mask"])).sum())
-    net.train()
-    return correct / dataset.size
+    runs = {"eager": partial(time_calls, partial(step, network))}
+    try:
+        runs["compile"] = partial(time_calls, partial(step, torch.compile(network)))
+        fastest = {name: min(some)[0] for name, some in alternate(runs, lambda name: runs[name](3, 5), 2).items()}
+        mode = min(runs, key=lambda name: fastest[name])
+        return runs[mode], {"device": DEVICE, "mode": mode}
+    except Exception as error:  # torch.compile fails in many ways, most often because there is no C++ compiler
+        return runs["eager"], {"device": DEVICE, "mode": f"eager (torch.compile failed: {type(error).__name__})"}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench.simulators import caustics_counts, ellipticity, lenstronomy_image, make_caustics, make_herculens
+from bench.simulators import ellipticity, lenstronomy_image, make_herculens
 from gravlens_jax.config import CLASSES
 from gravlens_jax.lensing import profiles
 from gravlens_jax.lensing.priors import PRIORS
@@ -53,21 +53,15 @@ def test_whole_images_agree_to_1_percent_of_the_peak(preset, substructure):
     assert worst < 0.01 * expected.max()
 
 
-@pytest.mark.parametrize("code", ["herculens", "caustics"])
-def test_whole_images_agree_to_1e_5_of_the_peak(code, monkeypatch):
+def test_whole_images_of_herculens_agree_to_1e_5_of_the_peak(monkeypatch):
     monkeypatch.setattr(jnp, "clip", jnp.clip)  # `make_herculens` replaces it
-    monkeypatch.setenv("CASKADE_BACKEND", "jax")
-    pytest.importorskip(code, exc_type=ImportError)
+    pytest.importorskip("herculens", exc_type=ImportError)
     priors = replace(PRIORS["ct1"], subhalo_poisson=False, subhalo_padding=25)
-    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):  # as caustics needs it
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):  # as herculens needs it
         sample = partial(sample_lens, priors=priors, substructure="sphere")
         lenses = jax.vmap(sample)(jax.random.split(jax.random.key(0), 3))
         lenses = jax.tree.map(lambda x: x.astype(float), lenses)
-        if code == "herculens":
-            found = jax.jit(jax.vmap(make_herculens(priors)))(lenses)
-        else:
-            render_with_caustics, parameters = make_caustics(priors, "jax", lenses)
-            found = caustics_counts(jax.jit(jax.vmap(render_with_caustics))(jnp.asarray(parameters)), priors)
+        found = jax.jit(jax.vmap(make_herculens(priors)))(lenses)
         expected = jax.jit(render_lenses, static_argnames="priors")(lenses, priors=priors)
     inside = np.s_[:, 8:-8, 8:-8]  # where light from outside of the field does not reach
     np.testing.assert_allclose(found[inside], expected[inside], atol=1e-5 * expected.max())
