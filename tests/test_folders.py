@@ -46,8 +46,8 @@ def test_errors_name_file_and_image(tmp_path, name):
     images = np.ones((3, 8, 6), order="F" if "F" in name else "C")
     images[2, 3, 4] = np.nan
     path = write(tmp_path / name, images)
-    refuse(rf"{name}: images\[2\] has NaN or infinite pixels", list, read_images(path, planes=STACK))
-    refuse(rf"{name}: image has 8 x 6 pixels, expected 6 x 8", list, read_images(path, (6, 8), STACK))
+    refuse(rf"{name}: images\[2\] has NaN or infinite pixels", read_images, path, planes=STACK)
+    refuse(rf"{name}: image has 8 x 6 pixels, expected 6 x 8", read_images, path, (6, 8), STACK)
 
 
 def test_images_of_other_shapes_or_large_fits_or_fits_without_astropy_are_refused(tmp_path, monkeypatch):
