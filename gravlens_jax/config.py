@@ -140,7 +140,7 @@ class Config:
     # weight of the auxiliary loss (squared error of the predicted deflection). 0: off. Also off for images from
     # elsewhere and with rotation or shift
     deflection_weight: float = 15.0
-    device_data: bool = False  # hold all training images in the memory of every device; many steps per call
+    device_data: bool = False  # hold all training images in the memory of every accelerator; many steps per call
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     input: InputConfig = field(default_factory=InputConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
