@@ -26,6 +26,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
 
 import pytest
 
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:  # of nohup and of commands in the background, also for processes
+        signal.signal(number, handler)
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"  # real images and published weights, if they are there
 sys.path.append(str(ROOT / "scripts"))  # for `import bench`

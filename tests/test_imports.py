@@ -21,7 +21,7 @@ LIMITS = [  # sizes as they are: lower them when something is removed
     (" ".join(f"gravlens_jax/{name}.py" for name in CORE), "lines", 750),
     ("scripts/**/*.py", "lines", 3_050),
     ("scripts/bench/*.py", "lines", 1_380),
-    ("tests/**/*.py", "lines", 4_980),
+    ("tests/**/*.py", "lines", 4_990),
     ("README.md", "lines", 160),
     ("README.md", "words", 1_500),
 ]

@@ -45,14 +45,14 @@ def machine_facts() -> dict[str, Any]:
         "platform_version": " ".join(device.client.platform_version.split()),
         "driver": _find(r"\b\d+\.\d[\d.]*", *DRIVERS),
         "cpu": _find(r"(?<=model name\t: ).+", "/proc/cpuinfo") or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "environment": {k: without_home(v) for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
     }
 
 
 def describe(facts: dict[str, Any]) -> str:
     """Returns the most important of `machine_facts` in a line, to be quoted with a table."""
-    devices = f"{facts['device_count']} x {facts['device_kind']}, {facts['cores']} cores of {facts['cpu']}"
+    devices = f"{facts['device_count']} x {facts['device_kind']}, {facts['cpu_cores']} cores of {facts['cpu']}"
     own = f"gravlens_jax {facts['gravlens_jax']} ({(facts['commit'] or 'no clone')[:9]})"
     shown = [f"{name} {v}" for name, v in facts["versions"].items() if re.match("jax$|libtpu|torch|nvidia-cudnn", name)]
     return ", ".join([devices, f"driver {facts['driver'] or 'none'}", own, *shown, facts["started"]])

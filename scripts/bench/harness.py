@@ -91,6 +91,7 @@ def report(benchmark: str, rows: Iterable[Row], columns: str, json_file: Path) -
                 print("|", " | ".join(_cell(row, *field) for field in fields), "|", flush=True)
                 done.append(row)
                 facts = facts or machine_facts()
+                assert not row.keys() & facts.keys(), row.keys() & facts.keys()
                 line = {"schema": SCHEMA, "benchmark": benchmark, "time": utc_time()} | row | facts
                 print(json.dumps(line), file=file, flush=True)
     finally:  # also if it is cut short
