@@ -42,7 +42,7 @@ class Planes:
         check(self.band is None or not self.stack, "give --band for bands, or --stack for images of different lenses")
 
 
-ALL_PLANES = Planes()
+ONE_PLANE = Planes()  # several are an error
 
 
 def load_npz(path: Path, label_names: Sequence[str] = (), need_labels: bool = True) -> Dataset:
@@ -87,7 +87,7 @@ def find_names(path: Path, members: npz.Members, need_labels: bool = True) -> tu
     return found
 
 
-def open_images(path: Path, planes: Planes = ALL_PLANES, shape: Shape = None) -> np.ndarray | MappedImages:
+def open_images(path: Path, planes: Planes = ONE_PLANE, shape: Shape = None) -> np.ndarray | MappedImages:
     """Returns the images of a file, (n, height, width); those of .npy are not read yet: see `read_rows`.
 
     The file's name ends in one of SUFFIXES; it holds one plane (height, width), or several along the first axis, or up
@@ -134,7 +134,7 @@ def _find_planes(shape: tuple[int, ...], planes: Planes, where: str) -> tuple[tu
     return lengths, slice(0, n) if planes.stack else slice(band, band + 1), last
 
 
-def read_images(path: Path, shape: Shape = None, planes: Planes = ALL_PLANES) -> np.ndarray:
+def read_images(path: Path, shape: Shape = None, planes: Planes = ONE_PLANE) -> np.ndarray:
     """Returns the images of a file, (n, height, width), as `read_rows` does; InputError also if not of `shape`."""
     images = open_images(path, planes, shape)
     (height, width), expected = images.shape[1:], " x ".join(map(str, shape or ()))
@@ -190,7 +190,7 @@ def show_unread(files: Iterable[Path]) -> None:
 
 
 def load_labelled(
-    path: Path, classes: Classes, label_names: Sequence[str] = (), planes: Planes = ALL_PLANES, shape: Shape = None
+    path: Path, classes: Classes, label_names: Sequence[str] = (), planes: Planes = ONE_PLANE, shape: Shape = None
 ) -> Dataset:
     """Opens an .npz, see `load_npz`, or reads a folder with one folder of images for each class, scaled to [0, 1].
 

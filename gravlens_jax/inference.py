@@ -131,10 +131,15 @@ def predict_deflection(
     return outputs(model, variables, images, batch_size, tta, maps=True)[2]
 
 
+def has_deflection(model: ResNet, variables: Any) -> bool:
+    """Whether a network predicts deflections."""
+    return "deflection" in variables and model.pixel_scale is not None
+
+
 def check_deflection(model: ResNet, variables: Any) -> None:
     """Raises InputError unless a network predicts deflections."""
-    has = "deflection" in variables and model.pixel_scale is not None
-    check(has, "the network predicts no deflections: its training images had no lens parameters, or it is an older one")
+    without = "the network predicts no deflections: its training images had no lens parameters, or it is an older one"
+    check(has_deflection(model, variables), without)
 
 
 def deflection_grid(model: ResNet, image_shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -96,7 +96,7 @@ def calibrate(model: ResNet, variables: Any, dataset: Dataset) -> tuple[float, d
     """
     logits, means = outputs(model, variables, dataset.images)[:2]
     added = {"population": metrics.fit_population(means, dataset.labels, len(model.classes)) or {}}
-    if render := map_renderer(dataset, model.input):
+    if model.pixel_scale is not None and (render := map_renderer(dataset, model.input)):
         added["deflection"] = fit_deflection(model, variables, dataset.images, render)
     return metrics.fit_temperature(logits, dataset.labels), flatten_dict(added, sep="/")
 
@@ -161,8 +161,8 @@ def _read_added(run_dir: Path, step: int, model: ResNet) -> dict[str, np.ndarray
     of_step = {name.partition("/")[2]: x for name, x in arrays.items() if name.startswith(f"{step}/")}
     # Those of 0.7 had no group.
     added = {name if "/" in name else f"population/{name}": x for name, x in of_step.items()}
-    shapes = _added_shapes(model, added)
-    check({name: x.shape for name, x in added.items()} == shapes, f"{path} does not fit the network; remove it")
+    shapes = {name: x.shape for name, x in added.items()}
+    check(shapes == _added_shapes(model, added), f"{path} does not fit the network; remove it")
     return added
 
 
@@ -171,8 +171,8 @@ def _added_shapes(model: ResNet, added: dict[str, np.ndarray]) -> dict[str, tupl
     channels, classes = 8 * model.width, len(model.classes)
     shapes: dict[str, tuple[int, ...]] = {}
     if "population/whitening" in added:
-        added.setdefault("population/radii", np.ones(classes, np.float32))  # 0.7 had none
         shapes |= {"population/whitening": (channels, channels), "population/centres": (classes, channels)}
+    if "population/radii" in added:  # 0.7 had none
         shapes |= {"population/radii": (classes,)}
     if "deflection/kernel" in added:
         shapes |= {"deflection/kernel": (4 * model.width, 2), "deflection/bias": (2,)}

@@ -40,7 +40,7 @@ def evaluate_network(
     """
     (model, variables), images, labels = network, dataset.images, dataset.labels
     check_image_shape(dataset.image_shape, network.image_shape, "the images")
-    has_maps = "deflection" in variables
+    has_maps = inference.has_deflection(model, variables)
     logits, means, *maps = inference.outputs(model, variables, images, tta=tta, maps=has_maps)
     outlier = metrics.outlier_scores(variables.get("population"), means)
     values = metrics.evaluate(logits, labels, model.classes) | {

@@ -8,7 +8,7 @@ import tyro
 from gravlens_jax import cli
 from gravlens_jax.config import Checkpoint
 from gravlens_jax.errors import check
-from gravlens_jax.folders import ALL_PLANES, load_labelled
+from gravlens_jax.folders import ONE_PLANE, load_labelled
 
 
 def main(
@@ -18,7 +18,7 @@ def main(
     out: Path | None = None,
     tta: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     classes: str | None = None,
-    planes: cli.PlaneOptions = ALL_PLANES,
+    planes: cli.PlaneOptions = ONE_PLANE,
 ) -> None:
     """Evaluates a network on labelled images: metrics.json, predictions.npz and figures.
 

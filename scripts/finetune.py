@@ -12,7 +12,7 @@ from gravlens_jax import cli
 from gravlens_jax.config import Config, OptimConfig
 from gravlens_jax.errors import check
 from gravlens_jax.files import check_folder
-from gravlens_jax.folders import ALL_PLANES, digest, list_classes, load_labelled, show_notices
+from gravlens_jax.folders import ONE_PLANE, digest, list_classes, load_labelled, show_notices
 from gravlens_jax.metrics import check_state, mean_metrics
 from gravlens_jax.npz import Dataset, check_pixels
 
@@ -110,7 +110,7 @@ def main(
     learning_rate: float = 0.01,
     batch_size: int = 32,
     seed: int = 0,
-    planes: cli.PlaneOptions = ALL_PLANES,
+    planes: cli.PlaneOptions = ONE_PLANE,
 ) -> None:
     """Trains a network further, with a new head, on images of your own classes; RUN itself is not changed.
 

@@ -29,6 +29,7 @@ def find_significances(dataset: "Dataset", priors: Any) -> np.ndarray:
     import jax
 
     from gravlens_jax.lensing import significance
+    from gravlens_jax.lensing.images import in_blocks
 
     assert dataset.lens_params is not None
     found = np.zeros(dataset.size, np.float32)
@@ -37,10 +38,8 @@ def find_significances(dataset: "Dataset", priors: Any) -> np.ndarray:
         rows = np.flatnonzero(dataset.labels == label)
         lenses = {name: x[rows] for name, x in dataset.lens_params.items() if not np.isnan(x[rows]).all()}
         if any(name in lenses for name in ("subhalo_masses", "vortex_mass")):
-            for start in range(0, len(rows), BLOCK):
-                few = np.minimum(np.arange(start, start + BLOCK), len(rows) - 1)  # always a whole block
-                sigmas = compute({name: x[few] for name, x in lenses.items()})
-                found[rows[start : start + BLOCK]] = sigmas[: len(rows) - start]
+            sigmas = [np.asarray(compute(block)) for block in in_blocks(lenses, BLOCK)]
+            found[rows] = np.concatenate(sigmas)[: len(rows)]
     return found
 
 
@@ -72,12 +71,12 @@ def measure(network: "Network", dataset: "Dataset") -> dict[str, Any]:
     from gravlens_jax.inference import outputs, visible_light
 
     (model, variables), labels = network, dataset.labels
-    priors, render = find_priors(dataset), map_renderer(dataset, model.input)
-    check(priors is not None and render is not None, "the images are not simulated ones with their lens parameters")
+    render = map_renderer(dataset, model.input)
+    check(render is not None, "the images are not simulated ones with their lens parameters")
     assert render is not None
     logits, _, maps = outputs(model, variables, dataset.images, maps=True)
     true, light = render(np.arange(dataset.size)), visible_light(model, dataset.images)
-    sigmas = find_significances(dataset, priors)
+    sigmas = find_significances(dataset, find_priors(dataset))
     right, weight = logits.argmax(1) == labels, (light >= VISIBLE)[..., None]
     error, size = (np.sqrt((array**2 * weight).sum((1, 2, 3))) for array in (maps - true, true))
     values: dict[str, Any] = {"recall": {}, "map_error": {}}
@@ -106,7 +105,6 @@ def draw(path: Path, values: dict[str, Any]) -> None:
 
     figure = new_figure(10, 6.4, dpi=90)
     panels = figure.subplots(2, 2).ravel()
-    ends = {"log": (4, 150), "cell": (5e-3, 1), "slope": (5e-4, 0.2)}
 
     def plot(axes, bins, limits, **options):
         edges = np.clip([[b["low"], b["high"]] for b in bins], *limits)
@@ -114,20 +112,18 @@ def draw(path: Path, values: dict[str, Any]) -> None:
         axes.errorbar(centres, [b["mean"] for b in bins], [b["error"] for b in bins], fmt="o-", ms=4, **options)
         axes.set(xscale="log")
         axes.grid(alpha=0.3)
+        return edges
 
     for number, (name, title) in enumerate((("recall", "recall"), ("map_error", "error of the map / its size"))):
         for k, (label, bins) in enumerate(values[name].items()):
-            plot(panels[number], bins, ends["log"], color=COLOURS[k], label=label)
+            low, high = plot(panels[number], bins, (4, 150), color=COLOURS[k], label=label).T
             share = np.array([b["n"] for b in bins]) / sum(b["n"] for b in bins)
-            edges = np.clip([[b["low"], b["high"]] for b in bins], *ends["log"])
-            panels[number].bar(
-                edges[:, 0], share, edges[:, 1] - edges[:, 0], align="edge", color=COLOURS[k], alpha=0.15
-            )
+            panels[number].bar(low, share, high - low, align="edge", color=COLOURS[k], alpha=0.15)
         panels[number].set(xlabel="significance of the substructure [sigma]", ylabel=title, ylim=(0, 1.05))
     panels[0].legend(title="bars: share of the lenses", frameon=False, fontsize=8, loc="center right")
-    plot(panels[2], values["cell_error"], ends["cell"], color="0.3")
+    plot(panels[2], values["cell_error"], (5e-3, 1), color="0.3")
     panels[2].set(xlabel="mean pixel in the cell", ylabel="error of the deflection [mas]", ylim=(0, None))
-    plot(panels[3], values["slope"], ends["slope"], color="0.3")
+    plot(panels[3], values["slope"], (5e-4, 0.2), color="0.3")
     panels[3].axhline(1, color="0.6", ls=":")
     panels[3].set(xlabel="predicted deflection [arcsec]", ylabel="true / predicted", ylim=(0, 1.5))
     save_figure(figure, path)

@@ -21,7 +21,7 @@ from gravlens_jax.config import CLASSES
 from gravlens_jax.errors import InputError, check
 from gravlens_jax.files import temporary_name
 from gravlens_jax.folders import (
-    ALL_PLANES,
+    ONE_PLANE,
     Classes,
     Planes,
     choose_planes,
@@ -126,7 +126,7 @@ def _bytes(value: Any) -> bytes:
     return value.encode("latin1") if isinstance(value, str) else value
 
 
-def open_file(path: Path, planes: Planes = ALL_PLANES) -> tuple[np.ndarray | npz.MappedImages, float]:
+def open_file(path: Path, planes: Planes = ONE_PLANE) -> tuple[np.ndarray | npz.MappedImages, float]:
     """Returns the images (n, height, width) of a file, and the mass of [image, mass], otherwise NaN.
 
     Raises:
@@ -139,7 +139,7 @@ def open_file(path: Path, planes: Planes = ALL_PLANES) -> tuple[np.ndarray | npz
             raise
     try:
         image, mass = read_pair(data)
-        return choose_planes(image, ALL_PLANES, str(path)), mass
+        return choose_planes(image, ONE_PLANE, str(path)), mass
     except Exception as error:  # damaged pickles fail in many ways
         message = f"{path}: holds Python objects other than one image and its mass, which are never unpickled"
         raise InputError(f"{message} ({error!s:.200}); save it again with numpy.save(path, image)") from error
@@ -216,7 +216,7 @@ def pack(
     test_fraction: float | None = None,
     seed: int = 0,
     val_fraction: float | None = None,
-    planes: Planes = ALL_PLANES,
+    planes: Planes = ONE_PLANE,
 ) -> dict[str, int]:
     """Packs `source/{train,val,test}/<class>/*` into `out/{train,val,test}.npz`; returns the number of images of each.
 
@@ -354,7 +354,7 @@ def main(
     val_fraction: float | None = None,
     test_fraction: float | None = None,
     seed: int = 0,
-    planes: cli.PlaneOptions = ALL_PLANES,
+    planes: cli.PlaneOptions = ONE_PLANE,
 ) -> None:
     """Packs SOURCE/{train,val,test}/<class>/* into OUT/train.npz, val.npz and test.npz, each image scaled to [0, 1].
 

@@ -13,8 +13,8 @@ import tyro
 from gravlens_jax import cli
 from gravlens_jax.errors import InputError, check
 from gravlens_jax.files import catch_write_errors, check_folder, is_visible, write_arrays
-from gravlens_jax.folders import ALL_PLANES, SUFFIXES, Planes, load_npz, named, open_images, show_unread
-from gravlens_jax.metrics import convergence
+from gravlens_jax.folders import ONE_PLANE, SUFFIXES, Planes, load_npz, named, open_images, show_unread
+from gravlens_jax.metrics import convergence, outlier_scores, softmax
 from gravlens_jax.npz import MappedImages, read_rows
 
 if TYPE_CHECKING:
@@ -29,11 +29,17 @@ class Prediction(NamedTuple):
 
     probabilities: np.ndarray  # (classes,)
     outlier: np.ndarray  # (), see `predict`
-    deflection: np.ndarray  # (cells, cells, 2), see `predict_deflection`; empty if the network predicts none
+    peak: np.ndarray  # (), largest convergence; NaN if the network predicts no deflections
+    deflection: np.ndarray  # (cells, cells, 2), see `predict_deflection`; empty unless asked for
 
 
 def predict_files(
-    network: "Network", files: Iterable[Path], tta: bool = False, skip_bad: bool = False, planes: Planes = ALL_PLANES
+    network: "Network",
+    files: Iterable[Path],
+    tta: bool = False,
+    skip_bad: bool = False,
+    planes: Planes = ONE_PLANE,
+    maps: bool = False,
 ) -> Iterator[tuple[str, Prediction | InputError]]:
     """Yields (name, prediction) for each image, and (file, error) for what is unusable.
 
@@ -43,15 +49,13 @@ def predict_files(
       tta: average over mirror images: see `predict_logits`.
       skip_bad: whether an image with bad pixels is left out alone, instead of its file.
       planes: of files with several.
+      maps: whether predictions keep their deflection.
     """
-    import jax
-
-    from gravlens_jax.inference import outputs
-    from gravlens_jax.metrics import outlier_scores
+    from gravlens_jax.inference import has_deflection, outputs
     from gravlens_jax.preprocess import check_image_shape
 
     model, variables = network
-    has_maps = "deflection" in variables
+    has_maps = has_deflection(model, variables)
     for path in files:
         try:
             with named(path):
@@ -63,10 +67,12 @@ def predict_files(
                 results: list[Prediction] = []
                 for start in range(0, len(good), BATCH):
                     batch = read_rows(images, good[start : start + BATCH])
-                    logits, means, *maps = outputs(model, variables, batch, BATCH, tta, maps=has_maps)
-                    scores = outlier_scores(variables.get("population"), means)
-                    found = jax.device_get(jax.nn.softmax(logits)), scores, *(maps or [np.empty((len(logits), 0))])
-                    results += map(Prediction._make, zip(*found, strict=True))
+                    logits, means, *mapped = outputs(model, variables, batch, BATCH, tta, maps=has_maps)
+                    scores, peaks = outlier_scores(variables.get("population"), means), np.full(len(batch), np.nan)
+                    if has_maps:
+                        peaks = convergence(mapped[0], network.cell_width).max((1, 2))
+                    deflections = mapped[0] if maps else np.empty((len(batch), 0))
+                    results += map(Prediction, softmax(logits), scores, peaks, deflections)
         except InputError as error:
             yield str(path), error
             continue
@@ -133,17 +139,11 @@ def _is_npz(path: Path) -> bool:
     return path.suffix.lower() == ".npz"
 
 
-def print_row(values: Iterable[str]) -> None:
-    """Prints a line of the CSV."""
-    csv.writer(sys.stdout, lineterminator="\n").writerow(values)
-
-
 def describe_prediction(network: "Network", prediction: Prediction) -> list[str]:
     """Returns the columns of an image after its name."""
-    probabilities, outlier, deflection = prediction
-    peak = f"{convergence(deflection, network.cell_width).max():.4f}" if deflection.size else ""
+    probabilities, outlier, peak, _ = prediction
     name = network.model.classes[int(probabilities.argmax())]
-    return [name, *(f"{p:.6f}" for p in probabilities), f"{outlier:.3f}", peak]
+    return [name, *(f"{p:.6f}" for p in probabilities), f"{outlier:.3f}", "" if np.isnan(peak) else f"{peak:.4f}"]
 
 
 def write_maps(out: Path, network: "Network", names: list[str], deflections: np.ndarray) -> None:
@@ -163,7 +163,7 @@ def main(
     tta: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     skip_bad: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     maps: Path | None = None,
-    planes: cli.PlaneOptions = ALL_PLANES,
+    planes: cli.PlaneOptions = ONE_PLANE,
 ) -> None:
     """Prints one CSV line for each image: file, class, probability of each class, outlier score, peak convergence.
 
@@ -193,21 +193,25 @@ def main(
         check_deflection(*network)
     errors: list[str] = []
     names: list[str] = []
-    found: list[Prediction] = []
-    print_row(["file", "class", *(f"p_{name}" for name in network.model.classes), "outlier", "peak_convergence"])
-    for name, result in predict_files(network, find_images(paths), tta, skip_bad, planes):
+    scores: list[float] = []
+    deflections: list[np.ndarray] = []
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["file", "class", *(f"p_{name}" for name in network.model.classes), "outlier", "peak_convergence"])
+    for name, result in predict_files(network, find_images(paths), tta, skip_bad, planes, bool(maps)):
         if isinstance(result, InputError):
             errors.append(str(result))
             if skip_bad:
                 print(f"skipped: {result}", file=sys.stderr)
         else:
-            print_row([name, *describe_prediction(network, result)])
-            names.append(name)
-            found.append(result if maps else result._replace(deflection=result.deflection[:0]))
-    if above := sum(bool(prediction.outlier > 1) for prediction in found):
-        print(f"{above} of {len(found)} images have an outlier score above 1; see --help", file=sys.stderr)
-    if maps and found:
-        write_maps(maps, network, names, np.stack([prediction.deflection for prediction in found]))
+            writer.writerow([name, *describe_prediction(network, result)])
+            scores.append(float(result.outlier))
+            if maps:
+                names.append(name)
+                deflections.append(result.deflection)
+    if above := sum(score > 1 for score in scores):
+        print(f"{above} of {len(scores)} images have an outlier score above 1; see --help", file=sys.stderr)
+    if maps and names:
+        write_maps(maps, network, names, np.stack(deflections))
     check(skip_bad or not errors, "; ".join(errors))
     if errors:
         sys.stdout.flush()

@@ -145,13 +145,13 @@ def render_images(lens_params: Mapping[str, Any], priors: Priors) -> np.ndarray:
         return np.asarray(_render(lenses, priors=priors))
 
     with ThreadPoolExecutor(_workers()) as pool:
-        return np.concatenate(list(pool.map(render, _blocks(lens_params, _block_size()))))[: shape[0]]
+        return np.concatenate(list(pool.map(render, in_blocks(lens_params, _block_size()))))[: shape[0]]
 
 
 _render = jax.jit(render_lenses, static_argnames="priors")
 
 
-def _blocks(lens_params: Mapping[str, Any], size: int) -> Iterator[dict[str, np.ndarray]]:
+def in_blocks(lens_params: Mapping[str, Any], size: int) -> Iterator[dict[str, np.ndarray]]:
     """Yields the parameters of `size` lenses each, the last one repeated: one compiled program renders all blocks."""
     n = len(lens_params["z_lens"])
     for start in range(0, n, size):
@@ -198,7 +198,7 @@ def without_nan(lens_params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def deflection_maps(lens_params: dict[str, np.ndarray], priors: Priors, grid: Grid) -> np.ndarray:
     """Returns `deflection_map` of the lenses of `simulate_parameters`, float32 (n, cells, cells, 2), arcsec."""
-    blocks = _blocks(without_nan(lens_params), BLOCK)
+    blocks = in_blocks(without_nan(lens_params), BLOCK)
     maps = [np.asarray(_map_block(lenses, priors=priors, grid=grid)) for lenses in blocks]
     return np.concatenate(maps)[: len(lens_params["z_lens"])]
 
