@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from gravlens_jax.errors import InputError
     from gravlens_jax.inference import deflection_grid, embed, logits, predict, predict_deflection, predict_logits
     from gravlens_jax.lensing.priors import PRIORS, Priors
-    from gravlens_jax.lensing.render import render_lens, sample_lens
+    from gravlens_jax.lensing.render import render_lens, render_lenses, sample_lens
     from gravlens_jax.metrics import convergence
     from gravlens_jax.model import ResNet, ResNet20
     from gravlens_jax.network import load_network, load_pretrained
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 __version__ = "0.8.0"
 __all__ = ["CLASSES", "PRIORS", "Config", "InputError", "Priors", "ResNet", "ResNet20", "convergence"]
 __all__ += ["deflection_grid", "embed", "fit", "load_network", "load_pretrained", "logits", "open_npz", "predict"]
-__all__ += ["predict_deflection", "predict_logits", "render_lens", "sample_lens"]
+__all__ += ["predict_deflection", "predict_logits", "render_lens", "render_lenses", "sample_lens"]
 _NAMES = {
     "config": ("CLASSES", "Config"),
     "errors": ("InputError",),
     "inference": ("deflection_grid", "embed", "logits", "predict", "predict_deflection", "predict_logits"),
     "lensing.priors": ("PRIORS", "Priors"),
-    "lensing.render": ("render_lens", "sample_lens"),
+    "lensing.render": ("render_lens", "render_lenses", "sample_lens"),
     "metrics": ("convergence",),
     "model": ("ResNet", "ResNet20"),
     "network": ("load_network", "load_pretrained"),

@@ -18,7 +18,7 @@ from gravlens_jax.errors import check
 from gravlens_jax.files import locked
 from gravlens_jax.loader import Plan, eval_batches, train_batches
 from gravlens_jax.metrics import check_finite, check_state, mean_metrics, training_metrics
-from gravlens_jax.model import ResNet, make_model
+from gravlens_jax.model import ResNet, make_model, variable_shapes
 from gravlens_jax.network import calibrate_run, load_network
 from gravlens_jax.npz import Dataset
 from gravlens_jax.optim import learning_rate_schedule, make_optimizer
@@ -60,10 +60,11 @@ def fit(
     if resume:
         run_files.check_same_images(run_dir, info)
     model = make_model(config.model, config.input, info.classes, info.pixel_scale)
+    started = _compile(config, model, plan, mesh, splits.has_deflections, None if resume else config.init)
     with locked(run_dir) if main else nullcontext():
         if main:
             (run_files.update_run if resume else run_files.create_run)(run_dir, info)
-        _train(config, model, splits, plan, mesh, save_minutes, on_epoch)
+        _train(config, *started, splits, plan, mesh, save_minutes, on_epoch)
         calibrate_run(run_dir, model, splits.val, write=main)
         sharding.wait_for_all("the calibration is written")
         out, history = run_dir / "report" if main else None, run_files.read_history(run_dir)
@@ -80,25 +81,50 @@ def _make_plan(config: Config, splits: Splits) -> Plan:
     return plan
 
 
-def _compile(config: Config, model: ResNet, plan: Plan, mesh: Mesh, auxiliary: bool) -> tuple[Any, list[Callable]]:
-    """Returns the initial state, and the jitted functions `train_steps`, `eval_step` and `end_epoch`."""
+def _compile(
+    config: Config, model: ResNet, plan: Plan, mesh: Mesh, auxiliary: bool, start: str | None
+) -> tuple[TrainState, list[Callable]]:
+    """Returns the initial state, from the network `start` if given, and the jitted steps and `end_epoch`."""
     tx = make_optimizer(config.optim, plan.total_steps)
     jit = partial(jax.jit, out_shardings=sharding.replicated(mesh))
     train_fn = jit(partial(train_steps, model=model, tx=tx, config=config), donate_argnums=0)
     init = partial(init_state, model=model, tx=tx, config=config.optim, auxiliary=auxiliary)
     # On a CPU this compiles in 1 s instead of 4 to 12.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    state = sharding.replicate(jax.jit(init, compiler_options=options)(config.seed), mesh)
-    return state, [train_fn, jit(partial(eval_step, model=model)), jit(partial(end_epoch, config=config.optim))]
+    state = jax.jit(init, compiler_options=options)(config.seed)
+    if start is not None:
+        params, batch_stats = _load_start(start, model)
+        state = state._replace(params=state.params | params, batch_stats=batch_stats)
+    functions = [train_fn, jit(partial(eval_step, model=model)), jit(partial(end_epoch, config=config.optim))]
+    return sharding.replicate(state, mesh), functions
+
+
+def _load_start(run: str, model: ResNet) -> tuple[Any, Any]:
+    """Returns params and batch_stats of a network, without its head if its classes are not those of `model`."""
+    network, expected = load_network(run), variable_shapes(model)
+    found = {name: dict(network.variables[name]) for name in expected}
+    if network.model.classes != model.classes:
+        del found["params"]["head"], expected["params"]["head"]
+    shapes, needed = (jax.tree.map(lambda x: x.shape, tree) for tree in (found, expected))
+    give = "give --model.depth, --model.width and --model.projection as it has them"
+    check(shapes == needed, f"--init {run}: {network} has other parameters; {give}")
+    return found["params"], found["batch_stats"]
 
 
 def _train(
-    config: Config, model: ResNet, splits: Splits, plan: Plan, mesh: Mesh, save_minutes: float, on_epoch: OnEpoch
+    config: Config,
+    state: TrainState,
+    functions: list[Callable],
+    splits: Splits,
+    plan: Plan,
+    mesh: Mesh,
+    save_minutes: float,
+    on_epoch: OnEpoch,
 ) -> None:
     """Trains from the last save to the end of the run."""
     run_dir, main = Path(config.run_dir), sharding.is_main()
     schedule = learning_rate_schedule(config.optim, plan.total_steps)
-    state, (train_fn, eval_fn, end_epoch_fn) = _compile(config, model, plan, mesh, splits.has_deflections)
+    train_fn, eval_fn, end_epoch_fn = functions
     if main:
         checkpoint.remove_leftovers(run_dir)
     sharding.wait_for_all("the run directory exists")

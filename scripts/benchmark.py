@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bench.costs import Device, Dtype, Steps, copy_bandwidth
+from bench.costs import Device, Dtype, Steps
 from bench.harness import check_least, report
 from gravlens_jax import cli
-from gravlens_jax.config import PRESETS, ModelConfig
+from gravlens_jax.config import ModelConfig
 from gravlens_jax.errors import check, check_installed
 from gravlens_jax.files import check_folder
 
@@ -48,36 +48,6 @@ def simulate(
     report("simulate", simulation_rates(seconds, repeats, codes, sorted(os.sched_getaffinity(0))), COLUMNS, json_file)
 
 
-def measure_input(
-    images: int = 6_000,
-    batch_size: int = 256,
-    batches: int = 20,
-    repeats: int = 3,
-    json_file: Path = JSON,
-) -> None:
-    """Measures opening and random batches of a packed file, memory-mapped and by np.load, in processes of their own.
-
-    The file is written to the folder for temporary files, and is in the page cache when it is read.
-
-    Args:
-        images: number of images, 150 x 150 pixels.
-        batch_size: images a batch.
-        batches: batches of each measurement.
-        repeats: measurements of each reader, alternating.
-        json_file: where a line is added for each row.
-    """
-    check_least(1, batch_size=batch_size, batches=batches, repeats=repeats)
-    check(Path("/proc/self/statm").exists(), "this benchmark reads its memory from /proc, which only Linux has")
-    check(images >= batch_size, f"--images {images} do not fill a batch of {batch_size}; give more")
-    os.environ |= cli.fast_environment()  # of the processes that it starts
-    from bench.input import COLUMNS, measure_readers
-
-    rows = measure_readers(images, batch_size, batches, repeats)
-    copy = copy_bandwidth() / 2
-    print(f"a copy in memory: {copy:.1f} GB/s")
-    report("input", [row | {"copy_gb_per_second": copy} for row in rows], COLUMNS, json_file)
-
-
 def train(options: Annotated[Steps, tyro.conf.arg(name="")], json_file: Path = JSON) -> None:
     """Measures training steps of ResNet-20: stored images on the device -> flips, forward, backward, update."""
     _sweep("train", options, json_file)
@@ -90,68 +60,14 @@ def infer(options: Annotated[Steps, tyro.conf.arg(name="")], json_file: Path = J
 
 def _sweep(command: str, options: Steps, json_file: Path) -> None:
     cli.set_environment()
+    import jax
+
     from bench.sweep import COLUMNS, sweep
 
     check_folder(json_file)
+    if max(options.devices) > 1:
+        jax.config.update("jax_num_cpu_devices", max(options.devices))
     report(command, sweep(command == "train", options), COLUMNS, json_file)
-
-
-def scale(
-    devices: tuple[int, ...] = (),
-    batch_per_device: int = 64,
-    image_size: int = 50,
-    warmup: int = 3,
-    steps: int = 10,
-    repeats: int = 5,
-    json_file: Path = JSON,
-) -> None:
-    """Measures training steps of ResNet-20 over 1, 2, ... devices: weak scaling and strong scaling.
-
-    Figures are medians. Efficiency is the images per second of each device over those of each of the fewest. Devices of
-    a CPU are virtual and share its cores: at best images per second stay the same.
-
-    Args:
-        devices: numbers of devices; by default powers of two up to all. A CPU is split into as many as needed.
-        batch_per_device: images a step on each device, for weak scaling. Strong scaling has the largest of its batches.
-        image_size: pixels of the network's input, height and width.
-        warmup: steps before each measurement.
-        steps: steps of each measurement.
-        repeats: measurements of each case.
-        json_file: where a line is added for each row.
-    """
-    cli.set_environment()
-    import jax
-
-    from bench.sweep import SCALING_COLUMNS, scale_steps, scaling_cases
-
-    check_folder(json_file)
-    if max(devices, default=1) > 1:
-        jax.config.update("jax_num_cpu_devices", max(devices))
-    cases = scaling_cases(devices, batch_per_device, image_size)
-    report("scale", scale_steps(cases, warmup, steps, repeats), SCALING_COLUMNS, json_file)
-
-
-def accuracy(
-    preset: Literal["default", "smoke"] = "default",
-    epochs: tuple[int, ...] = (1, 3),
-    targets: tuple[float, ...] = (0.896, 0.95),
-    json_file: Path = JSON,
-) -> None:
-    """Measures the minutes from nothing to validation accuracies: simulation, compilation and training.
-
-    Args:
-        preset: the recipe.
-        epochs: numbers of epochs; each is a run, at whose end the learning rate is 0.
-        targets: accuracies.
-        json_file: where a line is added for each row.
-    """
-    check_least(1, epochs=epochs)
-    cli.set_environment()
-    from bench.runs import COLUMNS, measure_accuracy
-
-    check_folder(json_file)
-    rows = measure_accuracy(PRESETS[preset], epochs, targets)
-    report("accuracy", (row | {"preset": preset} for row in rows), COLUMNS, json_file)
 
 
 def compile_ahead(
@@ -201,6 +117,5 @@ def device(options: Annotated[Device, tyro.conf.arg(name="")], json_file: Path =
 
 
 if __name__ == "__main__":
-    commands = train, infer, scale, measure_input, simulate, compile_ahead, accuracy, device
-    names = "train", "infer", "scale", "input", "simulate", "compile", "accuracy", "device"
-    cli.run(lambda: tyro.extras.subcommand_cli_from_dict(dict(zip(names, commands, strict=True))))
+    commands = {"device": device, "train": train, "infer": infer, "simulate": simulate, "compile": compile_ahead}
+    cli.run(lambda: tyro.extras.subcommand_cli_from_dict(commands))

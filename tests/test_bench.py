@@ -12,12 +12,10 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import gravlens_jax
-from bench import costs, device, facts, harness, runs, steps, sweep
-from bench import input as reading
+from bench import costs, device, facts, harness, steps, sweep
 from bench.costs import Case, Steps
 from conftest import ROOT
 from gravlens_jax.config import Config, InputConfig, ModelConfig
@@ -157,17 +155,12 @@ def test_peer_is_eager_where_torch_cannot_compile(monkeypatch):
     assert found["mode"] == "eager (torch.compile failed: ZeroDivisionError)" and len(measure(0, 2)) == 2
 
 
-@pytest.mark.parametrize("option", [{"batch_size": (0,)}, {"image_size": ()}, {"steps": 0}, {"dtype": ()}])
+@pytest.mark.parametrize(
+    "option", [{"batch_size": (0,)}, {"image_size": ()}, {"steps": 0}, {"dtype": ()}, {"devices": (0,)}]
+)
 def test_sweep_options_that_measure_nothing_are_refused(option):
     with pytest.raises(InputError, match=next(iter(option))):
         Steps(**option)
-
-
-def test_readers_give_batches_of_the_same_images(tmp_path):
-    reading.write_images(tmp_path / "a.npz", 8)
-    mapped, loaded = (list(reading.open_reader(reader, tmp_path / "a.npz", 4)) for reader in reading.READERS)
-    jax.tree.map(np.testing.assert_array_equal, mapped, loaded)
-    assert len(mapped) == 2
 
 
 def test_programs_of_a_run_are_compiled_for_devices_and_their_collectives_counted():
@@ -193,9 +186,12 @@ def test_device_is_measured_in_order_of_importance_and_errors_are_rows(monkeypat
             raise RuntimeError("RESOURCE_EXHAUSTED: out of\nmemory")
         return lambda *_, **__: [0.5], {"accessed_bytes": 1e9, "compile_seconds": 1.0}
 
-    line = {"epochs": 1, "minutes": 0.5, "val_accuracy": 0.96, "images_per_second": 3.0, "reached": [0.95]}
+    def fit(config, on_epoch):
+        for accuracy in (0.9, 0.96):
+            on_epoch({"step": 1, "val_accuracy": accuracy, "images_per_second": 3.0})
+
     monkeypatch.setattr(sweep, "compile_step", compile_step)
-    monkeypatch.setattr(runs, "run_from_nothing", lambda *_, **__: iter([line | {"reached": []}, line]))
+    monkeypatch.setattr(device, "fit", fit)
     monkeypatch.setattr(costs, "cpu_peak", lambda: costs.Peak(1.0, 4.0, "float32"))
     out = run_here(
         tmp_path, "benchmark.py", "device", "--batch-sizes", "32", "8", "--runs", "files", "--profile", "trace"
@@ -208,10 +204,11 @@ def test_device_is_measured_in_order_of_importance_and_errors_are_rows(monkeypat
     assert latency["batch_size"] == 1 and latency["p99_seconds"] >= latency["step_seconds"] > 0
     assert rows[3]["error"] == "RuntimeError: RESOURCE_EXHAUSTED: out of memory" and rows[3]["batch_size"] == 8
     epochs = [row for row in rows if row["measured"] == "run, images: files"]
-    assert [row["reached"] for row in epochs] == [[], [0.95]] and "95 % reached" in out
+    assert [row["note"] for row in epochs] == ["", "95% reached"] and "95% reached" in out
     assert epochs[0]["busy_fraction"] == 3 / 64
     assert rows[-1]["measured"] == "logits, as on the CPU?" and (rows[-1]["difference"], rows[-1]["same"]) == (0, 1)
     assert sum("error" in row for row in rows) == 2 and sum(row["measured"] == "simulation" for row in rows) == 2
+    assert all(row["images_per_second"] > 0 for row in rows if row["measured"] == "images from a file")
 
 
 def test_device_ends_with_what_is_measured_when_the_budget_is_used_up(monkeypatch, tmp_path, run_here):
@@ -227,50 +224,25 @@ def test_device_ends_with_what_is_measured_when_the_budget_is_used_up(monkeypatc
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_rows_of_a_run_name_the_accuracies_reached_first_also_if_it_is_stopped(monkeypatch, stopped):
+def test_epoch_that_reaches_the_target_first_says_so_also_if_the_run_is_stopped(monkeypatch, stopped):
     def fit(config, on_epoch):
-        for epoch, accuracy in enumerate((0.7, 0.8, 0.9, 0.85, 0.96)):
+        for epoch, accuracy in enumerate((0.7, 0.96, 0.9, 0.97)):
             on_epoch({"step": 2 * epoch, "val_accuracy": accuracy, "images_per_second": 3.0})
         if stopped:
             raise Stopped("", signal.SIGINT)
 
-    monkeypatch.setattr(runs, "fit", fit)
-    rows = runs.run_from_nothing(Config(batch_size=4), (0.95, 0.8))
-    found = [next(rows) for _ in range(5)]
-    assert [row["reached"] for row in found] == [[], [0.8], [], [], [0.95]] and found[1]["image_steps"] == 8
+    monkeypatch.setattr(device, "fit", fit)
+    rows = device.run(Config(batch_size=4), "files")
+    found = [next(rows) for _ in range(4)]
+    assert [row["note"] for row in found] == ["", "95% reached", "", ""] and found[1]["image_steps"] == 8
     with pytest.raises(Stopped if stopped else StopIteration):
         next(rows)
 
 
-def test_weak_scaling_fixes_the_batch_per_device_and_strong_scaling_the_whole_batch():
-    weak = [Case(True, 8, 50, devices=1), Case(True, 16, 50, devices=2), Case(True, 32, 50, devices=4)]
-    strong = [Case(True, 32, 50, devices=n) for n in (1, 2, 4)]
-    cases = [("weak", case) for case in weak] + [("strong", case) for case in strong]
-    assert sweep.scaling_cases((4, 1, 2), 8, 50) == cases
-    assert [case.devices for _, case in sweep.scaling_cases((), 8, 50)] == [1, 2, 1, 2]
-
-
-@pytest.mark.parametrize("speed_up, efficiency", [(1, [1, 1 / 2]), (2, [1, 1])])
-def test_efficiency_is_1_if_perfect_and_1_over_n_for_shared_cores(monkeypatch, speed_up, efficiency):
-    def compile_step(case):
-        seconds = case.batch_size / (speed_up if case.devices == 2 else 1)
-        return lambda warmup, calls, most_seconds: [seconds] * calls, {"accessed_bytes": 0}
-
-    monkeypatch.setattr(sweep, "compile_step", compile_step)
-    rows = list(sweep.scale_steps(sweep.scaling_cases((1, 2), 2, 8), warmup=1, steps=3, repeats=2))
-    found = [(row["scaling"], row["devices"], row["batch_size"]) for row in rows]
-    assert found == [("weak", 1, 2), ("weak", 2, 4), ("strong", 1, 4), ("strong", 2, 4)]
-    assert [row["efficiency"] for row in rows] == pytest.approx(2 * efficiency)
-
-
-@pytest.mark.parametrize(
-    "devices, steps, message",
-    [
-        ((2, 3), 1, "3 devices asked for, 2 found"),
-        ((1,), 0, "steps=0: expected at least 1"),
-        ((0,), 1, "devices="),
-    ],
-)
-def test_impossible_cases_are_refused(devices, steps, message):
-    with pytest.raises(InputError, match=message):
-        list(sweep.scale_steps(sweep.scaling_cases(devices, 2, 8), 0, steps, 1))
+def test_steps_are_measured_over_several_devices(monkeypatch):
+    monkeypatch.setattr(sweep, "compile_step", lambda case: (lambda *_, **__: [case.devices], {"accessed_bytes": 0}))
+    rows = list(sweep.sweep(True, Steps((4, 8), (8,), devices=(1, 2), peak_tflops=1.0, peak_gb=1.0)))
+    found = [(row["batch_size"], row["devices"], row["images_per_second"]) for row in rows]
+    assert found == [(4, 1, 4), (4, 2, 2), (8, 1, 8), (8, 2, 4)]
+    with pytest.raises(InputError, match="3 devices asked for, 2 found"):
+        list(sweep.sweep(True, Steps((6,), (8,), devices=(3,))))

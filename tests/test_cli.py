@@ -57,7 +57,7 @@ def test_pip_installs_a_command_that_runs_the_scripts(layout, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path if layout == "wheel" else ROOT)}
     environment.pop("GLIBC_TUNABLES", None)  # so that it restarts
     options = {"env": environment, "cwd": tmp_path, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.run([command, "benchmark", "scale", "--json-file", "none/a.jsonl"], **options)
+    process = subprocess.run([command, "benchmark", "train", "--json-file", "none/a.jsonl"], **options)
     assert process.returncode == 2 and process.stderr.startswith("error: none/a.jsonl: there is no folder none")
 
 

@@ -143,6 +143,8 @@ def deflection_map(lens_params: LensParams, priors: Priors, grid: Grid) -> jax.A
 def render_lens(lens_params: Mapping[str, Any], priors: Priors) -> jax.Array:
     """Returns the expected photon counts per pixel, float32 (num_pixels, num_pixels), sky included.
 
+    Of one lens; on a CPU `render_lenses`, or `images.render_images` outside of jit, is faster than `jax.vmap` of this.
+
     Of `priors` only the camera and the source's fixed profile are used, and its `lens_axis_ratio` if the lens has none.
     `lens_params` are a result of `sample_lens`, or numbers and tuples under the same names; halo_mass is not used.
     Optional are lens_axis_ratio, lens_angle (radians) and lens_centre (2,), those of the main halo. Values that cannot

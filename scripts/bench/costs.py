@@ -83,6 +83,7 @@ class Steps:
     batch_size: tuple[int, ...] = (64,)  # images a step, over all devices
     image_size: tuple[int, ...] = (50,)  # pixels of the network's input, height and width
     dtype: tuple[Dtype, ...] = ("float32",)  # of activations
+    devices: tuple[int, ...] = (1,)  # how many of the devices; a CPU is split into as many as needed
     warmup: int = 10  # steps before each measurement
     steps: int = 30  # steps of each measurement
     repeats: int = 3  # measurements of each combination, alternating with the peer's
@@ -91,7 +92,8 @@ class Steps:
     peak_gb: float | None = None  # GB/s of the memory of such a device
 
     def __post_init__(self):
-        check_least(1, batch_size=self.batch_size, image_size=self.image_size, steps=self.steps, repeats=self.repeats)
+        check_least(1, batch_size=self.batch_size, image_size=self.image_size, devices=self.devices)
+        check_least(1, steps=self.steps, repeats=self.repeats)
         check_least(0, warmup=self.warmup)
         check(len(self.dtype) > 0, "dtype is empty: expected float32, bfloat16 or both")
 

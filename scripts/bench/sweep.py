@@ -1,4 +1,4 @@
-"""Training steps and inference over many combinations: beside PyTorch, or over the number of devices."""
+"""Training steps and inference over many combinations of options, also beside PyTorch."""
 
 import itertools
 import math
@@ -13,24 +13,21 @@ from typing import Any
 import jax
 
 from bench.costs import Case, Peak, Steps, peak_of, quartiles, roofline, step_flops
-from bench.harness import Row, Run, alternate, check_least, worker
+from bench.harness import Row, Run, alternate, worker
 from bench.steps import compile_step
 from gravlens_jax.errors import check_installed
 from gravlens_jax.sharding import check_batch_size, data_mesh
 
-STEP_COLUMNS = (
-    "  step s{step_seconds:.3g}    25 %{step_seconds_quartiles[0]:.3g}    75 %{step_seconds_quartiles[1]:.3g}"
-    " images/s{images_per_second:,.0f}TFLOP/s{tflops:.3f}"
-)
 RATE_COLUMNS = (
-    f"compile s{{compile_seconds:.1f}}{STEP_COLUMNS}of peak{{tflops_fraction:.1%}} GB/s{{gb_per_second:.0f}}"
-    "of peak{bandwidth_fraction:.1%}   MiB{memory_mib:.0f}bound        {bound}"
+    "compile s{compile_seconds:.1f}  step s{step_seconds:.3g}    25 %{step_seconds_quartiles[0]:.3g}"
+    "    75 %{step_seconds_quartiles[1]:.3g} images/s{images_per_second:,.0f}TFLOP/s{tflops:.3f}"
+    "of peak{tflops_fraction:.1%} GB/s{gb_per_second:.0f}of peak{bandwidth_fraction:.1%}   MiB{memory_mib:.0f}"
+    "bound        {bound}"
 )
 COLUMNS = (
-    "size{image_size}batch{batch_size}dtype   {dtype}"
+    "size{image_size}batch{batch_size}dtype   {dtype}dev{devices}"
     f"{RATE_COLUMNS}torch{{torch_images_per_second:,.0f}}ratio{{ratio:.2f}}"
 )
-SCALING_COLUMNS = f"scaling {{scaling}}dev{{devices}}batch{{batch_size}}{STEP_COLUMNS}efficiency{{efficiency:.3f}}"
 
 
 def measure_step(
@@ -93,9 +90,10 @@ def sweep(train: bool, options: Steps) -> Iterator[Row]:
     if a.peer:
         check_installed(a.peer, "--peer", a.peer)
     with worker() if a.peer else nullcontext() as peer:
-        for size, batch_size, dtype in itertools.product(a.image_size, a.batch_size, a.dtype):
-            case = Case(train, batch_size, size, dtype)
-            peak = peak_of(dtype, 1, a.peak_tflops, a.peak_gb)
+        for size, batch_size, dtype, devices in itertools.product(a.image_size, a.batch_size, a.dtype, a.devices):
+            check_batch_size(batch_size, data_mesh(devices))
+            case = Case(train, batch_size, size, dtype, devices)
+            peak = peak_of(dtype, devices, a.peak_tflops, a.peak_gb)
             yield measure_step(case, peak, a.warmup, a.steps, a.repeats, peer=peer)
 
 
@@ -105,46 +103,3 @@ def _torch_step(case: Case, *calls: int) -> Any:
 
     run, facts = torch_step(case)
     return run(*calls) if calls else facts
-
-
-def scaling_cases(devices: tuple[int, ...], batch_per_device: int, size: int) -> list[tuple[str, Case]]:
-    """Returns the steps of "weak" scaling, with the same batch for each device, and of "strong", with one batch.
-
-    Args:
-      devices: numbers of devices; if empty, powers of two up to all.
-      batch_per_device: of weak scaling; the batch of strong scaling is that of weak scaling on the most devices.
-      size: pixels, height and width.
-    """
-    counts = sorted(set(devices)) or [2**k for k in range(jax.device_count().bit_length())]
-    check_least(1, devices=devices or None, batch_per_device=batch_per_device, image_size=size)
-    weak = [("weak", Case(True, n * batch_per_device, size, devices=n)) for n in counts]
-    return weak + [("strong", Case(True, counts[-1] * batch_per_device, size, devices=n)) for n in counts]
-
-
-def scale_steps(cases: list[tuple[str, Case]], warmup: int, steps: int, repeats: int) -> Iterator[Row]:
-    """Yields the figures of steps over several numbers of devices.
-
-    Virtual devices of a CPU share its cores, and one of them uses most of these already: at best the images per second
-    stay the same, an efficiency of 1/n, and only the overhead of the split is measured.
-
-    Args:
-      cases: of `scaling_cases`.
-      warmup, steps, repeats: as in `measure_step`.
-
-    Returns:
-      scaling ("weak" or "strong"); `measure_step`; and efficiency: images per second and device over those of the
-      fewest devices, so 1 is perfect.
-
-    Raises:
-      InputError: there are too few devices for a case, or its batch does not divide evenly over them.
-    """
-    check_least(1, steps=steps, repeats=repeats)
-    check_least(0, warmup=warmup)
-    for _, case in cases:
-        check_batch_size(case.batch_size, data_mesh(case.devices))
-    fewest: dict[str, Row] = {}
-    for scaling, case in cases:
-        row = measure_step(case, peak_of(case.dtype, case.devices), warmup, steps, repeats)
-        first = fewest.setdefault(scaling, row)
-        efficiency = row["images_per_second"] / first["images_per_second"] * first["devices"] / case.devices
-        yield {"scaling": scaling} | row | {"efficiency": efficiency}
