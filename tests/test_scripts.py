@@ -54,8 +54,8 @@ def test_help_and_packing_import_no_jax_and_documented_commands_have_only_option
 def test_python_code_of_the_readme_runs():
     names = {}
     exec(re.search("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1], names)
-    assert names["expected"].shape == (150, 150) and names["outlier"].shape == (1,)
-    assert names["features"].shape == (1, 64) and names["kappa"].shape == (1, 11, 11)
+    assert names["expected"].shape == (4, 150, 150) and names["outlier"].shape == (4,)
+    assert names["probabilities"].argmax(1).tolist() == [2] * 4 and names["kappa"].shape == (4, 11, 11)
 
 
 @pytest.fixture(scope="module")
