@@ -85,10 +85,15 @@ def map_grid(config: InputConfig, priors: Priors) -> Grid:
     return Grid(config.cells, config.cell * priors.pixel_scale, off_centre * priors.pixel_scale)
 
 
-def map_renderer(dataset: npz.Dataset, config: InputConfig) -> Callable[[np.ndarray], np.ndarray] | None:
-    """Returns a function from rows of simulated images to their `deflection_map` on `map_grid`; None for others."""
+def map_renderer(
+    dataset: npz.Dataset, config: InputConfig, pixel_scale: float | None = None
+) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Returns a function from rows of simulated images to their `deflection_map` on `map_grid`.
+
+    None for other images, and for those of another `pixel_scale`, if given (arcsec): the cells would differ.
+    """
     lens_params, priors = dataset.lens_params, find_priors(dataset)
-    if lens_params is None or priors is None:
+    if lens_params is None or priors is None or pixel_scale not in (None, priors.pixel_scale):
         return None
     grid = map_grid(config, priors)
     return lambda rows: images.deflection_maps({name: x[rows] for name, x in lens_params.items()}, priors, grid)

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gravlens_jax.config import InputConfig
 from gravlens_jax.errors import check
 from gravlens_jax.metrics import VISIBLE, outlier_scores
 from gravlens_jax.model import ResNet, apply_head
@@ -34,8 +33,9 @@ def logits(model: ResNet, variables: Any, images: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames=("model", "tta", "maps"))
 def _outputs(variables, images: jax.Array, *, model: ResNet, tta: bool, maps: bool) -> dict[str, jax.Array]:
-    """Returns the arrays of `outputs`, and `deflection` if `maps`."""
-    x = prepare(to_unit(images), model.input)
+    """Returns the arrays of `outputs`, by their names."""
+    unit = to_unit(images)
+    x = prepare(unit, model.input)
     mirrors = itertools.product((1, -1), (1, -1)) if tta else [(1, 1)]  # of y and of x
     found: list[dict[str, jax.Array]] = []
     for y_sign, x_sign in mirrors:
@@ -46,7 +46,8 @@ def _outputs(variables, images: jax.Array, *, model: ResNet, tta: bool, maps: bo
             found[-1]["deflection"] = deflection * jnp.float32([x_sign, y_sign])[None, None, None]
         if len(found) == 1:
             means = jnp.concatenate([x.astype(jnp.float32).mean((1, 2)) for x in outputs[1]], 1)
-    return jax.tree.map(_mean, *found) | {"means": means}
+    light = {"light": cell_means(unit, model.input)[..., 0]} if maps else {}
+    return jax.tree.map(_mean, *found) | {"means": means} | light
 
 
 def _mean(*arrays: jax.Array) -> jax.Array:
@@ -94,8 +95,10 @@ def embed(model: ResNet, variables: Any, images: Images, batch_size: int = 128) 
 def outputs(
     model: ResNet, variables: Any, images: Images, batch_size: int = 128, tta: bool = False, maps: bool = False
 ) -> tuple[np.ndarray, ...]:
-    """Returns logits, channel means and, if `maps`, those of `predict_deflection`; arguments as in `predict_logits`.
+    """Returns logits, channel means and, if `maps`, two maps; arguments as in `predict_logits`.
 
+    The maps are that of `predict_deflection`, and the light in its cells, float32 (n, cells, cells): the mean pixel of
+    the image scaled to [0, 1].
     The channel means, float32 (n, 8 * model.width), are the means over all pixels of each channel after the first
     convolution and after each stage, of the images themselves also with `tta`; the last half are those of `embed`.
     """
@@ -103,7 +106,7 @@ def outputs(
         check_deflection(model, variables)
     n, cells = len(images), model.input.cells
     shapes: dict[str, tuple[int, ...]] = {"logits": (n, len(model.classes)), "means": (n, 8 * model.width)}
-    shapes |= {"deflection": (n, cells, cells, 2)} if maps else {}
+    shapes |= {"deflection": (n, cells, cells, 2), "light": (n, cells, cells)} if maps else {}
     arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
     for rows, batch in _batches(images, model, batch_size):
         for name, array in _outputs(variables, batch, model=model, tta=tta, maps=maps).items():
@@ -155,19 +158,6 @@ def deflection_grid(model: ResNet, image_shape: tuple[int, int]) -> tuple[np.nda
     return tuple(array.astype(np.float32) for array in np.meshgrid(x, -y))
 
 
-def visible_light(model: ResNet, images: Images, batch_size: int = 128) -> np.ndarray:
-    """Returns the mean pixel in each cell of a deflection map, float32 (n, cells, cells), images scaled to [0, 1]."""
-    light = np.empty((len(images), model.input.cells, model.input.cells), np.float32)
-    for rows, batch in _batches(images, model, batch_size):
-        light[rows] = _light(batch, config=model.input)[: rows.stop - rows.start]
-    return light
-
-
-@partial(jax.jit, static_argnames="config")
-def _light(images: jax.Array, *, config: InputConfig) -> jax.Array:
-    return cell_means(to_unit(images), config)[..., 0]
-
-
 def fit_deflection(
     model: ResNet, variables: Any, images: Images, render: Callable[[np.ndarray], np.ndarray], batch_size: int = 128
 ) -> dict[str, np.ndarray]:
@@ -180,9 +170,9 @@ def fit_deflection(
     products, targets = np.zeros((size, size)), np.zeros((size, 2))
     for rows, batch in _batches(images, model, batch_size):
         n = rows.stop - rows.start
-        features = np.asarray(_features(variables, batch, model=model), np.float64)[:n].reshape(-1, size - 1)
+        found = (np.asarray(x[:n], np.float64) for x in _features(variables, batch, model=model))
+        features, light = (x.reshape(-1, x.shape[-1]) for x in found)
         features = np.pad(features, ((0, 0), (0, 1)), constant_values=1)
-        light = np.asarray(_light(batch, config=model.input), np.float64)[:n].reshape(-1, 1)
         weighted = features * np.minimum(1, light / VISIBLE)
         products += weighted.T @ features
         targets += weighted.T @ render(np.arange(rows.start, rows.stop)).reshape(-1, 2)
@@ -192,9 +182,11 @@ def fit_deflection(
 
 
 @partial(jax.jit, static_argnames="model")
-def _features(variables, images: jax.Array, *, model: ResNet) -> jax.Array:
-    outputs: Any = model.apply(variables, prepare(to_unit(images), model.input))
-    return outputs[1][-1]
+def _features(variables, images: jax.Array, *, model: ResNet) -> tuple[jax.Array, jax.Array]:
+    """Returns the last feature map, and the light in its cells with an axis of length 1."""
+    unit = to_unit(images)
+    outputs: Any = model.apply(variables, prepare(unit, model.input))
+    return outputs[1][-1], cell_means(unit, model.input)
 
 
 def _batches(images: Images, model: ResNet, batch_size: int) -> Iterator[tuple[slice, np.ndarray]]:

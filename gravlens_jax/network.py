@@ -96,7 +96,7 @@ def calibrate(model: ResNet, variables: Any, dataset: Dataset) -> tuple[float, d
     """
     logits, means = outputs(model, variables, dataset.images)[:2]
     added = {"population": metrics.fit_population(means, dataset.labels, len(model.classes)) or {}}
-    if model.pixel_scale is not None and (render := map_renderer(dataset, model.input)):
+    if model.pixel_scale is not None and (render := map_renderer(dataset, model.input, model.pixel_scale)):
         added["deflection"] = fit_deflection(model, variables, dataset.images, render)
     return metrics.fit_temperature(logits, dataset.labels), flatten_dict(added, sep="/")
 

@@ -41,7 +41,8 @@ def evaluate_network(
     (model, variables), images, labels = network, dataset.images, dataset.labels
     check_image_shape(dataset.image_shape, network.image_shape, "the images")
     has_maps = inference.has_deflection(model, variables)
-    logits, means, *maps = inference.outputs(model, variables, images, tta=tta, maps=has_maps)
+    logits, means, *found = inference.outputs(model, variables, images, tta=tta, maps=has_maps)
+    maps, light = found[:1], found[1:]
     outlier = metrics.outlier_scores(variables.get("population"), means)
     values = metrics.evaluate(logits, labels, model.classes) | {
         "checkpoint": checkpoint,
@@ -52,10 +53,9 @@ def evaluate_network(
         "outliers": None if np.isnan(outlier).any() else float(np.mean(outlier > 1)),
         "deflection": None,
     }
-    if has_maps and (render := map_renderer(dataset, model.input)):
+    if has_maps and (render := map_renderer(dataset, model.input, model.pixel_scale)):
         maps.append(render(np.arange(dataset.size)))
-        light = inference.visible_light(model, images)
-        values["deflection"] = metrics.evaluate_maps(maps[0], maps[1], light, labels, model.classes, network.cell_width)
+        values["deflection"] = metrics.evaluate_maps(*maps, *light, labels, model.classes, network.cell_width)
     if out is None:
         return values
     arrays = {"logits": logits, "outlier": outlier, "labels": labels, "classes": np.array(model.classes)}

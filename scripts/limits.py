@@ -68,14 +68,14 @@ def measure(network: "Network", dataset: "Dataset") -> dict[str, Any]:
       the predicted one; no_peak, the 99.9 % quantile of the largest convergence of images without substructure.
     """
     from gravlens_jax.datasets import find_priors, map_renderer
-    from gravlens_jax.inference import outputs, visible_light
+    from gravlens_jax.inference import outputs
 
     (model, variables), labels = network, dataset.labels
-    render = map_renderer(dataset, model.input)
+    render = map_renderer(dataset, model.input, model.pixel_scale)
     check(render is not None, "the images are not simulated ones with their lens parameters")
     assert render is not None
-    logits, _, maps = outputs(model, variables, dataset.images, maps=True)
-    true, light = render(np.arange(dataset.size)), visible_light(model, dataset.images)
+    logits, _, maps, light = outputs(model, variables, dataset.images, maps=True)
+    true = render(np.arange(dataset.size))
     sigmas = find_significances(dataset, find_priors(dataset))
     right, weight = logits.argmax(1) == labels, (light >= VISIBLE)[..., None]
     error, size = (np.sqrt((array**2 * weight).sum((1, 2, 3))) for array in (maps - true, true))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gravlens_jax.config import SPLITS, AugmentConfig, Config, InputConfig, SimulationConfig
-from gravlens_jax.datasets import fingerprint, load_splits, open_splits, simulate_dataset
+from gravlens_jax.datasets import fingerprint, load_splits, map_renderer, open_splits, simulate_dataset
 from gravlens_jax.lensing import images as lensing_images
 from gravlens_jax.lensing.images import render_deflections, simulate_images, simulate_parameters
 from gravlens_jax.lensing.priors import make_easy
@@ -105,6 +105,12 @@ def test_images_of_another_version_have_no_deflections_and_are_not_simulated_ove
         edit(simulated, tmp_path, info=info, **fields)
         assert not open_files(tmp_path).has_deflections and capsys.readouterr().err == ""
         refuse("holds 12 other images, or another version", simulate_dataset, tmp_path, SIZES, priors=TINY_PRIORS)
+
+
+def test_maps_belong_to_one_pixel_scale(simulated):
+    dataset, scale = open_npz(simulated / "train.npz"), TINY_PRIORS.pixel_scale
+    assert map_renderer(dataset, InputConfig(crop=16), scale)(np.arange(3)).shape[0] == 3
+    assert map_renderer(dataset, InputConfig(crop=16), 2 * scale) is None
 
 
 def test_training_without_deflections(simulated, tmp_path):
