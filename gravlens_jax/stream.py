@@ -3,24 +3,21 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from gravlens_jax.lensing.images import labels_of, render_batch, render_deflections, simulate_images
+from gravlens_jax.lensing.images import render_batch, render_deflections
 from gravlens_jax.lensing.priors import Priors
 from gravlens_jax.lensing.render import Grid
 from gravlens_jax.loader import Batch
-from gravlens_jax.sharding import local_rows, shard_batch
 
 
 @dataclass(frozen=True)
 class StreamData:
-    """Simulated images: epoch 0, 1, ... are the images 0, 1, 2, ... of `lensing.simulate_images`.
+    """Simulated images: epoch 0, 1, ... are the images 0, 1, 2, ... of `lensing.simulate_images`, to rounding.
 
-    On CPUs all cores simulate ahead; each accelerator renders its own share of a batch, with noise.
+    Each device renders its own share of a batch, with noise. A CPU uses one core for it.
     """
 
     size: int  # images of an epoch
@@ -34,30 +31,8 @@ class StreamData:
     def batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Batch]]:
         """Yields one step at a time: see `loader`."""
         steps = self.size // self.batch_size
-        first, stop = ((epoch * steps + step) * self.batch_size for step in (skip, steps))
-        if jax.default_backend() == "cpu":
-            batches = self._on_host(first, stop)
-        else:
-            batches = (self.render(start, self.seed, self.split) for start in range(first, stop, self.batch_size))
-        for batch in batches:
-            yield 1, batch
-
-    def _on_host(self, first: int, stop: int) -> Iterator[Batch]:
-        local = local_rows(np.arange(self.batch_size)[None])[0]  # each process simulates all and keeps its share
-        ready = np.empty((0, self.priors.num_pixels, self.priors.num_pixels), np.uint16)
-        chunks = simulate_images(stop - first, self.seed, self.split, self.priors, start=first)
-        for start in range(first, stop, self.batch_size):
-            while len(ready) < self.batch_size:
-                ready = np.concatenate([ready, next(chunks)])
-            batch = {"images": ready[: self.batch_size], "labels": labels_of(self.batch_size, start)}
-            ready = ready[self.batch_size :]
-            batch |= self._maps(start, self.seed, self.split, self.batch_size)
-            yield shard_batch({name: np.asarray(x)[local] for name, x in batch.items()}, self.mesh)
-
-    def _maps(self, first, seed, split, n: int) -> dict[str, Any]:
-        if self.grid is None:
-            return {}
-        return {"deflections": render_deflections(first, seed, split, n=n, priors=self.priors, grid=self.grid)}
+        for step in range(epoch * steps + skip, (epoch + 1) * steps):
+            yield 1, self.render(step * self.batch_size, self.seed, self.split)
 
     @cached_property
     def render(self):
@@ -67,7 +42,10 @@ class StreamData:
         def render_share(first, seed, split):
             start = first + share * jax.lax.axis_index("data")
             batch = render_batch(start, seed, split, priors=self.priors, batch_size=share)
-            return batch | self._maps(start, seed, split, share)
+            if self.grid is not None:
+                maps = render_deflections(start, seed, split, n=share, priors=self.priors, grid=self.grid)
+                batch["deflections"] = maps
+            return batch
 
         # check_vma=False: that check of shard_map refuses the conditional in `profiles.deflect_points`.
         whole, shares = PartitionSpec(), PartitionSpec("data")

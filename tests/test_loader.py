@@ -1,7 +1,6 @@
 import itertools
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 
@@ -50,14 +49,14 @@ def numbers(batches):
     return [batch["images"][:, 0, 0].tolist() for batch in single_steps(batches)]
 
 
-def assert_same(ours, theirs):
+def assert_same(ours, theirs, rounding=False):
+    """Batches are equal, or with `rounding` a few pixels differ by one count."""
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
         for name, array in a.items():
-            np.testing.assert_array_equal(array, b[name])
-
-
-every_kind = pytest.mark.parametrize("kind", [FileData, DeviceData, StreamData])
+            difference = np.abs(array.astype(np.float32) - b[name])
+            atol, most = {"images": (1, 1e-2), "deflections": (1e-5, 1)}.get(name, (0, 0)) if rounding else (0, 0)
+            assert difference.max() <= atol and difference.mean() <= most, name
 
 
 @pytest.mark.parametrize("kind", [FileData, DeviceData, StreamData])
@@ -70,7 +69,7 @@ def test_full_batches_continue_from_any_step_on_any_number_of_devices(kind, monk
     assert data.size == 14 and len(whole) == 14 // 4
     for batch in whole:
         assert {name: (array.shape, array.dtype) for name, array in batch.items()} == expected
-    assert_same(single_steps(make_data(kind, devices=1).batches(1)), whole)
+    assert_same(single_steps(make_data(kind, devices=1).batches(1)), whole, rounding=kind is StreamData)
     for skip in range(len(whole)):
         assert_same(single_steps(data.batches(1, skip)), whole[skip:])
     assert all(batch.keys() == {"images", "labels"} for batch in single_steps(make_data(kind, maps=False).batches(1)))
@@ -89,22 +88,10 @@ def test_batches_of_a_file_are_in_the_order_of_seed_and_epoch(kind):
 def test_stream_batches_are_the_simulated_images_in_order():
     images, data = np.concatenate(list(simulate_images(24, 5, 0, TINY_PRIORS))), make_data(StreamData)
     batches = single_steps([*data.batches(0), *data.batches(1)])  # epoch 1 begins with what epoch 0 leaves over
-    for first, batch in zip(range(0, 24, 4), batches, strict=True):
-        np.testing.assert_array_equal(batch["images"], images[first : first + 4])
-        np.testing.assert_array_equal(batch["labels"], labels_of(4, first))
-        maps = render_deflections(first, 5, 0, n=4, priors=TINY_PRIORS, grid=GRID)
-        np.testing.assert_array_equal(batch["deflections"], maps)
-
-
-def test_streams_of_accelerators_and_cpus_agree_up_to_1_count_in_rare_pixels(monkeypatch):
-    by_host, data = list(make_data(StreamData, 8).batches(1)), make_data(StreamData, 8)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for (_, host), (_, device) in zip(by_host, data.batches(1), strict=True):
-        np.testing.assert_array_equal(device["labels"], host["labels"])
-        np.testing.assert_allclose(device["deflections"], host["deflections"], atol=1e-5)
-        assert device["images"].dtype == np.uint16 and device["images"].sharding == host["images"].sharding
-        difference = np.abs(np.asarray(device["images"]).astype(int) - np.asarray(host["images"]))
-        assert difference.max() <= 1 and difference.mean() < 1e-2
+    expected = {"images": images, "labels": labels_of(24)}
+    expected["deflections"] = np.asarray(render_deflections(0, 5, 0, n=24, priors=TINY_PRIORS, grid=GRID))
+    steps = [{name: array[first : first + 4] for name, array in expected.items()} for first in range(0, 24, 4)]
+    assert_same(batches, steps, rounding=True)
     assert data.render._cache_size() == 1
 
 

@@ -34,9 +34,9 @@ def lens_key(seed: int, split: int, index: int | jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, split), index)
 
 
-def labels_of(n: int, start: int = 0) -> np.ndarray:
-    """Returns int32 (n,), labels of images `start` and on: image i has class i mod 3, so every part is balanced."""
-    return np.arange(start, start + n, dtype=np.int32) % len(CLASSES)
+def labels_of(n: int) -> np.ndarray:
+    """Returns int32 (n,), labels of images 0, 1, ...: image i has class i mod 3, so every part is balanced."""
+    return np.arange(n, dtype=np.int32) % len(CLASSES)
 
 
 def render_block(seed, split, indices, *, priors: Priors, substructure: str) -> tuple[jax.Array, jax.Array]:
@@ -93,9 +93,9 @@ def render_batch(first, seed, split, *, priors: Priors, batch_size: int) -> dict
 
 
 def simulate_images(
-    n: int, seed: int, split: int, priors: Priors, classes: tuple[str, ...] = CLASSES, start: int = 0
+    n: int, seed: int, split: int, priors: Priors, classes: tuple[str, ...] = CLASSES
 ) -> Iterator[np.ndarray]:
-    """Yields `n` images in order, from image `start` on, in chunks of uint16 photon counts (chunk, height, width).
+    """Yields `n` images in order, in chunks of uint16 photon counts (chunk, height, width).
 
     The public images are such counts, scaled to [0, 1] one by one. On a CPU all cores work, each on its own chunks.
     `seed` and `split` are not negative; different splits never share an image. `classes` are the substructures of
@@ -104,10 +104,9 @@ def simulate_images(
     check(n >= 1, f"n={n}: expected at least 1 image")
     block = _block_size()
     chunk, workers = len(classes) * block, _workers()
-    stop, left_out = start + n, start % chunk  # chunks always begin at multiples of their size
 
     def make(begin):
-        images = np.empty((min(chunk, stop - begin), priors.num_pixels, priors.num_pixels), np.uint16)
+        images = np.empty((min(chunk, n - begin), priors.num_pixels, priors.num_pixels), np.uint16)
         for label, name in enumerate(classes):
             # Always a whole block, so that the bits of an image never depend on the number of images.
             indices = begin + label + len(classes) * np.arange(block, dtype=np.int32)
@@ -118,16 +117,15 @@ def simulate_images(
             check(not np.isnan(most), f"a {name} lens cannot be rendered: {heavy}")
             many = f"a pixel has {most:.0f} counts, more than {MAX_COUNTS}; lower the prior `photons`"
             check(most + 6 * most**0.5 < MAX_COUNTS, many)
-            used = indices < stop
+            used = indices < n
             images[indices[used] - begin] = np.asarray(rendered)[used]
         return images
 
     with ThreadPoolExecutor(workers) as pool:
-        futures = (pool.submit(make, begin) for begin in range(start - left_out, stop, chunk))  # submitted when taken
+        futures = (pool.submit(make, begin) for begin in range(0, n, chunk))  # submitted when taken
         pending = deque(islice(futures, 2 * workers))
         while pending:
-            yield pending.popleft().result()[left_out:]
-            left_out = 0
+            yield pending.popleft().result()
             pending.extend(islice(futures, 1))
 
 
