@@ -51,9 +51,9 @@ def test_projection_shortcuts_add_two_convolutions():
     assert projected["stage2_block1_projection"]["kernel"].shape == (1, 1, 4, 8)
 
 
-def test_training_keeps_nine_tenths_of_the_running_statistics():
+def test_training_keeps_97_percent_of_the_running_statistics():
     apply = jax.jit(partial(TINY_MODEL.apply, train=True, mutable=["batch_stats"]))
     _, updated = apply(make_variables(0), jnp.zeros((2, 16, 16, 1)))  # every layer has mean and variance 0
     for statistics in updated["batch_stats"].values():
         np.testing.assert_allclose(statistics["mean"], 0, atol=1e-6)
-        np.testing.assert_allclose(statistics["var"], 0.9, rtol=1e-6)
+        np.testing.assert_allclose(statistics["var"], 0.97, rtol=1e-6)
