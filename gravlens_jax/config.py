@@ -174,7 +174,7 @@ class Config:
 
 
 PRESETS = {
-    # 13 minutes on two CPU cores, simulation included; right on 96.9 % of simulated test images.
+    # 12 minutes on two CPU cores, simulation included; right on 96.7 % of simulated test images.
     "default": Config(),
     # Of the pretrained network: 300,000 images, eight times each. 4 h 17 min, 14 GB of images; right on 98.8 %.
     "best": Config(
