@@ -97,10 +97,10 @@ def outputs(
 ) -> tuple[np.ndarray, ...]:
     """Returns logits, channel means and, if `maps`, two maps; arguments as in `predict_logits`.
 
-    The maps are that of `predict_deflection`, and the light in its cells, float32 (n, cells, cells): the mean pixel of
-    the image scaled to [0, 1].
     The channel means, float32 (n, 8 * model.width), are the means over all pixels of each channel after the first
     convolution and after each stage, of the images themselves also with `tta`; the last half are those of `embed`.
+    The maps are that of `predict_deflection`, and the light in its cells, float32 (n, cells, cells): the mean pixel of
+    the image scaled to [0, 1].
     """
     if maps:
         check_deflection(model, variables)

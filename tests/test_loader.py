@@ -93,6 +93,8 @@ def test_stream_batches_are_the_simulated_images_in_order():
     steps = [{name: array[first : first + 4] for name, array in expected.items()} for first in range(0, 24, 4)]
     assert_same(batches, steps, rounding=True)
     assert data.render._cache_size() == 1
+    (_, found), (_, stored) = (next(some.batches(0)) for some in (data, make_data(FileData)))
+    assert found["images"].sharding == stored["images"].sharding
 
 
 @pytest.mark.parametrize("n, batch_size", [(8, 4), (9, 4), (1, 4), (3, 2)])
