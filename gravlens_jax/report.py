@@ -55,7 +55,9 @@ def evaluate_network(
     }
     if has_maps and (render := map_renderer(dataset, model.input, model.pixel_scale)):
         maps.append(render(np.arange(dataset.size)))
-        values["deflection"] = metrics.evaluate_maps(*maps, *light, labels, model.classes, network.cell_width)
+        values["deflection"] = metrics.evaluate_maps(
+            maps[0], maps[1], light[0], labels, model.classes, network.cell_width
+        )
     if out is None:
         return values
     arrays = {"logits": logits, "outlier": outlier, "labels": labels, "classes": np.array(model.classes)}

@@ -83,7 +83,7 @@ def _make_plan(config: Config, splits: Splits) -> Plan:
 
 def _compile(
     config: Config, model: ResNet, plan: Plan, mesh: Mesh, auxiliary: bool, start: str | None
-) -> tuple[TrainState, list[Callable]]:
+) -> tuple[TrainState, tuple[Callable, ...]]:
     """Returns the initial state, from the network `start` if given, and the jitted steps and `end_epoch`."""
     tx = make_optimizer(config.optim, plan.total_steps)
     jit = partial(jax.jit, out_shardings=sharding.replicated(mesh))
@@ -95,7 +95,7 @@ def _compile(
     if start is not None:
         params, batch_stats = _load_start(start, model)
         state = state._replace(params=state.params | params, batch_stats=batch_stats)
-    functions = [train_fn, jit(partial(eval_step, model=model)), jit(partial(end_epoch, config=config.optim))]
+    functions = train_fn, jit(partial(eval_step, model=model)), jit(partial(end_epoch, config=config.optim))
     return sharding.replicate(state, mesh), functions
 
 
@@ -114,7 +114,7 @@ def _load_start(run: str, model: ResNet) -> tuple[Any, Any]:
 def _train(
     config: Config,
     state: TrainState,
-    functions: list[Callable],
+    functions: tuple[Callable, ...],
     splits: Splits,
     plan: Plan,
     mesh: Mesh,

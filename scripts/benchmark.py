@@ -117,5 +117,5 @@ def device(options: Annotated[Device, tyro.conf.arg(name="")], json_file: Path =
 
 
 if __name__ == "__main__":
-    commands = {"device": device, "train": train, "infer": infer, "simulate": simulate, "compile": compile_ahead}
+    commands: dict = {"device": device, "train": train, "infer": infer, "simulate": simulate, "compile": compile_ahead}
     cli.run(lambda: tyro.extras.subcommand_cli_from_dict(commands))

@@ -152,7 +152,7 @@ def run(recipe: Config, source: Source) -> Iterator[Row]:
     Rows have epochs, of the whole run; image_steps; minutes, since the start; val_accuracy; and images_per_second. The
     first that reaches TARGET says so.
     """
-    start, rows = time.perf_counter(), []
+    start, rows = time.perf_counter(), list[Row]()
 
     def add(line: Row) -> None:
         first = line["val_accuracy"] >= TARGET > max((row["val_accuracy"] for row in rows), default=0)
