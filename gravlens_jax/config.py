@@ -134,8 +134,6 @@ class Config:
     run_dir: str = "runs/default"  # folder for checkpoints, metrics and the report
     # folder with train, val and test.npz, optionally easy.npz. Default: simulate. simulate:PRESET: each image once
     data: str | None = None
-    # a network to start from, as evaluate.py accepts them, of the same depth and width. Default: random parameters
-    init: str | None = None
     seed: int = 0  # of initial parameters, order and augmentation
     epochs: int = 3  # passes over the training images
     batch_size: int = 32  # images per step, over all devices
@@ -168,9 +166,8 @@ class Config:
     def resolve(self) -> "Config":
         """Returns the config that a run saves: with absolute paths, and numbers for its input."""
         data = self.data if self.data is None or self.stream else str(Path(self.data).absolute())
-        init = self.init if self.init in (None, "pretrained") else str(Path(self.init).absolute())
         simulation = replace(self.simulation, folder=str(Path(self.simulation.folder).absolute()))
-        return replace(self, data=data, init=init, simulation=simulation, input=self.input.resolve())
+        return replace(self, data=data, simulation=simulation, input=self.input.resolve())
 
 
 PRESETS = {

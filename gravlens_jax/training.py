@@ -18,7 +18,7 @@ from gravlens_jax.errors import check
 from gravlens_jax.files import locked
 from gravlens_jax.loader import Plan, eval_batches, train_batches
 from gravlens_jax.metrics import check_finite, check_state, mean_metrics, training_metrics
-from gravlens_jax.model import ResNet, make_model, variable_shapes
+from gravlens_jax.model import ResNet, make_model
 from gravlens_jax.network import calibrate_run, load_network
 from gravlens_jax.npz import Dataset
 from gravlens_jax.optim import learning_rate_schedule, make_optimizer
@@ -60,7 +60,7 @@ def fit(
     if resume:
         run_files.check_same_images(run_dir, info)
     model = make_model(config.model, config.input, info.classes, info.pixel_scale)
-    started = _compile(config, model, plan, mesh, splits.has_deflections, None if resume else config.init)
+    started = _compile(config, model, plan, mesh, splits.has_deflections)
     with locked(run_dir) if main else nullcontext():
         if main:
             (run_files.update_run if resume else run_files.create_run)(run_dir, info)
@@ -82,9 +82,9 @@ def _make_plan(config: Config, splits: Splits) -> Plan:
 
 
 def _compile(
-    config: Config, model: ResNet, plan: Plan, mesh: Mesh, auxiliary: bool, start: str | None
+    config: Config, model: ResNet, plan: Plan, mesh: Mesh, auxiliary: bool
 ) -> tuple[TrainState, tuple[Callable, ...]]:
-    """Returns the initial state, from the network `start` if given, and the jitted steps and `end_epoch`."""
+    """Returns the initial state, and the jitted steps and `end_epoch`."""
     tx = make_optimizer(config.optim, plan.total_steps)
     jit = partial(jax.jit, out_shardings=sharding.replicated(mesh))
     train_fn = jit(partial(train_steps, model=model, tx=tx, config=config), donate_argnums=0)
@@ -92,23 +92,8 @@ def _compile(
     # On a CPU this compiles in 1 s instead of 4 to 12.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     state = jax.jit(init, compiler_options=options)(config.seed)
-    if start is not None:
-        params, batch_stats = _load_start(start, model)
-        state = state._replace(params=state.params | params, batch_stats=batch_stats)
     functions = train_fn, jit(partial(eval_step, model=model)), jit(partial(end_epoch, config=config.optim))
     return sharding.replicate(state, mesh), functions
-
-
-def _load_start(run: str, model: ResNet) -> tuple[Any, Any]:
-    """Returns params and batch_stats of a network, without its head if its classes are not those of `model`."""
-    network, expected = load_network(run), variable_shapes(model)
-    found = {name: dict(network.variables[name]) for name in expected}
-    if network.model.classes != model.classes:
-        del found["params"]["head"], expected["params"]["head"]
-    shapes, needed = (jax.tree.map(lambda x: x.shape, tree) for tree in (found, expected))
-    give = "give --model.depth, --model.width and --model.projection as it has them"
-    check(shapes == needed, f"--init {run}: {network} has other parameters; {give}")
-    return found["params"], found["batch_stats"]
 
 
 def _train(

@@ -38,7 +38,7 @@ def find_significances(dataset: "Dataset", priors: Any) -> np.ndarray:
         rows = np.flatnonzero(dataset.labels == label)
         lenses = {name: x[rows] for name, x in dataset.lens_params.items() if not np.isnan(x[rows]).all()}
         if any(name in lenses for name in ("subhalo_masses", "vortex_mass")):
-            sigmas = [np.asarray(compute(block)) for block in in_blocks(lenses, BLOCK)]
+            sigmas = [np.asarray(compute(block)) for block in in_blocks(lenses, min(BLOCK, len(rows)))]
             found[rows] = np.concatenate(sigmas)[: len(rows)]
     return found
 

@@ -103,9 +103,8 @@ def test_prepared_images_have_mean_0_and_deviation_1_unless_others_are_given():
 
 def test_paths_of_a_run_are_absolute_but_not_the_name_of_a_stream(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    resolved = Config(data="packed", init="a.npz").resolve()
-    expected = [f"{tmp_path}/{name}" for name in ("packed", "data", "a.npz")]
-    assert [resolved.data, resolved.simulation.folder, resolved.init] == expected
+    resolved = Config(data="packed").resolve()
+    expected = [f"{tmp_path}/{name}" for name in ("packed", "data")]
+    assert [resolved.data, resolved.simulation.folder] == expected
     assert resolved.resolve() == resolved and resolved.stream is None
-    assert Config(init="pretrained").resolve().init == "pretrained"
     assert Config(data="simulate:ct1").stream == Config(data="simulate:ct1").resolve().stream == "ct1"

@@ -23,7 +23,6 @@ from gravlens_jax.model import ResNet, variable_shapes
 from gravlens_jax.network import PRETRAINED, describe, load_network, load_pretrained, write_network
 from gravlens_jax.preprocess import prepare
 from gravlens_jax.run_files import create_run, write_calibration
-from gravlens_jax.training import _load_start
 from helpers import TINY_INFO, TINY_MODEL, assert_equal, make_network, make_run, refuse, run_code
 from import_torch import load_state_dict, to_variables
 from learning_curve import load_history
@@ -109,14 +108,6 @@ def test_the_pretrained_network_has_the_documented_size_record_and_accuracy():
     assert history[-1]["image_steps"] > 100_000 and history[-1]["val_accuracy"] > 0.9
     images = np.concatenate(list(simulate_images(60, 5, SPLITS.index("test"), PRIORS["ct1"])))
     assert (predict(*network, images).argmax(1) == labels_of(60)).sum() >= 56  # 98.6 % of 7,500
-
-
-def test_training_starts_from_a_network_but_with_another_head_for_other_classes(file):
-    variables = make_network().variables
-    assert_equal(_load_start(str(file), TINY_MODEL), (variables["params"], variables["batch_stats"]))
-    params, _ = _load_start(str(file), TINY_MODEL.clone(classes=("no", "vort")))
-    assert_equal(params, {name: x for name, x in variables["params"].items() if name != "head"})
-    refuse("--init pretrained: Network.ResNet-20, .* has other parameters", _load_start, "pretrained", TINY_MODEL)
 
 
 def test_a_run_without_an_epoch_has_no_history(file):

@@ -140,7 +140,7 @@ def read_images(n: int) -> Iterator[Row]:
     """Yields the figures of reading `n` random images of 150 x 150 pixels from a packed file in the page cache."""
     images, rng = 4 * max(n, 1024), np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        path, pixels = Path(folder) / "images.npz", rng.poisson(40, (images, 150, 150)).astype(np.uint16)
+        path, pixels = Path(folder) / "images.npz", rng.integers(100, size=(images, 150, 150), dtype=np.uint16)
         write_npz(path, [pixels], pixels.shape, pixels.dtype, labels_of(images), CLASSES, {})
         dataset = open_npz(path)
         yield quartiles(time_calls(lambda: read_rows(dataset.images, rng.choice(images, n)), 3, 100, SECONDS), n)
