@@ -76,10 +76,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 def read_run(run_dir: Path) -> RunInfo:
     """Reads config.json of a run directory, of which every field must be known."""
-    values = read_config(run_dir)
-    old = "is of gravlens_jax 0.6 or older; such runs can be evaluated but not resumed: start a new run"
-    check("deflection_weight" in values["config"], f"{run_dir}/config.json {old}")
-    return from_dict(RunInfo, values, f"{run_dir}/config.json")
+    return from_dict(RunInfo, read_config(run_dir), f"{run_dir}/config.json")
 
 
 def check_resumable(run_dir: Path, config: Config) -> None:

@@ -117,14 +117,3 @@ def test_variables_and_optimizer_state_of_another_network_are_refused(tmp_path, 
     message = rf"network in config\.json: {re.escape(name)} is \(.*, expected \("
     with checkpoint.open_checkpoints(tmp_path) as manager:
         refuse(message, checkpoint.restore_latest, manager, state._replace(opt_state=changed))
-
-
-def test_checkpoint_of_version_0_4_is_read_but_not_resumed(tmp_path):
-    state = make_state(1)
-    items = {"variables": make_variables(1), "training": (state.step, state.opt_state, state.plateau)}
-    args = {name: ocp.args.StandardSave(item) for name, item in items.items()} | {"sums": ocp.args.JsonSave({})}
-    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
-        manager.save(1, args=ocp.args.Composite(**args), metrics={"val_loss": 0.5})
-    assert_equal(checkpoint.load_variables(tmp_path, TINY_MODEL)[0], make_variables(1))
-    with checkpoint.open_checkpoints(tmp_path) as manager:  # `read_run` says why
-        refuse(r"damaged, or not of the network in config\.json", checkpoint.restore_latest, manager, state)
