@@ -191,7 +191,7 @@ PRESETS = {
         model=ModelConfig(depth=8, width=8),
         optim=OptimConfig(warmup_steps=20),
     ),
-    # GravLensNet's recipe: https://github.com/harish-jhr/GravLensNet.
+    # GravLensNet's recipe, with the 20 layers of its README: https://github.com/harish-jhr/GravLensNet.
     "published": Config(
         run_dir="runs/published",
         epochs=20,

@@ -34,13 +34,13 @@ def simulate(
     Args:
         seconds: length of one measurement.
         repeats: measurements of each figure.
-        peers: other codes to measure (pip install lenstronomy herculens six tqdm).
+        peers: other codes to measure (pip install "gravlens_jax[peers]").
         json_file: where a line is added for each row.
     """
     check_least(1, repeats=repeats)
     check(seconds > 0, f"seconds={seconds}: expected a positive number")
     for peer in peers:
-        check_installed(peer, f"--peers {peer}", peer)
+        check_installed(peer, f"--peers {peer}", '"gravlens_jax[peers]"')
     check(hasattr(os, "sched_setaffinity"), "this benchmark pins processes to cores, which only Linux allows")
     from bench.simulation import CODES, COLUMNS, simulation_rates
 
@@ -103,7 +103,7 @@ def compile_ahead(
 
 
 def device(options: Annotated[Device, tyro.conf.arg(name="")], json_file: Path = JSON) -> None:
-    """Measures a GPU, a TPU or a CPU: steps, inference, one image, simulation, and runs to 95 %; checks its logits.
+    """Measures a GPU, a TPU or a CPU: steps, inference, one image, simulation, and whole runs; checks its logits.
 
     The most important figures come first; a table and a JSON file hold what was measured before the budget of time is
     used up, Ctrl-C, or in spite of an error.

@@ -24,7 +24,7 @@ def main(
 
     examples:
       python scripts/evaluate.py runs/default packed/test.npz
-      python scripts/evaluate.py pretrained dataset/val --tta --out real
+      python scripts/evaluate.py pretrained dataset/val --tta --out report
       python scripts/evaluate.py pretrained Model_I --classes no=no_sub,sphere=cdm,vort=axion
 
     Args:

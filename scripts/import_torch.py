@@ -15,7 +15,7 @@ from gravlens_jax.npz import load_arrays
 
 def load_state_dict(path: Path) -> dict[str, np.ndarray]:
     """Reads a PyTorch state dict, parameter name -> array, from .npz or .pth (needs torch), without free unpickling."""
-    path, expected = Path(path), "a PyTorch state dict as .npz or .pth"
+    expected = "a PyTorch state dict as .npz or .pth"
     check(path.is_file(), f"{path}: no such file; expected {expected}")
     if path.suffix == ".npz":
         return load_arrays(path, expected, "uif")
@@ -81,9 +81,8 @@ def main(
         classes: names of its outputs, in their order; the run has them in alphabetical order.
     """
     from gravlens_jax.checkpoint import save_variables
-    from gravlens_jax.run_files import RunInfo, check_unused, create_run
+    from gravlens_jax.run_files import RunInfo, create_run
 
-    check_unused(run)
     names = tuple(cli.parse_classes(classes))
     ordered = tuple(sorted(names))
     published = PRESETS["published"].input

@@ -11,8 +11,8 @@ from gravlens_jax import cli
 from gravlens_jax.errors import InputError, check
 from gravlens_jax.files import check_folder
 
-# Validation accuracy of GravLensNet's published run after each of its epochs of 30,000 real images, from the record in
-# its repository, https://github.com/harish-jhr/GravLensNet.
+# Validation accuracy of GravLensNet's published run after each of its epochs of 30,000 public images, from its record:
+# https://github.com/harish-jhr/GravLensNet.
 GRAVLENSNET = (
     *(0.336, 0.339, 0.526, 0.610, 0.510, 0.793, 0.728, 0.713, 0.760, 0.814),
     *(0.773, 0.790, 0.822, 0.882, 0.843, 0.879, 0.877, 0.876, 0.888, 0.791),
@@ -71,7 +71,7 @@ def draw_learning_curves(path: Path, histories: dict[str, list[dict]]) -> None:
         axes.plot(x, a * (x / 1e6) ** -b, ":", color="0.3", label=label)
     epochs = np.arange(1, len(GRAVLENSNET) + 1)
     axes.plot(
-        30_000 * epochs, 1 - np.array(GRAVLENSNET), "s--", color="0.6", ms=3, lw=1, label="GravLensNet, real images"
+        30_000 * epochs, 1 - np.array(GRAVLENSNET), "s--", color="0.6", ms=3, lw=1, label="GravLensNet, public images"
     )
     axes.set(xlabel="image-steps", ylabel="validation error", xscale="log", yscale="log")
     axes.yaxis.set_major_formatter("{x:.1%}")

@@ -234,7 +234,6 @@ def pack(
       val_fraction: of train, or of `source` without train, that becomes val, in (0, 1); an error if there is val.
       planes: of files with several; with `stack` these are images like others, and may come into different splits.
     """
-    source, out = Path(source), Path(out)
     check(dtype in ("float16", "float32"), f"dtype={dtype!r}: expected float16 or float32")
     check(test_fraction is None or 0 <= test_fraction < 1, f"test_fraction={test_fraction}: expected one in [0, 1)")
     check(val_fraction is None or 0 < val_fraction < 1, f"val_fraction={val_fraction}: expected a number in (0, 1)")
@@ -380,7 +379,10 @@ def main(
     """
     names = cli.parse_classes(classes) if classes else None
     if source.suffix.lower() == ".npz":
-        check(val_fraction is None, f"{source} is copied to one file; leave --val-fraction out")
+        given = {"dtype": dtype != "float32", "seed": seed != 0, "band, --stack or --hdu": planes != ONE_PLANE}
+        given |= {"val-fraction": val_fraction is not None, "test-fraction": test_fraction is not None}
+        unused = " and ".join(f"--{name}" for name, is_given in given.items() if is_given)
+        check(not unused, f"{source} is copied to one file as it is; leave {unused} out")
         convert(source, out, names)
         print(out)
     else:

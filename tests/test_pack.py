@@ -131,7 +131,7 @@ def test_train_and_val_can_be_packed_one_after_the_other_but_not_twice(tmp_path,
         ("no_sub cdm", ["--classes", "cdm,no_sub"], "names its classes no_sub, cdm; leave --classes cdm,no_sub out"),
         ("", ["--classes", "cdm,no_sub"], ("cdm", "no_sub")),
         ("", [], "does not name its classes; give --classes with the names of labels 0, 1, ... in this order"),
-        ("", ["--classes", "a,b", "--val-fraction", "0.5"], "is copied to one file; leave --val-fraction out"),
+        ("", ["--classes", "a,b", "--val-fraction", "0.5"], "is copied to one file as it is; leave --val-fraction out"),
     ],
 )
 def test_npz_from_elsewhere_is_converted_with_the_names_of_its_classes(tmp_path, run_here, names, options, expected):

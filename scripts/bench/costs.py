@@ -80,14 +80,14 @@ class Case(NamedTuple):
 class Steps:
     """What to measure; options that take several values are all combined."""
 
-    batch_size: tuple[int, ...] = (64,)  # images a step, over all devices
-    image_size: tuple[int, ...] = (50,)  # pixels of the network's input, height and width
+    batch_size: tuple[int, ...] = (32,)  # images a step, over all devices
+    image_size: tuple[int, ...] = (42,)  # pixels of the network's input, height and width
     dtype: tuple[Dtype, ...] = ("float32",)  # of activations
     devices: tuple[int, ...] = (1,)  # how many of the devices; a CPU is split into as many as needed
     warmup: int = 10  # steps before each measurement
     steps: int = 30  # steps of each measurement
     repeats: int = 3  # measurements of each combination, alternating with the peer's
-    peer: Literal["torch"] | None = None  # time the same in PyTorch (pip install torch)
+    peer: Literal["torch"] | None = None  # time the same in PyTorch (pip install "gravlens_jax[peers]")
     peak_tflops: float | None = None  # TFLOP/s of a device that is not known, in this dtype
     peak_gb: float | None = None  # GB/s of the memory of such a device
 
@@ -105,7 +105,7 @@ class Device:
     batch_sizes: tuple[int, ...] = (32, 256, 2048)  # images a step
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")  # of activations
     steps_per_call: int = 64  # of the row with more than one
-    runs: tuple[Source, ...] = ("device", "files")  # images of the runs to 95 %; or none
+    runs: tuple[Source, ...] = ("device", "files")  # images of the runs; or none
     preset: Literal["default", "best", "smoke"] = "default"  # recipe of the runs, and of the size of images
     budget_minutes: float = 10.0  # after which it ends with what is measured, as it does at Ctrl-C
     profile: Path | None = None  # folder for a trace of a few training steps, for Perfetto or TensorBoard

@@ -100,11 +100,11 @@ def measurements(options: Device) -> list[Measurement]:
         known = {"measured": "training step" if train else "inference"} | case._asdict()
         return known, lambda: [measure_step(case, peak_of(dtype, 1, *peaks), 5, 30, 1, SECONDS, profile=profile)]
 
-    alone = {"dtype": "float32"}
+    float32 = {"dtype": "float32"}
     essential = [
         step(first, a.dtypes[0], True, profile=a.profile),
         step(first, a.dtypes[0], True, a.steps_per_call),
-        ({"measured": "one image, host to host", "batch_size": 1} | alone, latency),
+        ({"measured": "one image, host to host", "batch_size": 1} | float32, latency),
         *(step(n, a.dtypes[0], True) for n in sizes),
         *(step(n, a.dtypes[0], False) for n in a.batch_sizes),
     ]
@@ -113,9 +113,9 @@ def measurements(options: Device) -> list[Measurement]:
         for name in a.runs
     ]
     rest = [step(n, dtype, train) for dtype in a.dtypes[1:] for train in (True, False) for n in a.batch_sizes]
-    simulated = [({"measured": "simulation", "batch_size": n} | alone, partial(simulate, n)) for n in a.batch_sizes]
+    simulated = [({"measured": "simulation", "batch_size": n} | float32, partial(simulate, n)) for n in a.batch_sizes]
     stored = [({"measured": "images from a file", "batch_size": n}, partial(read_images, n)) for n in a.batch_sizes]
-    compared = {"measured": "logits, as on the CPU?"} | alone, compare_logits
+    compared = {"measured": "logits, as on the CPU?"} | float32, compare_logits
     return [*essential, *trained, *rest, *simulated, *stored, compared]
 
 

@@ -21,10 +21,10 @@ Run = Callable[..., list[float]]  # (warmup, calls) -> seconds of each of `calls
 Key = TypeVar("Key", bound=Hashable)
 
 
-def check_least(least: int, **values: int | tuple[int, ...] | None) -> None:
-    """Raises InputError unless each value, and every number of a tuple of one or more, is at least `least`, or None."""
+def check_least(least: int, **values: int | tuple[int, ...]) -> None:
+    """Raises InputError unless each value, and every number of a tuple of one or more, is at least `least`."""
     for name, value in values.items():
-        numbers = value if isinstance(value, tuple) else (least if value is None else value,)
+        numbers = value if isinstance(value, tuple) else (value,)
         check(len(numbers) > 0 and min(numbers) >= least, f"{name}={value}: expected at least {least}")
 
 
@@ -66,8 +66,8 @@ def call_apart(function: Callable[..., Any], *calls: tuple[Any, ...]) -> list[An
         return [future.result() for future in futures]
 
 
-def report(benchmark: str, rows: Iterable[Row], columns: str, json_file: Path) -> list[Row]:
-    """Prints rows as a Markdown table, and appends each as a line of JSON to a file; returns them.
+def report(benchmark: str, rows: Iterable[Row], columns: str, json_file: Path) -> None:
+    """Prints rows as a Markdown table, and appends each as a line of JSON to a file.
 
     Both is done as soon as a row is measured. A line of JSON holds the row's values, `machine_facts` and SCHEMA, the
     version of its keys: a key never changes its meaning.
@@ -79,8 +79,7 @@ def report(benchmark: str, rows: Iterable[Row], columns: str, json_file: Path) -
         column is as wide as its title, to the left if this ends with a space. "-" stands for a value that a row lacks.
       json_file: where the lines are added.
     """
-    done: list[Row] = []
-    facts: Row = {}
+    count, facts = 0, dict[str, Any]()
     fields = [(title, name or "", spec or "") for title, name, spec, _ in Formatter().parse(columns)]
     print("|", " | ".join(title for title, _, _ in fields), "|")
     rules = ["-" * len(title) + ("--" if title.endswith(" ") else "-:") for title, _, _ in fields]
@@ -89,15 +88,14 @@ def report(benchmark: str, rows: Iterable[Row], columns: str, json_file: Path) -
         with json_file.open("a") as file:
             for row in rows:
                 print("|", " | ".join(_cell(row, *field) for field in fields), "|", flush=True)
-                done.append(row)
+                count += 1
                 facts = facts or machine_facts()
                 assert not row.keys() & facts.keys(), row.keys() & facts.keys()
                 line = {"schema": SCHEMA, "benchmark": benchmark, "time": utc_time()} | row | facts
                 print(json.dumps(line), file=file, flush=True)
     finally:  # also if it is cut short
         if facts:
-            print(f"\n{describe(facts)}\n{len(done)} lines added to {json_file}", flush=True)
-    return done
+            print(f"\n{describe(facts)}\n{count} lines added to {json_file}", flush=True)
 
 
 def _cell(row: Row, title: str, name: str, spec: str) -> str:

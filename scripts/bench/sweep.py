@@ -88,7 +88,7 @@ def sweep(train: bool, options: Steps) -> Iterator[Row]:
     """
     a = options
     if a.peer:
-        check_installed(a.peer, "--peer", a.peer)
+        check_installed(a.peer, "--peer", '"gravlens_jax[peers]"')
     with worker() if a.peer else nullcontext() as peer:
         for size, batch_size, dtype, devices in itertools.product(a.image_size, a.batch_size, a.dtype, a.devices):
             check_batch_size(batch_size, data_mesh(devices))
