@@ -114,7 +114,7 @@ def _save(manager: ocp.CheckpointManager, step: int, items: dict[str, Any], metr
         if jax.process_count() > 1 and isinstance(error, ValueError):  # or of a lost connection
             raise
         remove_leftovers(folder.parents[1])  # on a full disk, makes room for others
-        code = re.search(r"(?:os_error_code='|\[Errno )(\d+)", str(error))
+        code = re.search(r"(?:os_error_code='|\[Errno )(\d+)", f"{error.__cause__} {error}")
         with catch_write_errors(folder):
             raise OSError(os.strerror(int(code[1])) if code else " ".join(str(error).split())[:200]) from error
 

@@ -113,7 +113,7 @@ class ModelConfig:
 class OptimConfig:
     """Muon or Adam; warm-up and decay by step, times a plateau reduction by epoch."""
 
-    method: Literal["muon", "adam"] = "muon"  # muon: for the 3x3 kernels between channels, Adam for everything else
+    method: Literal["muon", "adam"] = "muon"  # muon: for the kernels between channels, Adam for everything else
     learning_rate: float = 0.02  # peak; parameters that Muon leaves to Adam use a tenth
     weight_decay: float = 0.01  # muon: decoupled, of its kernels; adam: L2, added to the gradient of every parameter
     warmup_steps: int = 200  # linear warm-up: step k uses k / warmup_steps of the peak

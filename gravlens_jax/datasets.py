@@ -90,10 +90,11 @@ def map_renderer(
 ) -> Callable[[np.ndarray], np.ndarray] | None:
     """Returns a function from rows of simulated images to their `deflection_map` on `map_grid`.
 
-    None for other images, and for those of another `pixel_scale`, if given (arcsec): the cells would differ.
+    None for other images, for those of another `pixel_scale`, if given (arcsec): the cells would differ; and for a
+    network with a single cell.
     """
     lens_params, priors = dataset.lens_params, find_priors(dataset)
-    if lens_params is None or priors is None or pixel_scale not in (None, priors.pixel_scale):
+    if lens_params is None or priors is None or config.cells < 2 or pixel_scale not in (None, priors.pixel_scale):
         return None
     grid = map_grid(config, priors)
     return lambda rows: images.deflection_maps({name: x[rows] for name, x in lens_params.items()}, priors, grid)
@@ -169,19 +170,17 @@ def _simulate(config: Config) -> Path:
         check(getattr(s, split) > 0, f"--simulation.{split} is 0; training needs images of every split")
     folder = Path(s.folder) / f"{s.preset}-{s.easy}-{s.train}-{s.val}-{s.test}-seed{s.seed}"
     if sharding.is_main():
-        simulate_dataset(folder, s, show_progress)
+        simulate_dataset(folder, s)
     sharding.wait_for_all("the images are simulated")
     return folder
 
 
-def simulate_dataset(
-    out: Path, config: SimulationConfig, progress: Callable = lambda items, *_: items, priors: Priors | None = None
-) -> Path:
+def simulate_dataset(out: Path, config: SimulationConfig, priors: Priors | None = None) -> Path:
     """Simulates `out/{train,val,test,easy}.npz` into the folder `out`, and returns it.
 
     Files that came from the same arguments are kept, others are an InputError. If another process simulates into the
     same folder, waits until it is done and uses its files. `priors` are the population if it is not the preset itself
-    (`easy` has heavier substructure); `progress` wraps chunks of images: (chunks, split, number of images) -> chunks.
+    (`easy` has heavier substructure).
     """
     missing = partial(_missing_files, out, config, PRIORS[config.preset] if priors is None else priors)
     if missing():  # a complete folder may be read-only
@@ -190,7 +189,7 @@ def simulate_dataset(
                 index, size = SPLITS.index(split), population.num_pixels
                 lens_params = images.simulate_parameters(n, config.seed, index, population)
                 arrays = {f"{npz.PARAMETERS}{name}": array for name, array in lens_params.items()}
-                chunks = progress(images.simulate_images(n, config.seed, index, population), split, n)
+                chunks = show_progress(images.simulate_images(n, config.seed, index, population), split, n)
                 path, shape = out / f"{split}.npz", (n, size, size)
                 npz.write_npz(path, chunks, shape, np.dtype(np.uint16), images.labels_of(n), CLASSES, info, arrays)
     return out

@@ -35,17 +35,22 @@ def temporary_name(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path` to write to, and renames that file to `path` unless there is an error."""
+    """Yields a temporary name beside `path` to write to, and renames that file to `path` unless there is an error.
+
+    The folder is created if needed; an OSError becomes InputError.
+    """
     temporary = temporary_name(path)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with catch_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """Writes a file under a temporary name, then renames it."""
+    """Writes a file under a temporary name, then renames it: see `replacing`."""
     with replacing(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 

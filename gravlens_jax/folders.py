@@ -53,7 +53,7 @@ def load_npz(path: Path, label_names: Sequence[str] = (), need_labels: bool = Tr
     names of the classes, or more than 1 GiB to be read into memory.
     """
     with npz.open_archive(path) as (archive, members):
-        if npz.is_packed(members) and ("labels" in members or not need_labels):
+        if npz.is_packed(members, need_labels):
             return npz.open_npz(path, need_labels)
         images, labels = find_names(path, members, need_labels)
         if members[images].file_size > FOREIGN_BYTES:

@@ -25,7 +25,8 @@ def logits(model: ResNet, variables: Any, images: jax.Array) -> jax.Array:
     """Returns the logits of images, float32 (n, len(model.classes)): a pure function for jit, vmap and derivatives.
 
     `images` are float32 (n, height, width). They are scaled in float32, unlike by `predict_logits`, which checks them
-    first and scales in float64: here NaN and infinite pixels, and ranges beyond float32, are the caller's to exclude.
+    first and scales in float64 unless they are float32: here NaN and infinite pixels, and ranges beyond float32, are
+    the caller's to exclude.
     """
     outputs: Any = model.apply(variables, prepare(to_unit(images), model.input))
     return outputs[0]

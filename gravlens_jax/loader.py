@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from gravlens_jax.npz import Dataset, read_rows
 from gravlens_jax.sharding import local_rows, replicate, shard_batch, shard_rows
+from gravlens_jax.train_step import Batch
 
 STEPS_PER_CALL = 64  # of `DeviceData`; also those of which the deflection maps are rendered together
-
-Batch = dict[str, jax.Array]  # see `train_step`
 
 
 class Plan(NamedTuple):

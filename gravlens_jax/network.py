@@ -63,7 +63,7 @@ def load_network(run: str | Path, checkpoint: Checkpoint = "best") -> Network:
     these, is damaged, has no checkpoint yet, or has parameters that are not finite.
     """
     path = find_network(run)
-    if path.suffix == ".npz":
+    if path.suffix == ".npz" and not path.is_dir():
         network = _load_file(path)
     else:
         values = run_files.read_config(path)
@@ -143,10 +143,7 @@ def named_arrays(network: Network, out: Path) -> dict[str, np.ndarray]:
 
 def write_network(out: Path, network: Network, about: dict[str, Any]) -> None:
     """Writes a network to an .npz, atomically: `named_arrays`, and `about`, from `describe`, as JSON text."""
-    files.check_folder(out)
-    arrays = {"about": np.array(json.dumps(about))} | named_arrays(network, out)
-    with files.catch_write_errors(out):
-        files.write_arrays(out, arrays)
+    files.write_arrays(out, {"about": np.array(json.dumps(about))} | named_arrays(network, out))
 
 
 def _check_finite(network: Network, where: Path, use: str) -> None:

@@ -24,7 +24,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from gravlens_jax.errors import InputError, check, parse_json
-from gravlens_jax.files import catch_write_errors, is_visible, replacing
+from gravlens_jax.files import is_visible, replacing
 
 CHUNK_BYTES = 2**25  # read at a time
 HEADER_BYTES = 2**14  # NumPy accepts headers of up to 10,000
@@ -103,11 +103,10 @@ def write_npz(
     small = {"classes": np.array(classes, str), "info": np.array(json.dumps(info))} | (arrays or {})
     if labels is not None:
         small["labels"] = np.asarray(labels, np.int32)
-    with catch_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
         needed, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
         check(needed <= free, f"{path} needs {needed:,} bytes, {free:,} are free; free space or choose another folder")
-        with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             for name, array in small.items():
                 with archive.open(f"{name}.npy", "w") as member:
                     np.lib.format.write_array(member, array, allow_pickle=False)
@@ -134,11 +133,10 @@ def open_npz(path: str | Path, need_labels: bool = True) -> Dataset:
         command += " --classes ..." * ("classes" not in members and len(members) > 1)
         has = f"{path} has {', '.join(sorted(members)) or 'nothing':.200}; expected"
         form = "uncompressed images, and labels with the names of their classes"
-        check(is_packed(members), f"{has} {form}; convert it: {command}")
+        check(is_packed(members, need_labels), f"{has} {form}; convert it: {command}")
         images = _locate_images(archive, members["images"])
         if not need_labels:
             return Dataset(images, np.zeros(len(images), np.int32), (), {})
-        check("labels" in members, f"{has} labels")
         kinds = {name: "f" for name in members if name.startswith(PARAMETERS)}
         arrays = read_members(archive, members, {"labels": "ui", "classes": "U", "info": "U"} | kinds)
     classes = tuple(arrays["classes"].ravel().tolist())
@@ -158,16 +156,16 @@ def check_labels(labels: np.ndarray, n: int, classes: tuple[str, ...], path: Pat
     return labels.astype(np.int32)
 
 
-def is_packed(members: Members) -> bool:
-    """Returns whether an .npz has this project's form: uncompressed `images`, and `classes` if there are `labels`."""
+def is_packed(members: Members, need_labels: bool) -> bool:
+    """Returns whether an .npz has this project's form: uncompressed `images`, and if needed `labels` and `classes`."""
     stored = "images" in members and members["images"].compress_type == zipfile.ZIP_STORED
-    return stored and ("labels" not in members or "classes" in members)
+    return stored and (not need_labels or {"labels", "classes"} <= members.keys())
 
 
 def load_arrays(path: Path, expected: str, kinds: str) -> dict[str, np.ndarray]:
     """Reads all arrays of a small .npz, name -> array; InputError if it is missing, damaged or too large.
 
-    `expected` describes the file in errors; `kinds`, a key of KINDS, are the accepted dtype kinds.
+    `expected` describes the file in errors; `kinds` are the accepted dtype kinds, such as "fU".
     """
     with open_archive(path, expected) as (archive, members):
         return read_members(archive, members, dict.fromkeys(members, kinds))
@@ -206,7 +204,8 @@ def read_members(
             read_header(file, info.file_size, kinds[name], f"{archive.filename}: {info.filename}")
     most = max(memory_bytes or MEMORY_BYTES, os.path.getsize(str(archive.filename)))
     total = sum(info.file_size for info in infos.values())
-    check(total <= most, f"{archive.filename}: {', '.join(infos):.80} unpack to {total:,} bytes, expected {most:,}")
+    size = f"{total:,} bytes, expected at most {most:,}"
+    check(total <= most, f"{archive.filename}: {', '.join(infos):.80} unpack to {size}")
     arrays = {}
     for name, info in infos.items():
         with archive.open(info) as file:
@@ -217,7 +216,7 @@ def read_members(
 
 
 def read_header(file: IO[bytes], size: int, kinds: str, where: str) -> Header:
-    """Reads the header of an .npy of `size` bytes, whose dtype must be one of KINDS; `where` is its name in errors."""
+    """Reads the header of an .npy of `size` bytes, whose dtype kind must be in `kinds`; `where` names it in errors."""
     head = io.BytesIO(file.read(HEADER_BYTES))
     try:
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -276,8 +275,6 @@ def read_rows(images: np.ndarray | MappedImages, rows: np.ndarray | slice) -> np
     (k,) or a slice. InputError if an image has NaN or infinite pixels, or the file was truncated or replaced since.
     """
     rows = np.arange(*rows.indices(len(images))) if isinstance(rows, slice) else np.asarray(rows, np.int64)
-    if len(rows) and not 0 <= rows.min() <= rows.max() < len(images):
-        raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(images)} images")
     pixels = _map_again(images, rows) if isinstance(images, MappedImages) else images
     short = images.dtype.itemsize <= 2
     batch = np.empty((len(rows), *images.shape[1:]), images.dtype.newbyteorder("=") if short else np.float32)

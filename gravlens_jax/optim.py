@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 import optax
-from optax.contrib import MuonDimensionNumbers, ReduceLROnPlateauState, muon, reduce_on_plateau
+from optax.contrib import MuonDimensionNumbers, muon, reduce_on_plateau
 
 from gravlens_jax.config import OptimConfig
 
@@ -45,14 +45,11 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
         ),
         "adam": optax.adam(lambda step: schedule(step) / 10, b1=0.9, b2=0.99),
     }
-    return optax.partition(parts, partial(jax.tree.map, _part))
+    return optax.partition(parts, partial(jax.tree.map, lambda x: "muon" if x.ndim == 4 and x.shape[2] > 1 else "adam"))
 
 
-def _part(param: jax.Array) -> str:
-    return "muon" if param.ndim == 4 and param.shape[2] > 1 else "adam"
-
-
-def _plateau(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
+def plateau_reduction(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
+    """Returns PyTorch's ReduceLROnPlateau; the `scale` of its state, updated each epoch, multiplies every update."""
     # optax reduces when the bad epochs reach `patience`, PyTorch when they exceed it. PyTorch ignores reductions of the
     # learning rate by less than 1e-8, hence the minimum.
     return reduce_on_plateau(
@@ -64,13 +61,3 @@ def _plateau(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
         accumulation_size=1,
         min_scale=min(1.0, 1e-8 / config.learning_rate),
     )
-
-
-def init_plateau(config: OptimConfig, params) -> ReduceLROnPlateauState:
-    """Returns the state before the first epoch; its `scale`, 1 in float32, multiplies every update."""
-    return _plateau(config).init(params)
-
-
-def update_plateau(plateau: ReduceLROnPlateauState, val_loss: jax.Array, config: OptimConfig) -> ReduceLROnPlateauState:
-    """Returns the state after an epoch with validation loss `val_loss`, a float32 scalar."""
-    return _plateau(config).update({}, plateau, value=val_loss)[1]

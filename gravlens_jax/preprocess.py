@@ -30,7 +30,7 @@ def to_unit(images: jax.Array) -> jax.Array:
     """Returns images (n, height, width), of any real dtype, scaled to [0, 1] by their own minimum and maximum.
 
     The result is float32 (n, height, width, 1); a constant image becomes 0. The public images were scaled so too.
-    `npz.read_rows` has already done this, in float64, for more than 16 bits a pixel.
+    `npz.read_rows` has already done this, on the host, for more than 16 bits a pixel.
     """
     images = images.astype(jnp.float32)[..., None]
     low, high = (limit(images, (1, 2, 3), keepdims=True) for limit in (jnp.min, jnp.max))

@@ -17,15 +17,10 @@ SAVE, STOP = 1, 100  # what `recorded_signals` asks for: to save, or STOP + the 
 class Stopped(KeyboardInterrupt):
     """The signal `number` stopped the run after its state was saved; the message says how to continue."""
 
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
+    def __init__(self, run_dir: Path, step: int, total_steps: int, number: int):
+        done = f"stopped after step {step} of {total_steps}, which is saved; continue with --resume"
+        super().__init__(f"{run_dir}: {signal.Signals(number).name}: {done}")
         self.number = number
-
-
-def stop(run_dir: Path, step: int, total_steps: int, number: int) -> None:
-    """Raises Stopped because of the signal with this number."""
-    message = f"stopped after step {step} of {total_steps}, which is saved; continue with --resume"
-    raise Stopped(f"{run_dir}: {signal.Signals(number).name}: {message}", number)
 
 
 @contextmanager
@@ -89,13 +84,13 @@ def describe_epoch(name: str, line: dict[str, Any]) -> str:
 
 
 def show_progress(items: Iterable, name: str, total: int) -> Iterator[Any]:
-    """Yields `items` (arrays of images, or one file each) and shows how many of `total` images are done."""
+    """Yields `items`, arrays of images, and shows how many of `total` images are done."""
     start, done = time.perf_counter(), 0
     with progress_bar() as bar:
         task = bar.add_task(name, total=total, text="")
         for item in items:
             yield item
-            done += len(item) if hasattr(item, "shape") else 1
+            done += len(item)
             rate = done / (time.perf_counter() - start)
             bar.update(task, completed=done, text=f"images {rate:,.0f}/s")
     print(f"{name}: {done:,} images in {time.perf_counter() - start:.0f} s")

@@ -17,7 +17,6 @@ from gravlens_jax.preprocess import check_image_shape
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito: safe for colour-blind eyes
 WRONG = "#C00000"  # of a wrong prediction
-DPI = 130
 
 
 def evaluate_network(
@@ -61,19 +60,17 @@ def evaluate_network(
     if out is None:
         return values
     arrays = {"logits": logits, "outlier": outlier, "labels": labels, "classes": np.array(model.classes)}
-    with files.catch_write_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(out / "metrics.json", json.dumps(values, indent=2) + "\n")
-        files.write_arrays(out / "predictions.npz", arrays)
-        save_figure(draw_roc(logits, labels, model.classes), out / "roc.png")
-        save_figure(draw_confusion(values), out / "confusion.png")
-        save_figure(draw_examples(images, logits, labels, model.classes), out / "examples.png")
-        if history:
-            save_figure(draw_history(history), out / "history.png")
-        if has_maps:
-            rows = np.concatenate([np.flatnonzero(labels == k)[:3] for k in range(len(model.classes))])
-            few = read_rows(images, rows), [array[rows] for array in maps], logits[rows], labels[rows]
-            save_figure(draw_substructure(network, *few), out / "substructure.png")
+    files.write_atomically(out / "metrics.json", json.dumps(values, indent=2) + "\n")
+    files.write_arrays(out / "predictions.npz", arrays)
+    save_figure(draw_roc(logits, labels, model.classes), out / "roc.png")
+    save_figure(draw_confusion(values), out / "confusion.png")
+    save_figure(draw_examples(images, logits, labels, model.classes), out / "examples.png")
+    if history:
+        save_figure(draw_history(history), out / "history.png")
+    if has_maps:
+        rows = np.concatenate([np.flatnonzero(labels == k)[:3] for k in range(len(model.classes))])
+        few = read_rows(images, rows), [array[rows] for array in maps], logits[rows], labels[rows]
+        save_figure(draw_substructure(network, *few), out / "substructure.png")
     return values
 
 
@@ -98,7 +95,7 @@ def table(values: dict[str, Any], where: Path) -> str:
 report: {where}"""
 
 
-def new_figure(width: float, height: float, dpi: int = DPI) -> Any:
+def new_figure(width: float, height: float, dpi: int = 130) -> Any:
     """Returns a matplotlib Figure of this size in inches that needs no display."""
     from matplotlib.figure import Figure
 

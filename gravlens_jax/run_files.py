@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 
 from gravlens_jax.config import Config, from_dict
 from gravlens_jax.errors import InputError, check, parse_json
-from gravlens_jax.files import catch_write_errors, write_arrays, write_atomically
+from gravlens_jax.files import write_arrays, write_atomically
 
 MAY_DIFFER = ("run_dir", "device_data", "data", "simulation.folder", "epochs")  # between a run and its continuation
 
@@ -60,9 +60,7 @@ def update_run(run_dir: Path, info: RunInfo) -> None:
 
 def _write_config(run_dir: Path, info: RunInfo) -> None:
     values = info._asdict() | {"config": asdict(info.config)}
-    with catch_write_errors(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / "config.json", json.dumps(values, indent=2) + "\n")
+    write_atomically(run_dir / "config.json", json.dumps(values, indent=2) + "\n")
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
@@ -123,18 +121,15 @@ def read_history(run_dir: Path, step: int | None = None) -> list[dict[str, Any]]
 
 def write_history(run_dir: Path, lines: list[dict[str, Any]]) -> None:
     """Replaces metrics.jsonl by `lines`."""
-    path = run_dir / "metrics.jsonl"
-    with catch_write_errors(path):
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+    write_atomically(run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_calibration(run_dir: Path, calibrations: dict[int, tuple[float, dict[str, np.ndarray]]]) -> None:
     """Writes calibration.json and population.npz: temperature and arrays for the checkpoint of each step."""
     temperatures = {step: temperature for step, (temperature, _) in calibrations.items()}
     arrays = {f"{step}/{name}": x for step, (_, added) in calibrations.items() for name, x in added.items()}
-    with catch_write_errors(run_dir):
-        write_atomically(run_dir / "calibration.json", json.dumps(temperatures) + "\n")
-        write_arrays(run_dir / "population.npz", arrays)
+    write_atomically(run_dir / "calibration.json", json.dumps(temperatures) + "\n")
+    write_arrays(run_dir / "population.npz", arrays)
 
 
 def read_temperature(run_dir: Path, step: int) -> float:

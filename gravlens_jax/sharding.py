@@ -27,7 +27,7 @@ def join_processes(
     """
     initialize = partial(jax.distributed.initialize, heartbeat_timeout_seconds=DEAD_SECONDS)
     right = (num_processes is not None) == (process_id is not None) == (coordinator not in (None, "auto"))
-    check(right, f"{coordinator=}, {num_processes=}, {process_id=}: give all three, or none")
+    check(right, f"{coordinator=}, {num_processes=}, {process_id=}: give all three, none, or coordinator=auto alone")
     if coordinator is not None and num_processes is not None and process_id is not None:
         host, _, port = coordinator.rpartition(":")
         check(bool(host) and port.isdecimal(), f"coordinator={coordinator}: expected HOST:PORT, or auto")

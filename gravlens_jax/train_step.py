@@ -10,7 +10,7 @@ import optax
 from gravlens_jax.config import Config, OptimConfig
 from gravlens_jax.metrics import VISIBLE
 from gravlens_jax.model import ResNet, apply_head
-from gravlens_jax.optim import init_plateau, update_plateau
+from gravlens_jax.optim import plateau_reduction
 from gravlens_jax.preprocess import augment, augment_vectors, cell_means, prepare, to_unit
 
 # images (batch, height, width), labels int32 (batch,), perhaps deflections float32 (batch, cells, cells, 2) in arcsec;
@@ -53,7 +53,7 @@ def init_state(
         batch_stats=variables["batch_stats"],
         auxiliary=head,
         opt_state=tx.init((params, head)),
-        plateau=init_plateau(config, params),
+        plateau=plateau_reduction(config).init(params),
         sums=zero_sums(),
     )
 
@@ -125,5 +125,5 @@ def eval_step(state: TrainState, batch: Batch, *, model: ResNet) -> Sums:
 def end_epoch(state: TrainState, val_loss: jax.Array | None, *, config: OptimConfig) -> TrainState:
     """Returns the state with zero sums, and the plateau reduction updated by the validation loss, if there is one."""
     if val_loss is not None:
-        state = state._replace(plateau=update_plateau(state.plateau, val_loss, config))
+        state = state._replace(plateau=plateau_reduction(config).update({}, state.plateau, value=val_loss)[1])
     return state._replace(sums=zero_sums())

@@ -22,7 +22,7 @@ from gravlens_jax.model import ResNet, make_model
 from gravlens_jax.network import calibrate_run, load_network
 from gravlens_jax.npz import Dataset
 from gravlens_jax.optim import learning_rate_schedule, make_optimizer
-from gravlens_jax.progress import SAVE, STOP, describe_epoch, describe_step, progress_bar, recorded_signals, stop
+from gravlens_jax.progress import SAVE, STOP, Stopped, describe_epoch, describe_step, progress_bar, recorded_signals
 from gravlens_jax.report import evaluate_network
 from gravlens_jax.train_step import TrainState, end_epoch, eval_step, init_state, train_steps
 
@@ -153,7 +153,7 @@ def _train(
             if validated and main:
                 on_epoch(line)
             if request >= STOP:
-                stop(run_dir, step, plan.total_steps, request - STOP)
+                raise Stopped(run_dir, step, plan.total_steps, request - STOP)
 
 
 def _resume_history(config: Config, plan: Plan, step: int, auxiliary: bool, on_epoch: OnEpoch) -> list[dict[str, Any]]:

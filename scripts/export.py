@@ -9,7 +9,7 @@ import tyro
 from gravlens_jax import cli
 from gravlens_jax.config import Checkpoint
 from gravlens_jax.errors import check, check_installed
-from gravlens_jax.files import catch_write_errors, check_folder, write_atomically
+from gravlens_jax.files import check_folder, write_atomically
 
 if TYPE_CHECKING:
     from gravlens_jax.network import Network
@@ -67,8 +67,7 @@ def export_network(run: str | Path, out: Path, checkpoint: Checkpoint = "best") 
         from safetensors.numpy import save
 
         data = save(named_arrays(network, out), {"about": json.dumps(about)})
-    with catch_write_errors(out):
-        write_atomically(out, data)
+    write_atomically(out, data)
     return about
 
 

@@ -28,7 +28,7 @@ def load_history(run: str | Path) -> list[dict[str, Any]]:
     from gravlens_jax.run_files import read_config, read_history
 
     path = find_network(run)
-    if path.suffix == ".npz":
+    if path.suffix == ".npz" and not path.is_dir():
         about, _ = read_file(path)
     else:
         about = {"config": read_config(path)["config"], "history": read_history(path)}

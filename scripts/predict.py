@@ -12,7 +12,7 @@ import tyro
 
 from gravlens_jax import cli
 from gravlens_jax.errors import InputError, check
-from gravlens_jax.files import catch_write_errors, check_folder, is_visible, write_arrays
+from gravlens_jax.files import check_folder, is_visible, write_arrays
 from gravlens_jax.folders import ONE_PLANE, SUFFIXES, Planes, load_npz, named, open_images, show_unread
 from gravlens_jax.metrics import convergence, outlier_scores, softmax
 from gravlens_jax.npz import MappedImages, read_rows
@@ -153,8 +153,7 @@ def write_maps(out: Path, network: "Network", names: list[str], deflections: np.
     x, y = deflection_grid(network.model, network.image_shape)
     kappa = convergence(deflections, network.cell_width)
     arrays = {"files": np.array(names), "deflection": deflections, "convergence": kappa, "x": x, "y": y}
-    with catch_write_errors(out):
-        write_arrays(out, arrays)
+    write_arrays(out, arrays)
 
 
 def main(

@@ -12,7 +12,6 @@ from gravlens_jax import cli
 from gravlens_jax.config import PriorPreset, SimulationConfig
 from gravlens_jax.errors import check
 from gravlens_jax.lensing.priors import PRIORS, Priors
-from gravlens_jax.progress import show_progress
 
 DEFAULT = SimulationConfig()
 
@@ -51,7 +50,7 @@ def main() -> None:
     check(a.train + a.easy + a.val + a.test > 0, "0 images asked for: nothing to do")
     from gravlens_jax.datasets import simulate_dataset
 
-    simulate_dataset(a.out, config, show_progress, a.prior)
+    simulate_dataset(a.out, config, a.prior)
     print(a.out)
 
 

@@ -227,7 +227,7 @@ def test_device_ends_with_what_is_measured_when_the_budget_is_used_up(monkeypatc
 def test_epochs_of_a_stopped_run_are_measured(monkeypatch):
     def fit(config, on_epoch):
         on_epoch({"step": 2, "val_accuracy": 0.9, "images_per_second": 3.0})
-        raise Stopped("", signal.SIGINT)
+        raise Stopped("run", 2, 9, signal.SIGINT)
 
     monkeypatch.setattr(device, "fit", fit)
     rows = device.run(Config(batch_size=4), "files")

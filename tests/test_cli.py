@@ -173,7 +173,11 @@ def processes(request, quiet, monkeypatch):
         (FloatingPointError("bad"), 1, "error: bad\n"),
         (OSError(28, "No space"), 2, "error: [Errno 28] No space; free disk space, fix the permissions or choose"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-        (Stopped("saved", 15), 143, "saved\n"),
+        (
+            Stopped("run", 2, 9, 15),
+            143,
+            "run: SIGTERM: stopped after step 2 of 9, which is saved; continue with --resume\n",
+        ),
         (RuntimeError("RESOURCE_EXHAUSTED: 9 bytes"), 2, "error: the device has too little memory (RESOURCE_EXHAUSTED"),
     ],
 )

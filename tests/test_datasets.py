@@ -111,6 +111,7 @@ def test_maps_belong_to_one_pixel_scale(simulated):
     dataset, scale = open_npz(simulated / "train.npz"), TINY_PRIORS.pixel_scale
     assert map_renderer(dataset, InputConfig(crop=16), scale)(np.arange(3)).shape[0] == 3
     assert map_renderer(dataset, InputConfig(crop=16), 2 * scale) is None
+    assert map_renderer(dataset, InputConfig(crop=16, pool=4)) is None  # a single cell has no convergence
 
 
 def test_training_without_deflections(simulated, tmp_path):

@@ -195,4 +195,6 @@ def test_compressed_npz_is_read_into_memory_each_time_unless_it_is_large(tmp_pat
     assert (load_npz(a).images == IMAGES + 1).all() and list(tmp_path.iterdir()) == [a]
     monkeypatch.setattr(folders, "FOREIGN_BYTES", IMAGES.nbytes)
     refuse(r"convert it: python scripts/pack.py \S+/a.npz packed/a", load_npz, a, CLASSES, need_labels=False)
+    np.savez(b, images=IMAGES, label=LABELS)
+    refuse(r"convert it: python scripts/pack.py \S+/b.npz packed/b", load_npz, b, CLASSES)
     assert isinstance(load_npz(save_npz(b, IMAGES)).images, MappedImages)

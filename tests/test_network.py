@@ -111,9 +111,9 @@ def test_the_pretrained_network_has_the_documented_size_record_and_accuracy():
 
 
 def test_a_run_without_an_epoch_has_no_history(file):
-    make_run(file.with_name("run"), [None])
-    export_network(file.with_name("run"), file.with_name("run.npz"))
-    for name, message in (("run", "no epoch of training"), ("run.npz", "no epoch"), ("net.npz", "no record of its")):
+    make_run(file.with_name("dir.npz"), [None])
+    export_network(file.with_name("dir.npz"), file.with_name("run.npz"))
+    for name, message in (("dir.npz", "no epoch of training"), ("run.npz", "no epoch"), ("net.npz", "no record of its")):
         refuse(message, load_history, file.with_name(name))
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gravlens_jax.config import OptimConfig
-from gravlens_jax.optim import init_plateau, learning_rate_schedule, make_optimizer, update_plateau
+from gravlens_jax.optim import learning_rate_schedule, make_optimizer, plateau_reduction
 
 
 def pytorch_plateau(losses, patience, learning_rate, factor=0.1):
@@ -21,9 +21,10 @@ def pytorch_plateau(losses, patience, learning_rate, factor=0.1):
 @pytest.mark.parametrize("patience, learning_rate", [(0, 1.0), (1, 1.0), (3, 1.0), (0, 1e-9)])
 def test_plateau_is_pytorch_s(patience, learning_rate):
     config = OptimConfig(plateau_patience=patience, learning_rate=learning_rate)
-    update = jax.jit(lambda state, loss: update_plateau(state, loss, config))
+    plateau = plateau_reduction(config)
+    update = jax.jit(lambda state, loss: plateau.update({}, state, value=loss)[1])
     for losses in np.random.default_rng(0).uniform(0.5, 1, (5, 25)).astype(np.float32):
-        state, scales = init_plateau(config, {"w": jnp.zeros(())}), []
+        state, scales = plateau.init({"w": jnp.zeros(())}), []
         for loss in losses:
             state = update(state, loss)
             scales.append(float(state.scale))

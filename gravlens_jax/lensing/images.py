@@ -115,7 +115,7 @@ def simulate_images(
             most = float(largest)
             heavy = "its substructure is heavier than the prior `mass`, or a prior is beyond what can be rendered"
             check(not np.isnan(most), f"a {name} lens cannot be rendered: {heavy}")
-            many = f"a pixel has {most:.0f} counts, more than {MAX_COUNTS}; lower the prior `photons`"
+            many = f"a pixel has {most:.0f} counts, with noise perhaps over {MAX_COUNTS}; lower the prior `photons`"
             check(most + 6 * most**0.5 < MAX_COUNTS, many)
             used = indices < n
             images[indices[used] - begin] = np.asarray(rendered)[used]
@@ -139,11 +139,9 @@ def render_images(lens_params: Mapping[str, Any], priors: Priors) -> np.ndarray:
     check(len(shape) == 1, f"lens_params of shape {shape} are not those of n lenses; for one, call render_lens")
     check(shape[0] >= 1, "lens_params hold no lens")
 
-    def render(lenses):
-        return np.asarray(_render(lenses, priors=priors))
-
     with ThreadPoolExecutor(_workers()) as pool:
-        return np.concatenate(list(pool.map(render, in_blocks(lens_params, _block_size()))))[: shape[0]]
+        blocks = pool.map(lambda x: np.asarray(_render(x, priors=priors)), in_blocks(lens_params, _block_size()))
+        return np.concatenate(list(blocks))[: shape[0]]
 
 
 _render = jax.jit(render_lenses, static_argnames="priors")

@@ -112,7 +112,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "subhalo_mass": (1, 1e13),
     "subhalo_slope": (-3, 3),
     "subhalo_offset": (0, 60),
-    "subhalo_padding": (0, 2e4),
+    "subhalo_padding": (1, 2e4),
     "vortex_mass_fraction": (0, 0.99),
     "vortex_length": (1e-3, 60),
     "vortex_centre_sigma": (0, 60),

@@ -111,18 +111,16 @@ def deflect_substructure(
     x: jax.Array, y: jax.Array, lens_params: LensParams, softening: float = profiles.SOFTENING
 ) -> profiles.Pair:
     """Returns the deflection (arcsec) by the subhalos and the vortex, `softening` of their point masses; 0 without."""
-    p = lens_params
-    parts = []
+    p, alpha = lens_params, (jnp.zeros_like(x), jnp.zeros_like(y))
     if "subhalo_masses" in p:
         strengths = profiles.einstein_radius_squared(p["subhalo_masses"], p["z_lens"], p["z_source"])
-        parts.append(profiles.deflect_points(x, y, p["subhalo_centres"], strengths, softening))
+        alpha = profiles.deflect_points(x, y, p["subhalo_centres"], strengths, softening)
     if "vortex_mass" in p:
         strength = profiles.einstein_radius_squared(p["vortex_mass"], p["z_lens"], p["z_source"])
         shape = (p["vortex_centre"], p["vortex_angle"], p["vortex_length"])
-        parts.append(profiles.deflect_string(x, y, *shape, strength, softening))
-    if len(parts) == 2:
-        return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
-    return parts[0] if parts else (jnp.zeros_like(x), jnp.zeros_like(y))
+        string = profiles.deflect_string(x, y, *shape, strength, softening)
+        alpha = alpha[0] + string[0], alpha[1] + string[1]
+    return alpha
 
 
 def deflection_map(lens_params: LensParams, priors: Priors, grid: Grid) -> jax.Array:

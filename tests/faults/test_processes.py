@@ -104,7 +104,7 @@ def test_when_one_of_two_processes_dies_the_other_ends_with_a_message(folder, vi
 
 def test_inconsistent_arguments_of_several_processes_and_batches_that_do_not_divide_are_refused():
     for arguments, message in (
-        (("auto", 2, 0), "give all three, or none"),
+        (("auto", 2, 0), "give all three, none, or coordinator=auto alone"),
         (("localhost", 2, 0), "expected HOST:PORT"),
         (("localhost:1", 2, 2), "process_id=2: expected 0 to 1"),
     ):
