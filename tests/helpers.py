@@ -15,12 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-from gravlens_jax import checkpoint
-from gravlens_jax.checkpoint import load_variables
+from gravlens_jax import PRIORS, InputError, checkpoint
 from gravlens_jax.cli import HUGE_PAGES
 from gravlens_jax.config import CLASSES, Config, InputConfig, ModelConfig
-from gravlens_jax.errors import InputError
-from gravlens_jax.lensing.priors import PRIORS
 from gravlens_jax.model import make_model
 from gravlens_jax.network import Network
 from gravlens_jax.npz import write_npz
@@ -32,7 +29,6 @@ ROOT = Path(__file__).parent.parent
 CONSTANT = ["--optim.decay", "constant"]  # runs of any length are then the same program, compiled once
 NETWORK = ["--preset", "smoke", "--model.width", "4", "--input.crop", "48", "--input.pool", "4", *CONSTANT]
 SMALL = [*NETWORK, "--simulation.train", "96", "--simulation.val", "24", "--simulation.test", "24"]
-DEFAULT_NETWORK = [*CONSTANT, "--batch-size", "16"]  # and the image size that users have
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 TINY_PRIORS = replace(PRIORS["ct1"], num_pixels=24, pixel_scale=0.3)
@@ -84,12 +80,6 @@ def make_folders(root, train=2, val=4, shape=(1, 8, 8), dtype=np.float64, classe
     return root
 
 
-def write_images(folder, **sizes):
-    """Writes a data set of noise, with the size of simulated images and `sizes` images in each file."""
-    for split, n in sizes.items():
-        save_npz(folder / f"{split}.npz", np.random.default_rng(n).poisson(50, (n, 150, 150)).astype(np.uint16))
-
-
 def start(folder, script, *arguments, devices=1, optimized=False, **options):
     """Starts a script in `folder` on `devices` virtual devices; `optimized` is with XLA's flags for users."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
@@ -124,11 +114,6 @@ def run_code(code, *arguments, **environment):
     return out
 
 
-def saved_step(run_dir):
-    """Returns the step of the latest checkpoint, 0 if there is none."""
-    return max((int(f.name) for f in (run_dir / "checkpoints").glob("*") if f.name.isdecimal()), default=0)
-
-
 def history(run_dir):
     """Returns the complete lines of metrics.jsonl."""
     path = run_dir / "metrics.jsonl"
@@ -154,13 +139,7 @@ def wait_for_epochs(run_dir, n, *processes):
 def load(run_dir, which):
     """Returns the variables of a run's checkpoint as they were saved, and their step."""
     info = read_run(run_dir)
-    return load_variables(run_dir, make_model(info.config.model, info.config.input, info.classes), which)
-
-
-def assert_same_parameters(a, b):
-    """Best and final parameters and batch statistics of two runs, and the steps of both, agree bitwise."""
-    for which in ("best", "final"):
-        assert_equal(load(a, which), load(b, which))
+    return checkpoint.load_variables(run_dir, make_model(info.config.model, info.config.input, info.classes), which)
 
 
 def tiny_config(folder, **changes):
@@ -177,6 +156,13 @@ def tiny_config(folder, **changes):
 def make_network(side=16, **changes):
     """Returns an untrained tiny network for images of `side` x `side` pixels; `changes` are of its model."""
     return Network(TINY_MODEL.clone(**changes), make_variables(1), (side, side))
+
+
+def make_mapping_network(pixel_scale, side=16, **changes):
+    """Returns `make_network` with a random head of deflection maps."""
+    network, rng = make_network(side, pixel_scale=pixel_scale, **changes), np.random.default_rng(0)
+    head = {"kernel": rng.normal(size=(16, 2)).astype(np.float32), "bias": np.float32([0.1, -0.2])}
+    return replace(network, variables={**network.variables, "deflection": head})
 
 
 @contextmanager

@@ -1,10 +1,8 @@
 """The benchmarks' own code; tests/test_scripts.py runs scripts/benchmark.py."""
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,15 +13,14 @@ import jax.numpy as jnp
 import pytest
 
 import gravlens_jax
-from bench import costs, device, facts, harness, steps, sweep
+from bench import costs, device, harness, steps, sweep
 from bench.costs import Case, Steps
 from conftest import ROOT
 from gravlens_jax.config import Config, InputConfig, ModelConfig
-from gravlens_jax.errors import InputError
 from gravlens_jax.model import ResNet, variable_shapes
 from gravlens_jax.progress import Stopped
 from gravlens_jax.sharding import data_mesh
-from helpers import run
+from helpers import refuse, run
 
 
 def read_lines(path):
@@ -31,18 +28,11 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_options_and_tables_need_neither_jax_nor_torch():
-    code = "import sys, bench.costs, bench.harness; assert not {'jax', 'flax', 'optax', 'torch'} & sys.modules.keys()"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-
-
-@pytest.mark.parametrize("size", [100, 150])
-def test_forward_flops_equal_the_compiler_count(size):
-    model, images = ResNet(), jax.ShapeDtypeStruct((2, size, size, 1), jnp.float32)
+def test_forward_flops_equal_the_compiler_count():
+    model, images = ResNet(), jax.ShapeDtypeStruct((2, 100, 100, 1), jnp.float32)
     forward = jax.jit(model.apply).trace(variable_shapes(model), images).lower(lowering_platforms=("cuda",))
     # The compiler counts normalization and ReLU too, and leaves out products with the padding.
-    assert costs.step_flops(Case(False, 1, size)) == pytest.approx(forward.cost_analysis()["flops"] / 2, rel=0.05)
+    assert costs.step_flops(Case(False, 1, 100)) == pytest.approx(forward.cost_analysis()["flops"] / 2, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -50,10 +40,7 @@ def test_forward_flops_equal_the_compiler_count(size):
     [
         ("NVIDIA H200", (494.7, "TF32"), (989.4, "bfloat16"), 4800),
         ("NVIDIA GH200 480GB", (494.7, "TF32"), (989.4, "bfloat16"), 4000),
-        ("NVIDIA L40S", (183, "TF32"), (362, "bfloat16"), 864),
-        ("NVIDIA A10G", (35, "TF32"), (70, "bfloat16"), 600),
         ("Tesla V100-SXM2-16GB", (15.7, "float32"), (125, "float16"), 900),
-        ("Tesla T4", (8.1, "float32"), (65, "float16"), 320),
         ("AMD Instinct MI300X", (163.4, "float32"), (1307.4, "bfloat16"), 5300),
         ("TPU v5", (459, "bfloat16"), (459, "bfloat16"), 2765),
         ("TPU v5 lite", (197, "bfloat16"), (197, "bfloat16"), 819),
@@ -63,12 +50,6 @@ def test_peaks_of_devices_by_the_names_that_jax_reports(kind, float32, bfloat16,
     assert costs.find_peak(kind, "float32") == (float32[0], bandwidth, float32[1])
     assert costs.find_peak(kind, "bfloat16") == (bfloat16[0], bandwidth, bfloat16[1])
     assert costs.find_peak(f"{kind} NVL", "float32") is None  # of another variant
-
-
-def test_topologies_have_the_device_kinds_of_the_peaks():
-    pytest.importorskip("libtpu")
-    for name in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"):
-        assert costs.find_peak(steps.topology_mesh(name).devices[0].device_kind, "bfloat16")
 
 
 def test_peak_of_several_accelerators_is_their_sum_and_unknown_ones_need_both_numbers(monkeypatch):
@@ -81,12 +62,10 @@ def test_peak_of_several_accelerators_is_their_sum_and_unknown_ones_need_both_nu
     assert costs.peak_of("float32", 1, 100.0) is costs.peak_of("float32") is None
 
 
-@pytest.mark.parametrize(
-    "tflops, gb, bound", [(5, 50, "compute bound"), (5, 700, "memory bound"), (1, 100, "latency bound")]
-)
+@pytest.mark.parametrize("tflops, gb, bound", [(5, 50, "compute"), (5, 700, "memory"), (1, 100, "latency")])
 def test_bound_follows_from_the_intensity_and_the_fractions_of_both_peaks(tflops, gb, bound):
     row = costs.roofline(tflops, gb, costs.Peak(10, 1000, "TF32"))
-    assert row["bound"] == bound and row["ridge"] == 10 and row["intensity"] == 1000 * tflops / gb
+    assert row["bound"] == f"{bound} bound" and row["ridge"] == 10 and row["intensity"] == 1000 * tflops / gb
     assert (row["intensity"] > row["ridge"]) == (tflops / 10 > row["bandwidth_fraction"])
 
 
@@ -118,25 +97,7 @@ def test_lines_hold_all_that_measurements_depend_on(monkeypatch, tmp_path, capsy
     assert "2 x cpu" in capsys.readouterr().out
 
 
-def test_driver_and_libraries_of_an_accelerator_are_facts(monkeypatch, tmp_path):
-    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release\n")
-    monkeypatch.setattr(facts, "DRIVERS", (str(tmp_path / "none"), str(tmp_path / "version")))
-    packages = {"nvidia-cudnn-cu12": "9.8.0", "jax_cuda12_plugin": "0.12.0", "libtpu": "0.0.20", "scipy": "1.14"}
-    found = [SimpleNamespace(metadata={"Name": name}, version=version) for name, version in packages.items()]
-    monkeypatch.setattr(facts, "distributions", lambda: found)
-    assert facts.versions().keys() == {"python", "nvidia-cudnn-cu12", "jax-cuda12-plugin", "libtpu"}
-    line = facts.describe(facts.machine_facts())
-    assert "driver 570.86.15" in line and "nvidia-cudnn-cu12 9.8.0" in line and "libtpu 0.0.20" in line
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(True, 4, 8, devices=2, depth=8),
-        Case(True, 4, 8, steps_per_call=3, depth=8),
-        Case(False, 4, 8, "bfloat16", depth=8),
-    ],
-)
+@pytest.mark.parametrize("case", [Case(True, 4, 8, devices=2, depth=8), Case(True, 4, 8, steps_per_call=3, depth=8)])
 def test_steps_are_timed_and_training_has_two_all_reduces_for_each_normalization_and_two_more(case):
     measure, found = steps.compile_step(case)
     seconds = measure(1, 5)
@@ -146,21 +107,9 @@ def test_steps_are_timed_and_training_has_two_all_reduces_for_each_normalization
     assert found["collectives"] == ({"all-reduce": 2 * 7 + 2} if case.devices > 1 else {})
 
 
-def test_peer_is_eager_where_torch_cannot_compile(monkeypatch):
-    torch = pytest.importorskip("torch")
-    from bench.torch_resnet import torch_step
-
-    monkeypatch.setattr(torch, "compile", lambda network: 1 / 0)
-    measure, found = torch_step(Case(True, 4, 16, depth=8))
-    assert found["mode"] == "eager (torch.compile failed: ZeroDivisionError)" and len(measure(0, 2)) == 2
-
-
-@pytest.mark.parametrize(
-    "option", [{"batch_size": (0,)}, {"image_size": ()}, {"steps": 0}, {"dtype": ()}, {"devices": (0,)}]
-)
-def test_sweep_options_that_measure_nothing_are_refused(option):
-    with pytest.raises(InputError, match=next(iter(option))):
-        Steps(**option)
+def test_sweep_options_that_measure_nothing_are_refused():
+    for option in ({"batch_size": (0,)}, {"image_size": ()}, {"steps": 0}, {"dtype": ()}, {"devices": (0,)}):
+        refuse(next(iter(option)), Steps, **option)
 
 
 def test_programs_of_a_run_are_compiled_for_devices_and_their_collectives_counted():
@@ -194,9 +143,8 @@ def test_device_is_measured_in_order_of_importance_and_errors_are_rows(monkeypat
     monkeypatch.setattr(device, "fit", fit)
     monkeypatch.setattr(device, "SECONDS", 0.1)
     monkeypatch.setattr(costs, "cpu_peak", lambda: costs.Peak(1.0, 4.0, "float32"))
-    out = run_here(
-        tmp_path, "benchmark.py", "device", "--batch-sizes", "32", "8", "--runs", "files", "--profile", "trace"
-    )
+    arguments = ["--batch-sizes", "32", "8", "--runs", "files", "--profile", "trace"]
+    out = run_here(tmp_path, "benchmark.py", "device", *arguments)
     rows = read_lines(tmp_path / "benchmark.jsonl")
     steps_, latency = rows[:2], rows[2]
     assert [row["steps_per_call"] for row in steps_] == [1, 64] and steps_[0]["gb_per_second"] == 2
@@ -241,5 +189,3 @@ def test_steps_are_measured_over_several_devices(monkeypatch):
     rows = list(sweep.sweep(True, Steps((4, 8), (8,), devices=(1, 2), peak_tflops=1.0, peak_gb=1.0)))
     found = [(row["batch_size"], row["devices"], row["images_per_second"]) for row in rows]
     assert found == [(4, 1, 4), (4, 2, 2), (8, 1, 8), (8, 2, 4)]
-    with pytest.raises(InputError, match="3 devices asked for, 2 found"):
-        list(sweep.sweep(True, Steps((6,), (8,), devices=(3,))))

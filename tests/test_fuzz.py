@@ -15,6 +15,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from astropy.io import fits
 
 from gravlens_jax.config import CLASSES, PRESETS, Config
 from gravlens_jax.errors import InputError
@@ -114,7 +115,7 @@ def check_result(result):
 
 
 def write_fits(path):
-    pytest.importorskip("astropy.io.fits").PrimaryHDU(STACK).writeto(path)
+    fits.PrimaryHDU(STACK).writeto(path)
 
 
 def write_tiny_network(path):

@@ -5,37 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gravlens_jax import PRIORS, embed, load_pretrained, predict, predict_deflection, predict_logits
 from gravlens_jax.config import CLASSES, SPLITS, InputConfig
 from gravlens_jax.datasets import map_grid
-from gravlens_jax.inference import (
-    deflection_grid,
-    embed,
-    fit_deflection,
-    logits,
-    outputs,
-    predict,
-    predict_deflection,
-    predict_logits,
-)
+from gravlens_jax.inference import deflection_grid, fit_deflection, logits, outputs
 from gravlens_jax.lensing.images import deflection_maps, simulate_images, simulate_parameters
-from gravlens_jax.lensing.priors import PRIORS
 from gravlens_jax.lensing.profiles import pixel_grid, sersic_light
 from gravlens_jax.metrics import evaluate_maps
-from gravlens_jax.network import load_pretrained
 from gravlens_jax.npz import Dataset, open_npz, scale
 from gravlens_jax.preprocess import cell_means, prepare, to_unit
 from gravlens_jax.report import evaluate_network
-from helpers import make_network, refuse
+from helpers import make_mapping_network, make_network, refuse
 
 CT1, TEST = PRIORS["ct1"], SPLITS.index("test")
 IMAGES = np.stack([scale(image) for image in np.random.default_rng(0).random((5, 16, 16))])
-
-
-def mapping_network(pixels=16):
-    """Returns model and variables of a tiny network that predicts deflections."""
-    (model, variables), rng = make_network(pixels), np.random.default_rng(0)
-    head = {"kernel": rng.normal(size=(16, 2)).astype(np.float32), "bias": np.float32([0.1, -0.2])}
-    return model.clone(pixel_scale=0.05), {**variables, "deflection": head}
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +57,14 @@ def test_outputs_agree_with_the_network_for_any_number_of_images(n):
 
 @pytest.mark.parametrize("function", [predict_logits, embed, predict_deflection])
 def test_byte_order_batch_size_and_container_do_not_change_the_result(function):
-    network = mapping_network()
+    network = make_mapping_network(0.05)
     expected = function(*network, IMAGES)
     for given in (IMAGES.astype(">f4"), jnp.array(IMAGES), IMAGES.tolist()):
         np.testing.assert_allclose(function(*network, given), expected, atol=1e-6)
     np.testing.assert_allclose(function(*network, IMAGES, batch_size=4), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "factor, offset, dtype",
-    [(0.01, 0, "f8"), (1e-5, 0, "f4"), (1e-300, 0, "f8"), (1e300, 0, "f8"), (1, -300, "f4"), (1e-3, 1e6, "f8")],
-)
+@pytest.mark.parametrize("factor, offset, dtype", [(1e300, 0, "f8"), (1e-3, 1e6, "f8"), (1, -300, "f4")])
 def test_predictions_do_not_depend_on_the_unit_of_the_pixels(lenses, factor, offset, dtype):
     given = (lenses[:12] * factor + offset).astype(dtype)
     results, expected = (predict(*load_pretrained(), images, return_outlier=True) for images in (given, lenses[:12]))
@@ -113,7 +93,7 @@ def test_tta_is_the_mean_over_mirror_images():
 
 
 def test_deflections_are_linear_in_the_last_feature_map_and_mirrored_with_the_images():
-    model, variables = mapping_network()
+    model, variables = make_mapping_network(0.05)
     head = variables["deflection"]
     _, feature_maps = jax.jit(model.apply)(variables, prepare(IMAGES[..., None], model.input))
     expected = np.asarray(feature_maps[-1]) @ head["kernel"] + head["bias"]
@@ -143,13 +123,14 @@ def test_the_grid_says_where_the_cells_are_also_if_the_crop_cannot_be_central(si
         assert (light * y).sum() / light.sum() == pytest.approx(y0, abs=0.02)
 
 
-def test_the_pretrained_network_maps_the_substructure_of_simulated_lenses(lenses):
+def test_the_pretrained_network_classifies_simulated_lenses_and_maps_their_substructure(lenses):
     model, variables = load_pretrained()
     parameters = simulate_parameters(len(lenses), 8, TEST, CT1)
     true = deflection_maps(parameters, CT1, map_grid(model.input, CT1))
     labels, found = np.arange(len(lenses)) % 3, []
     for tta in (False, True):
-        _, _, predicted, light = outputs(model, variables, lenses, tta=tta, maps=True)
+        logits, _, predicted, light = outputs(model, variables, lenses, tta=tta, maps=True)
+        assert (logits.argmax(1) == labels).sum() >= 56  # 98.8 % of 20,000
         np.testing.assert_allclose(light, cell_means(to_unit(lenses), model.input)[..., 0], atol=1e-6)
         found.append(evaluate_maps(predicted, true, light, labels, CLASSES, 0.4))
     single, averaged = found
@@ -162,11 +143,11 @@ def test_the_pretrained_network_maps_the_substructure_of_simulated_lenses(lenses
 @pytest.mark.parametrize("function", [predict, embed, predict_deflection])
 def test_wrong_shapes_batch_sizes_and_images_that_are_no_real_numbers_are_refused(function):
     for shape, message in (((16, 16), r"expected \(n, height, width\)"), ((2, 12, 20), "crop of 16 x 16")):
-        refuse(message, function, *mapping_network(), np.zeros(shape))
-    refuse("batch_size=0", function, *mapping_network(), IMAGES, batch_size=0)
+        refuse(message, function, *make_mapping_network(0.05), np.zeros(shape))
+    refuse("batch_size=0", function, *make_mapping_network(0.05), IMAGES, batch_size=0)
     for images in (IMAGES * 1j, IMAGES.astype(object), IMAGES.astype(str), IMAGES > 0.5):
-        refuse(f"dtype {images.dtype}, expected real numbers", function, *mapping_network(), images)
-    refuse("images are a masked array", function, *mapping_network(), np.ma.masked_greater(IMAGES, 0.9))
+        refuse(f"dtype {images.dtype}, expected real numbers", function, *make_mapping_network(0.05), images)
+    refuse("images are a masked array", function, *make_mapping_network(0.05), np.ma.masked_greater(IMAGES, 0.9))
 
 
 def test_logits_can_be_traced_and_differentiated_in_both_modes():

@@ -4,9 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gravlens_jax import loader
-from gravlens_jax.config import CLASSES
-from gravlens_jax.errors import InputError
+from gravlens_jax import CLASSES, InputError, loader
 from gravlens_jax.lensing.images import labels_of, render_deflections, simulate_images
 from gravlens_jax.lensing.render import Grid
 from gravlens_jax.loader import DeviceData, FileData, Plan, eval_batches, prefetch, train_batches

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, roc_auc_score
 
-from gravlens_jax import metrics
-from gravlens_jax.config import CLASSES
+from gravlens_jax import CLASSES, metrics
 from gravlens_jax.metrics import calibration_error, evaluate, fit_population, fit_temperature, outlier_scores, softmax
 
 RNG = np.random.default_rng(0)

@@ -13,11 +13,9 @@ from safetensors import safe_open
 from export import FORMATS, export_network
 from gravlens_jax import __version__
 from gravlens_jax.checkpoint import save_variables
-from gravlens_jax.config import CLASSES, SPLITS, InputConfig
+from gravlens_jax.config import CLASSES, InputConfig
 from gravlens_jax.folders import list_folder, load_labelled
 from gravlens_jax.inference import predict, predict_logits
-from gravlens_jax.lensing.images import labels_of, simulate_images
-from gravlens_jax.lensing.priors import PRIORS
 from gravlens_jax.metrics import fit_population
 from gravlens_jax.model import ResNet, variable_shapes
 from gravlens_jax.network import PRETRAINED, describe, load_network, load_pretrained, write_network
@@ -100,20 +98,22 @@ def test_the_pretrained_network_classifies_real_images(real):
     assert (probabilities.argmax(1) == real.labels[::2]).mean() > 0.9
 
 
-def test_the_pretrained_network_has_the_documented_size_record_and_accuracy():
+def test_the_pretrained_network_has_the_documented_size_and_record():
     network, history = load_network("pretrained"), load_history("pretrained")
     assert sum(x.size for x in jax.tree.leaves(network.variables["params"])) == 268_979
     assert PRETRAINED.stat().st_size < 2**21
     assert network.model.classes == CLASSES and network.temperature == pytest.approx(0.986, abs=1e-3)
     assert history[-1]["image_steps"] > 100_000 and history[-1]["val_accuracy"] > 0.9
-    images = np.concatenate(list(simulate_images(60, 5, SPLITS.index("test"), PRIORS["ct1"])))
-    assert (predict(*network, images).argmax(1) == labels_of(60)).sum() >= 56  # 98.6 % of 7,500
 
 
 def test_a_run_without_an_epoch_has_no_history(file):
     make_run(file.with_name("dir.npz"), [None])
     export_network(file.with_name("dir.npz"), file.with_name("run.npz"))
-    for name, message in (("dir.npz", "no epoch of training"), ("run.npz", "no epoch"), ("net.npz", "no record of its")):
+    for name, message in (
+        ("dir.npz", "no epoch of training"),
+        ("run.npz", "no epoch"),
+        ("net.npz", "no record of"),
+    ):
         refuse(message, load_history, file.with_name(name))
 
 
@@ -145,12 +145,10 @@ def test_exported_network_predicts_without_this_package_and_safetensors_hold_the
 def test_a_file_that_cannot_be_written_is_refused_before(file, monkeypatch):
     for package in ("safetensors", "flatbuffers"):
         monkeypatch.setitem(sys.modules, package, None)
-    for name, message in (
-        ("other.safetensors", r'needs safetensors; .*pip install "gravlens_jax\[export\]"'),
-        ("other.stablehlo", "needs flatbuffers"),
-        ("none/other.npz", "no folder"),
-    ):
-        refuse(message, export_network, file, file.parent / name)
+    message = r'needs safetensors; .*pip install "gravlens_jax\[export\]"'
+    refuse(message, export_network, file, file.with_name("other.safetensors"))
+    refuse("needs flatbuffers", export_network, file, file.with_name("other.stablehlo"))
+    refuse("no folder", export_network, file, file.parent / "none/other.npz")
     assert list(file.parent.iterdir()) == [file]
 
 
@@ -181,12 +179,9 @@ def test_each_array_of_a_state_dict_is_used_and_belongs_to_the_network(tmp_path,
     variables = to_variables(state_dict, 8, [0, 2, 1])
     assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, variable_shapes(ResNet(depth=8)))
     assert variables["params"]["head"]["bias"].tolist() == [0, 2, 1]
-    for arrays, depth, order, message in (
-        (state_dict, 14, [0, 1, 2], "has no .* not of depth 14"),
-        (state_dict | {"block1.1.weight": np.ones(3)}, 8, [0, 1, 2], "is left over: .* not of depth 8"),
-        (state_dict, 8, [0, 1], "the head has 3 classes, --classes names 2"),
-    ):
-        refuse(message, to_variables, arrays, depth, order)
+    refuse("has no .* not of depth 14", to_variables, state_dict, 14, [0, 1, 2])
+    refuse("is left over: .* not of depth 8", to_variables, state_dict | {"block1.1.weight": np.ones(3)}, 8, [0, 1, 2])
+    refuse("the head has 3 classes, --classes names 2", to_variables, state_dict, 8, [0, 1])
     (tmp_path / "a.pth").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "torch", None)
     refuse("needs torch", load_state_dict, tmp_path / "a.pth")

@@ -4,9 +4,7 @@ import struct
 import numpy as np
 import pytest
 
-from gravlens_jax import npz
-from gravlens_jax.config import CLASSES
-from gravlens_jax.errors import InputError
+from gravlens_jax import CLASSES, npz
 from gravlens_jax.folders import Planes
 from gravlens_jax.npz import open_npz, scale
 from helpers import limited_memory, make_folders, refuse
@@ -75,8 +73,7 @@ def test_splits_that_exist_are_used_as_they_are_and_other_folders_are_named(tmp_
     (source / "valid").mkdir()
     refuse("are both the val split", pack, source, tmp_path / "again")
     (source / "valid").rmdir()
-    with pytest.raises(InputError, match="TEST exists and is the test split; leave --test-fraction out"):
-        pack(source, tmp_path / "again", test_fraction=0.5)
+    refuse("TEST exists and is the test split", pack, source, tmp_path / "again", test_fraction=0.5)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +219,6 @@ def called(module, name, arguments=b")"):
 HUGE = b"J\xff\xff\xff\x7f"
 HOSTILE = {
     "os.system": (called("posix", "system", word("touch executed") + b"\x85"), r"it names posix\.system"),
-    "numpy memory": (called("numpy", "ones", HUGE + b"\x85"), r"it names numpy\.ones"),
     "dotted": (called("numpy._core.multiarray", "scalar.__self__"), r"it names numpy._core.multiarray.scalar.__self__"),
     "huge": (called("numpy._core.multiarray", "_reconstruct", b"N" + HUGE + HUGE + b"\x86C\x01b\x87"), "not enough"),
     "huge memo": (b"\x80\x02Nr\xff\xff\xff\x7f.", "opcode LONG_BINPUT"),

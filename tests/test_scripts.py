@@ -27,11 +27,7 @@ for command in commands:
         runpy.run_path(os.path.join(scripts, script), run_name="__main__")
     except SystemExit as stop:
         assert not stop.code, command"""
-WITHOUT_JAX = (
-    RUN_ALL
-    + """
-    assert "jax" not in sys.modules, command"""
-)
+WITHOUT_JAX = RUN_ALL + '\n    assert not {"jax", "torch"} & sys.modules.keys(), command'
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +94,6 @@ def test_limits_are_measured_on_simulated_images_with_their_lens_parameters(fold
     assert (folder / "limits/limits.png").read_bytes()[:8] == PNG and 0 < values["no_peak"] < 0.2
 
 
-def test_population_may_be_changed_and_unwanted_splits_left_out(folder, run_here):
-    run_here(folder, "simulate.py", "sim", *POPULATION.split())
-    assert {f.name for f in (folder / "sim").iterdir()} == {".lock", "val.npz"}
-    assert np.load(folder / "sim/val.npz", allow_pickle=False)["parameters/shear"].max() < 0.1
-
-
 @pytest.mark.parametrize(
     "command, message",
     [
@@ -130,10 +120,9 @@ def test_user_errors_print_one_message_and_exit_with_status_2(folder, command, m
     assert not [name for name in ("runs/c", "runs/d", "out", "sim2") if (folder / name).exists()]
 
 
-def test_exported_network_predicts_and_evaluates_as_its_run(folder, run_here):
+def test_exported_network_evaluates_as_its_run(folder, run_here):
     data = next((folder / "data").iterdir()) / "test.npz"
     run_here(folder, "export.py", "runs/a", "a.npz")
-    assert run_here(folder, "predict.py", "a.npz", data) == run_here(folder, "predict.py", "runs/a", data)
     run_here(folder, "evaluate.py", "a.npz", data)
     again, report = (json.loads((folder / d / "metrics.json").read_text()) for d in ("a-report", "runs/a/report"))
     for name in ("loss", "ece", "ece_uncalibrated"):  # this process has two devices, that of the run had one
@@ -162,8 +151,10 @@ def test_64_bit_mode_changes_no_image_and_no_prediction(folder, run_here):
     commands = f"simulate.py x64 {POPULATION}", commands, f"predict.py runs/a {images}"
     out = run_code(RUN_ALL, folder, ROOT / "scripts", *commands, JAX_ENABLE_X64="1", GLIBC_TUNABLES=HUGE_PAGES)
     assert out.endswith(expected)
+    assert {f.name for f in (folder / "sim").iterdir()} == {".lock", "val.npz"}
     with np.load(folder / "sim/val.npz") as arrays, np.load(folder / "x64/val.npz") as others:
         assert arrays.files == others.files and arrays["info"] == others["info"]
+        assert arrays["parameters/shear"].max() < 0.1
         for name in {*arrays.files} - {"info", "classes"}:  # powers of masses are rounded in another way
             rtol = 1e-5 if name.startswith("parameters") else 0
             np.testing.assert_allclose(arrays[name], others[name], rtol=rtol, strict=True)
@@ -174,13 +165,7 @@ def test_power_law_is_fitted_to_errors():
     assert a == pytest.approx(0.02) and b == pytest.approx(np.log10(5))
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "infer --image-size 8 --batch-size 4 --steps 2 --warmup 1",
-        "simulate --seconds 0.1",
-    ],
-)
+@pytest.mark.parametrize("command", ["infer --image-size 8 --batch-size 4 --steps 2", "simulate --seconds 0.1"])
 def test_benchmarks_print_a_table_and_write_a_json_line_for_each_row(folder, command, run_here, tmp_path, monkeypatch):
     monkeypatch.setattr(simulation, "CODES", {name: x for name, x in simulation.CODES.items() if "," not in name})
     out = run_here(folder, "benchmark.py", *command.split(), "--repeats", "1", "--json-file", tmp_path / "a.jsonl")

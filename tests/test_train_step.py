@@ -12,15 +12,7 @@ from gravlens_jax.metrics import mean_metrics
 from gravlens_jax.model import ResNet
 from gravlens_jax.optim import make_optimizer
 from gravlens_jax.preprocess import prepare, to_unit
-from gravlens_jax.train_step import (
-    DEFLECTION_UNIT,
-    end_epoch,
-    eval_step,
-    init_state,
-    train_step,
-    train_steps,
-    zero_sums,
-)
+from gravlens_jax.train_step import DEFLECTION_UNIT, end_epoch, eval_step, init_state, train_step, train_steps
 from helpers import make_bars
 
 MODEL = ResNet(depth=8, width=4, input=InputConfig(16, 1, "linear", 0.3, 0.2))
@@ -48,9 +40,9 @@ def test_training_learns_with_float32_parameters_in_either_activation_dtype(dtyp
     state, losses = make_state(0), []
     assert (state.params["head"]["kernel"] != make_state(1).params["head"]["kernel"]).any()  # a seed chooses it
     for _ in range(30):
-        state, sums = step(state._replace(sums=zero_sums()), make_batch())
+        state, sums = step(state, make_batch())
         losses.append(float(sums["loss"]))
-    assert losses[-1] < losses[0] / 4
+    assert losses[-1] - losses[-2] < losses[0] / 4  # the sums run
     assert int(state.step) == 30 and step._cache_size() == 1
     assert {x.dtype for x in jax.tree.leaves((state.params, state.batch_stats))} == {jnp.dtype("float32")}
 
@@ -95,7 +87,7 @@ def test_sums_run_until_the_epoch_ends_and_survive_the_donation_of_the_state():
     assert donated.step.is_deleted() and mean_metrics(first)[0] > 0
     assert int(first["count"]) == 8 and int(second["count"]) == 16
     assert float(second["loss"]) > float(first["loss"]) and float(second["gradient"]) > float(first["gradient"])
-    assert_close(end_epoch(state, None, config=OPTIM).sums, zero_sums())
+    assert not any(end_epoch(state, None, config=OPTIM).sums.values())
 
 
 def test_steps_on_device_data_equal_steps_on_batches():

@@ -17,20 +17,16 @@ import numpy as np
 import pytest
 
 from export import FORMATS, export_network
-from gravlens_jax import checkpoint, training
+from gravlens_jax import InputError, checkpoint, fit, load_network, open_npz, training
 from gravlens_jax.config import SimulationConfig
 from gravlens_jax.datasets import simulate_dataset
-from gravlens_jax.errors import InputError
 from gravlens_jax.files import locked
-from gravlens_jax.network import load_network
-from gravlens_jax.npz import open_npz
 from gravlens_jax.report import evaluate_network
 from gravlens_jax.run_files import read_history, write_history
-from gravlens_jax.training import fit
 from helpers import TINY_PRIORS, load, make_folders, make_run, make_state, refuse, save_npz, tiny_config
 from pack import pack
 
-several_tasks_fail = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @contextmanager
@@ -105,7 +101,6 @@ def test_file_too_large_for_the_disk_is_an_error_and_the_one_before_stays(tmp_pa
     assert not [f for f in tmp_path.rglob("*") if "tmp" in f.name or f.name == "train.npz"]
 
 
-@several_tasks_fail
 def test_full_disk_while_training_is_an_error_and_the_best_checkpoint_stays(tmp_path, silence, monkeypatch):
     config = tiny_config(tmp_path)
     monkeypatch.setattr(training, "evaluate_network", lambda *_, **__: {})  # the report is tested above
@@ -125,7 +120,6 @@ def save_and_fail(run_dir, reason):
         assert load(run_dir, "final")[1] == 1  # its digests are right
 
 
-@several_tasks_fail
 @pytest.mark.parametrize("size", [100, 4000, 60000])  # of the files of a checkpoint, some are larger
 def test_checkpoint_too_large_for_the_disk_leaves_the_one_before_and_can_be_saved_later(tmp_path, silence, size):
     make_run(tmp_path, [0.5])
@@ -137,7 +131,6 @@ def test_checkpoint_too_large_for_the_disk_leaves_the_one_before_and_can_be_save
     assert not [f for f in tmp_path.rglob("*") if "tmp" in f.name]
 
 
-@several_tasks_fail
 def test_checkpoint_on_a_full_disk_leaves_the_one_before(disk, silence):
     make_run(disk / "run", [0.5])
     with open(disk / "rest", "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):

@@ -10,9 +10,7 @@ import pytest
 
 from bench.simulators import ellipticity, lenstronomy_image, make_herculens
 from gravlens_jax.config import CLASSES
-from gravlens_jax.lensing import profiles
-from gravlens_jax.lensing.priors import PRIORS
-from gravlens_jax.lensing.render import render_lens, render_lenses, sample_lens
+from gravlens_jax.lensing import PRIORS, profiles, render_lens, render_lenses, sample_lens
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other codes
 render = jax.jit(render_lens, static_argnames="priors")

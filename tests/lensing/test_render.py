@@ -8,18 +8,10 @@ import pytest
 from scipy.optimize import least_squares
 
 from gravlens_jax.config import CLASSES
-from gravlens_jax.lensing.images import MAX_COUNTS, render_images
-from gravlens_jax.lensing.priors import PRIORS
+from gravlens_jax.lensing import PRIORS, render_images, render_lens, render_lenses, sample_lens, significance
+from gravlens_jax.lensing.images import MAX_COUNTS
 from gravlens_jax.lensing.profiles import deflect_sis, einstein_radius_squared, pixel_grid
-from gravlens_jax.lensing.render import (
-    Grid,
-    deflect_substructure,
-    deflection_map,
-    render_lens,
-    render_lenses,
-    sample_lens,
-    significance,
-)
+from gravlens_jax.lensing.render import Grid, deflect_substructure, deflection_map
 from helpers import refuse
 
 CT1 = PRIORS["ct1"]
