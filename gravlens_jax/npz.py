@@ -275,6 +275,8 @@ def read_rows(images: np.ndarray | MappedImages, rows: np.ndarray | slice) -> np
     (k,) or a slice. InputError if an image has NaN or infinite pixels, or the file was truncated or replaced since.
     """
     rows = np.arange(*rows.indices(len(images))) if isinstance(rows, slice) else np.asarray(rows, np.int64)
+    if len(rows) and not 0 <= rows.min() <= rows.max() < len(images):
+        raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(images)} images")
     pixels = _map_again(images, rows) if isinstance(images, MappedImages) else images
     short = images.dtype.itemsize <= 2
     batch = np.empty((len(rows), *images.shape[1:]), images.dtype.newbyteorder("=") if short else np.float32)

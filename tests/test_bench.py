@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import gravlens_jax
-from bench import costs, device, harness, steps, sweep
+from bench import costs, device, facts, harness, steps, sweep
 from bench.costs import Case, Steps
 from conftest import ROOT
 from gravlens_jax.config import Config, InputConfig, ModelConfig
@@ -95,6 +95,17 @@ def test_lines_hold_all_that_measurements_depend_on(monkeypatch, tmp_path, capsy
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", line["commit"]) if (ROOT / ".git").exists() else True
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", line[name]) for name in ("time", "started"))
     assert "2 x cpu" in capsys.readouterr().out
+
+
+def test_driver_and_libraries_of_an_accelerator_are_facts(monkeypatch, tmp_path):
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release\n")
+    monkeypatch.setattr(facts, "DRIVERS", (str(tmp_path / "none"), str(tmp_path / "version")))
+    packages = {"nvidia-cudnn-cu12": "9.8.0", "jax_cuda12_plugin": "0.12.0", "libtpu": "0.0.20", "scipy": "1.14"}
+    found = [SimpleNamespace(metadata={"Name": name}, version=version) for name, version in packages.items()]
+    monkeypatch.setattr(facts, "distributions", lambda: found)
+    assert facts.versions().keys() == {"python", "nvidia-cudnn-cu12", "jax-cuda12-plugin", "libtpu"}
+    line = facts.describe(facts.machine_facts())
+    assert "driver 570.86.15" in line and "nvidia-cudnn-cu12 9.8.0" in line and "libtpu 0.0.20" in line
 
 
 @pytest.mark.parametrize("case", [Case(True, 4, 8, devices=2, depth=8), Case(True, 4, 8, steps_per_call=3, depth=8)])

@@ -30,7 +30,11 @@ BOUNDS = {  # numeric fields: values just outside of their bounds, values just i
     "width": ([0, 2**12 + 1], [1, 2**12]),
     "plateau_factor": ([0.0, 1.0], [TINY, BELOW_1]),
     "psf_pixels": ([-1, 0, 10, 9], [11, 149]),
+    "z_lens_max": ([0.8], [0.8 - TINY]),
+    "z_source_min": ([0.6], [0.6 + TINY]),
+    "subhalo_number": ([31.0], [30.0]),
     "subhalo_slope": ([-1.0], [-1 - TINY, -1 + TINY]),
+    "subhalo_padding": ([54], [55]),
 }
 
 
@@ -44,6 +48,10 @@ def bounded_fields():
                 ends = RANGES[name.removesuffix("_min").removesuffix("_max")]
                 step = 1 if int in kinds else 1e-6 * ends[1]
                 outside = [*outside, ends[0] - step, ends[1] + step]
+            if cls is Priors and name.endswith(("_min", "_max")):  # which bound each other
+                low = name.endswith("min")
+                other = vars(Priors())[name[:-3] + ("max" if low else "min")]
+                outside, inside = [*outside, math.nextafter(other, math.inf if low else -math.inf)], [*inside, other]
             if {int, float} & kinds:
                 inside = inside or [vars(cls()).get(name)]
                 yield cls, name, outside + [math.nan, math.inf, -math.inf] * (float in kinds), inside

@@ -130,7 +130,8 @@ def test_folder_is_loaded_in_numerical_order_and_may_hold_stacks_of_any_range(tm
     np.testing.assert_allclose(dataset.images, [*map(scale, images)], atol=1e-6)
     assert dataset.images.dtype == np.float32 and list_folder(tmp_path, ("b", "a"))[1].tolist() == [0, 0, 0, 1]
     np.save(tmp_path / "a/2.npy", images[:, 1:])
-    refuse("a/2.npy: image has 7 x 6 pixels", load_labelled, tmp_path, {"x": "b", "y": "a"}, planes=STACK)
+    message = "a/2.npy: image has 7 x 6 pixels, expected 8 x 6"
+    refuse(message, load_labelled, tmp_path, {"x": "b", "y": "a"}, planes=STACK)
 
 
 def test_hidden_and_system_files_are_ignored_and_other_ones_named(tmp_path, capsys):
@@ -176,7 +177,8 @@ def test_labels_follow_the_wanted_classes_whose_names_are_never_guessed(tmp_path
     dataset = load_labelled(path, {"x": "b", "y": "c", "z": "a"})
     assert dataset.labels.tolist() == [2, 0, 1] and dataset.classes == ("x", "y", "z")
     assert list_classes(path) == ("a", "b", "c")
-    refuse("has the classes a, b, c; expected a, b: give --classes", load_labelled, path, {"a": "a", "b": "b"})
+    message = "has the classes a, b, c; expected a, b: give --classes a name for"
+    refuse(message, load_labelled, path, {"a": "a", "b": "b"})
 
 
 def test_compressed_npz_is_read_into_memory_each_time_unless_it_is_large(tmp_path, monkeypatch):

@@ -73,7 +73,8 @@ def test_splits_that_exist_are_used_as_they_are_and_other_folders_are_named(tmp_
     (source / "valid").mkdir()
     refuse("are both the val split", pack, source, tmp_path / "again")
     (source / "valid").rmdir()
-    refuse("TEST exists and is the test split", pack, source, tmp_path / "again", test_fraction=0.5)
+    message = "TEST exists and is the test split; leave --test-fraction out"
+    refuse(message, pack, source, tmp_path / "again", test_fraction=0.5)
 
 
 @pytest.mark.parametrize(

@@ -34,5 +34,5 @@ def test_a_report_has_predictions_and_dashes_for_a_class_without_images(tmp_path
     assert [line.count("sphere -") for line in text.splitlines()] == [0, 0, 0, 0, 1, 1, 0]
     assert text.endswith("report: there")
     other = replace(make_network(), image_shape=(30, 20))
-    message = "20 x 20 pixels, but the network was trained on 30 x 20"
+    message = "the images: 20 x 20 pixels, but the network was trained on 30 x 20"
     refuse(message, report.evaluate_network, other, DATASET)
