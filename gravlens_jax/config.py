@@ -100,7 +100,7 @@ class ModelConfig:
 
     depth: int = 20  # 6n + 2 layers
     width: int = 16  # filters of the first stage; doubled twice
-    projection: bool = False  # 1x1 convolution in shortcuts that change shape, instead of zero padding
+    activation: Literal["relu", "hard_swish"] = "hard_swish"  # smooth ones learn more from each image
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and statistics stay float32
 
     def __post_init__(self):
@@ -200,6 +200,7 @@ PRESETS = {
         simulation=SimulationConfig(train=30_000, easy=0, val=3_750, test=3_750),
         input=InputConfig(crop=150, pool=1, stretch="linear", mean=0.0, std=1.0),
         augment=AugmentConfig(flip=False, max_rotation=90.0, max_shift=0.1),
+        model=ModelConfig(activation="relu"),
         optim=OptimConfig("adam", learning_rate=1e-4, weight_decay=1e-4, warmup_steps=0, decay="constant"),
     ),
 }

@@ -25,12 +25,12 @@ GROUP_ELEMENTS = 160_000  # of the output gradient in one matrix product; its op
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Returns the convolution of `x` with `kernel`, with size // 2 zeros around each image.
+    """Returns the convolution of `x` with `kernel`, with a zero around each image.
 
-    `x` is float (n, height, width, channels), `kernel` float (size, size, channels, filters) with an odd size.
+    `x` is float (n, height, width, channels), `kernel` float (3, 3, channels, filters).
     """
-    border, layout = len(kernel) // 2, ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), [(border, border)] * 2, dimension_numbers=layout)
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), [(1, 1)] * 2, dimension_numbers=layout)
 
 
 convolve_for_training = jax.custom_vjp(convolve, nondiff_argnums=(2,))  # the same, without forward-mode derivatives
@@ -41,15 +41,15 @@ def _conv_backward(stride, residuals, grad):
         return jax.vjp(partial(convolve, stride=stride), x, kernel)[1](grad)
 
     def cpu(x, kernel, grad):
-        if (stride, len(kernel)) == (2, 3):
+        if stride == 2:
             grad_x = _strided_input_gradient(x.shape, kernel, grad)
         else:
             grad_x, _ = xla(x, kernel, grad)
         if stride == 1 and x.shape[3] >= 64 and x.shape[1] * x.shape[2] <= 256:
-            return grad_x, _gradient_by_convolution(x, grad, len(kernel)).astype(kernel.dtype)
+            return grad_x, _gradient_by_convolution(x, grad).astype(kernel.dtype)
         grad_kernel = jnp.zeros_like(kernel)
-        for first in range(min(stride, len(kernel))):
-            rows = _rows_gradient(x, grad, len(kernel), stride, first)
+        for first in range(stride):
+            rows = _rows_gradient(x, grad, stride, first)
             grad_kernel = grad_kernel.at[first::stride].set(rows.astype(kernel.dtype))
         return grad_x, grad_kernel
 
@@ -60,7 +60,7 @@ convolve_for_training.defvjp(lambda x, kernel, stride: (convolve(x, kernel, stri
 
 
 def _strided_input_gradient(shape, kernel, grad):
-    """Returns the gradient of the input, of this shape, of a 3x3 convolution with stride 2."""
+    """Returns the gradient of the input, of this shape, of a convolution with stride 2."""
     # Row 2q of the input has met kernel row 1 at output row q; row 2q + 1 has met rows 2 and 0 at output rows q and
     # q + 1. Columns likewise. So a 2x2 convolution of `grad` gives the four pixels of each block, as channels.
     _, height, width, channels = shape
@@ -76,44 +76,43 @@ def _strided_input_gradient(shape, kernel, grad):
     return blocks.reshape(n, 2 * q, 2 * r, channels)[:, :height, :width]
 
 
-def _gradient_by_convolution(x, grad, size):
+def _gradient_by_convolution(x, grad):
     """Returns the gradient of a kernel with stride 1: `x` convolved with `grad`, the sum over images as channels."""
-    border, layout = size // 2, ("NHWC", "HWIO", "NHWC")
     x, grad = x.transpose(3, 1, 2, 0), grad.transpose(1, 2, 0, 3)
-    kernel = jax.lax.conv_general_dilated(x, grad, (1, 1), [(border, border)] * 2, dimension_numbers=layout)
+    layout = ("NHWC", "HWIO", "NHWC")
+    kernel = jax.lax.conv_general_dilated(x, grad, (1, 1), [(1, 1)] * 2, dimension_numbers=layout)
     return kernel.transpose(1, 2, 0, 3)
 
 
-def _rows_gradient(x, grad, size, stride, first):
-    """Returns the gradient of kernel rows first, first + stride, ...: (rows, size, channels, filters)."""
+def _rows_gradient(x, grad, stride, first):
+    """Returns the gradient of kernel rows first, first + stride, ...: (rows, 3, channels, filters)."""
     # These rows are multiplied with the same rows of `x`, each shifted by one against the one before. With `grad`
     # shifted instead, one matrix product is enough for all of them.
     n, height, width, filters = grad.shape
-    channels, taps = x.shape[3], len(range(first, size, stride))
-    border, span = (size // 2, size // 2), (width - 1) * stride + 1
+    channels, taps = x.shape[3], len(range(first, 3, stride))
+    span = (width - 1) * stride + 1
     group = math.gcd(n, 1 << max(0, (GROUP_ELEMENTS // (height * width * filters)).bit_length() - 1))
     dtype = jnp.promote_types(x.dtype, jnp.float32)
 
     def add(index, total):
         images = jax.lax.dynamic_slice_in_dim(x, index * group, group)
-        images = jnp.pad(images, ((0, 0), border, border, (0, 0)))[:, first::stride]
-        images = jnp.concatenate([images[:, :, j : j + span : stride] for j in range(size)], axis=-1)
+        images = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))[:, first::stride]
+        images = jnp.concatenate([images[:, :, j : j + span : stride] for j in range(3)], axis=-1)
         rows = images.shape[1]
         grads = jax.lax.dynamic_slice_in_dim(grad, index * group, group)
         grads = jnp.pad(grads, ((0, 0), (taps - 1, rows - height), (0, 0), (0, 0)))
         grads = jnp.concatenate([grads[:, i : i + rows] for i in reversed(range(taps))], axis=-1)
-        images, grads = images.reshape(-1, size * channels), grads.reshape(-1, taps * filters)
+        images, grads = images.reshape(-1, 3 * channels), grads.reshape(-1, taps * filters)
         return total + jax.lax.dot_general(grads, images, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
 
-    total = jax.lax.fori_loop(0, n // group, add, jnp.zeros((taps * filters, size * channels), dtype))
-    return total.reshape(taps, filters, size, channels).transpose(0, 2, 3, 1)
+    total = jax.lax.fori_loop(0, n // group, add, jnp.zeros((taps * filters, 3 * channels), dtype))
+    return total.reshape(taps, filters, 3, channels).transpose(0, 2, 3, 1)
 
 
 class Conv(nn.Module):
-    """`convolve` with a kernel that is initialized for a network with ReLUs; named as in `flax.linen`."""
+    """`convolve` with a 3x3 kernel that is initialized for a network with ReLUs; named as in `flax.linen`."""
 
     filters: int
-    size: int = 3  # height and width of the kernel
     stride: int = 1
     dtype: Any = jnp.float32  # of computation and result; the kernel is float32
     train: bool = False  # with fast gradients, but without forward-mode derivatives
@@ -122,7 +121,7 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns the convolution of `x`, float (n, height, width, channels)."""
         he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al., arXiv 1502.01852
-        kernel = self.param("kernel", he_normal, (self.size, self.size, x.shape[-1], self.filters), jnp.float32)
+        kernel = self.param("kernel", he_normal, (3, 3, x.shape[-1], self.filters), jnp.float32)
         function = convolve_for_training if self.train else convolve
         return function(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
 

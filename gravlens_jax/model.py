@@ -6,7 +6,7 @@ maintained; and every layer is named explicitly, so that a port changes this fil
 
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -22,8 +22,7 @@ class ResNet(nn.Module):
     depth: int = 20  # 6n + 2: a first convolution, three stages of n blocks of two convolutions, a linear head
     width: int = 16  # filters of the first stage; the second and third have 2 and 4 times as many
     classes: tuple[str, ...] = CLASSES  # names, in the order of the logits
-    # 1x1 convolutions in the two shortcuts that change shape, instead of every second pixel and zeros on both sides
-    projection: bool = False
+    activation: Literal["relu", "hard_swish"] = "hard_swish"  # the latter is x min(max(x + 3, 0), 6) / 6
     dtype: Any = jnp.float32  # of activations; parameters, statistics and logits are float32
     input: InputConfig = InputConfig()  # how images become `x`: see `preprocess`
     pixel_scale: float | None = None  # of the training images, arcsec; None if unknown
@@ -39,7 +38,8 @@ class ResNet(nn.Module):
         conv = partial(Conv, dtype=self.dtype, train=train)
         # PyTorch's 0.1 is a momentum of 0.9: the noise of so few batches costs 2 % of the cross-entropy.
         norm = partial(BatchNorm, use_running_average=not train, momentum=0.97, epsilon=1e-5, dtype=self.dtype)
-        x = nn.relu(norm(name="norm0")(conv(self.width, name="conv0")(x)))
+        activate = getattr(nn, self.activation)
+        x = activate(norm(name="norm0")(conv(self.width, name="conv0")(x)))
         feature_maps = [x]
         for stage in range(3):
             filters = self.width * 2**stage
@@ -47,15 +47,12 @@ class ResNet(nn.Module):
                 name = f"stage{stage + 1}_block{block + 1}"
                 stride = 2 if stage and not block else 1
                 y = conv(filters, stride=stride, name=f"{name}_conv1")(x)
-                y = nn.relu(norm(name=f"{name}_norm1")(y))
+                y = activate(norm(name=f"{name}_norm1")(y))
                 y = norm(name=f"{name}_norm2")(conv(filters, name=f"{name}_conv2")(y))
-                if stride == 2 and self.projection:
-                    x = conv(filters, size=1, stride=2, name=f"{name}_projection")(x)
-                    x = norm(name=f"{name}_projection_norm")(x)
-                elif stride == 2:
+                if stride == 2:
                     extra = filters - x.shape[-1]
                     x = jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
-                x = nn.relu(x + y)
+                x = activate(x + y)
             feature_maps.append(x)
         features = x.astype(jnp.float32).mean((1, 2))
         return nn.Dense(len(self.classes), dtype=jnp.float32, name="head")(features), tuple(feature_maps)

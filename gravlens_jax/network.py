@@ -119,9 +119,9 @@ def calibrated(variables: Any, temperature: float, added: dict[str, np.ndarray])
 
 def describe(network: Network, run: Path | None = None) -> dict[str, Any]:
     """Returns the description that an exported network needs, ready for JSON; with config and history of its run."""
-    model, dtype = network.model, jnp.dtype(network.model.dtype).name
+    model, names = network.model, ModelConfig.__dataclass_fields__
     about = {
-        "model": {"depth": model.depth, "width": model.width, "projection": model.projection, "dtype": dtype},
+        "model": {name: getattr(model, name) for name in names} | {"dtype": jnp.dtype(model.dtype).name},
         "input": dataclasses.asdict(model.input.resolve()),
         "classes": model.classes,
         "image_shape": network.image_shape,
@@ -186,6 +186,9 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def _read_about(values: dict[str, Any], where: str) -> tuple[ResNet, _About]:
     needed = _About._field_defaults | {name: values[name] for name in _About._fields if name in values}
+    if isinstance(needed.get("model"), dict) and "projection" in needed["model"]:  # of 0.7
+        needed["model"] = {"activation": "relu"} | needed["model"]
+        check(not needed["model"].pop("projection"), f"{where}: networks with projections need version 0.7")
     about = from_dict(_About, needed, where)
     return make_model(about.model, about.input, about.classes, about.pixel_scale), about
 

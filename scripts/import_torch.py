@@ -32,7 +32,7 @@ def load_state_dict(path: Path) -> dict[str, np.ndarray]:
 
 
 def to_variables(state_dict: dict[str, np.ndarray], depth: int, order: list[int]) -> dict[str, Any]:
-    """Returns the Flax variables, float32, of a `ResNet` without projections; InputError if its depth is another one.
+    """Returns the Flax variables, float32, of a `ResNet`; InputError if its depth is another one.
 
     Args:
       state_dict: names as in GravLensNet: conv0, bn0, block<stage>.<block>.features.{conv,bn}_{1,2}, linear.
@@ -86,7 +86,7 @@ def main(
     names = tuple(cli.parse_classes(classes))
     ordered = tuple(sorted(names))
     published = PRESETS["published"].input
-    config = Config(run_dir=str(run), input=published, model=ModelConfig(depth=depth))
+    config = Config(run_dir=str(run), input=published, model=ModelConfig(depth=depth, activation="relu"))
     variables = to_variables(load_state_dict(weights), depth, [names.index(name) for name in ordered])
     create_run(run, RunInfo(config, ordered, (published.crop, published.crop)))
     save_variables(run, variables)

@@ -49,7 +49,7 @@ def test_unsuitable_data_and_options_are_refused():
     refuse("epochs=0", finetune, network, dataset, epochs=0)
 
 
-@pytest.mark.parametrize("scale, bias, message", [(1, 1e38, "is not finite at step 5"), (0, -1, "dead network")])
+@pytest.mark.parametrize("scale, bias, message", [(1, 1e38, "is not finite at step 5"), (0, -4, "dead network")])
 def test_broken_and_dead_networks_are_errors(scale, bias, message):
     network = make_network(input=INPUT)
     norm = {"scale": np.full(4, scale, np.float32), "bias": np.full(4, bias, np.float32)}

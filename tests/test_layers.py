@@ -19,17 +19,15 @@ def differentiate(module, variables, x):
     return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(variables["params"], x)
 
 
-@pytest.mark.parametrize("shape, filters, size, stride", [
-    *(((1, 6, 5, 1), 3, 3, 1), ((3, 7, 5, 4), 2, 3, 1), ((6, 6, 6, 3), 17, 3, 1), ((4, 6, 5, 17), 2, 3, 1)),
-    *(((1, 6, 5, 1), 3, 3, 2), ((3, 7, 5, 4), 17, 3, 2), ((6, 6, 6, 3), 4, 3, 2), ((4, 5, 7, 17), 2, 3, 2)),
-    *(((4, 6, 5, 2), 4, 1, 2), ((3, 7, 5, 2), 4, 1, 1)),
+@pytest.mark.parametrize("shape, filters, stride", [
+    *(((1, 6, 5, 1), 3, 1), ((3, 7, 5, 4), 2, 1), ((6, 6, 6, 3), 17, 1), ((4, 6, 5, 17), 2, 1), ((3, 4, 5, 64), 2, 1)),
+    *(((1, 6, 5, 1), 3, 2), ((3, 7, 5, 4), 17, 2), ((6, 6, 6, 3), 4, 2), ((4, 5, 7, 17), 2, 2)),
 ])  # fmt: skip
-def test_convolution_and_its_gradients_are_flax_s(shape, filters, size, stride):
-    x, kernel = RNG.normal(size=shape), RNG.normal(size=(size, size, shape[3], filters))
-    options = {"padding": size // 2, "use_bias": False}
+def test_convolution_and_its_gradients_are_flax_s(shape, filters, stride):
+    x, kernel = RNG.normal(size=shape), RNG.normal(size=(3, 3, shape[3], filters))
     with jax.enable_x64(True):
-        flax = nn.Conv(filters, (size, size), stride, **options, dtype=jnp.float64)
-        ours = Conv(filters, size, stride, jnp.float64, train=True)
+        flax = nn.Conv(filters, (3, 3), stride, padding=1, use_bias=False, dtype=jnp.float64)
+        ours = Conv(filters, stride, jnp.float64, train=True)
         found, expected = (differentiate(module, {"params": {"kernel": kernel}}, x) for module in (ours, flax))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), found, expected)
 
@@ -42,7 +40,7 @@ def test_convolution_is_initialized_as_flax_s_by_he_et_al():
 
 def test_other_platforms_have_xla_s_convolutions_alone():
     x, variables = jnp.ones((2, 4, 4, 1)), {"params": {"kernel": jnp.ones((3, 3, 1, 2))}}
-    traced = jax.jit(differentiate, static_argnums=0).trace(Conv(2, 3, 2, train=True), variables, x)
+    traced = jax.jit(differentiate, static_argnums=0).trace(Conv(2, 2, train=True), variables, x)
     for platform in ("cuda", "tpu"):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert "stablehlo.convolution" in text and "while" not in text and "dot_general" not in text

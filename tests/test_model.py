@@ -18,20 +18,18 @@ def test_parameter_counts_of_the_published_networks(depth, parameters):
 
 
 def test_config_describes_every_attribute_of_the_network():
-    config, input_config = ModelConfig(depth=14, width=8, projection=True, dtype="bfloat16"), InputConfig(crop=50)
-    expected = {"depth": 14, "width": 8, "classes": ("a", "b"), "projection": True, "dtype": jnp.dtype("bfloat16")}
+    config, input_config = ModelConfig(14, 8, "relu", "bfloat16"), InputConfig(crop=50)
+    expected = {"depth": 14, "width": 8, "classes": ("a", "b"), "activation": "relu", "dtype": jnp.dtype("bfloat16")}
     assert make_model(config, input_config, ("a", "b")) == ResNet(**expected, input=input_config.resolve())
 
 
-@pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize("size, width", [((16, 16), 6), ((17, 13), 3), ((50, 50), 1)])
-def test_any_image_size_width_and_number_of_classes(size, width, projection):
-    model = TINY_MODEL.clone(classes=("a", "b", "c", "d"), width=width, projection=projection)
+def test_any_image_size_width_and_number_of_classes(size, width):
+    model = TINY_MODEL.clone(classes=("a", "b", "c", "d"), width=width)
     logits, feature_maps = jax.eval_shape(model.apply, variable_shapes(model), jnp.zeros((2, *size, 1)))
-    assert logits.shape == (2, 4)
     scaled = [tuple(-(-length // factor) for length in size) for factor in (1, 1, 2, 4)]
     expected = [(2, *pixels, width * factor) for pixels, factor in zip(scaled, (1, 1, 2, 4), strict=True)]
-    assert [x.shape for x in feature_maps] == expected
+    assert [x.shape for x in (logits, *feature_maps)] == [(2, 4), *expected]
 
 
 def test_bfloat16_leaves_logits_float32():
@@ -42,11 +40,12 @@ def test_bfloat16_leaves_logits_float32():
     np.testing.assert_allclose(logits, jax.jit(TINY_MODEL.apply)(variables, x)[0], atol=0.05)  # bfloat16 has 8 bits
 
 
-def test_projection_shortcuts_add_two_convolutions():
-    plain, projected = (variable_shapes(TINY_MODEL.clone(projection=p))["params"] for p in (False, True))
-    names = [f"stage{stage}_block1_projection{suffix}" for stage in (2, 3) for suffix in ("", "_norm")]
-    assert sorted(projected.keys() - plain.keys()) == names
-    assert projected["stage2_block1_projection"]["kernel"].shape == (1, 1, 4, 8)
+def test_activations_are_those_of_their_names():
+    variables, bias = make_variables(0), np.linspace(-4, 4, 4, dtype=np.float32)
+    variables["params"]["norm0"] = {"scale": 0 * bias, "bias": bias}
+    for name, expected in {"relu": np.maximum(bias, 0), "hard_swish": bias * np.clip(bias + 3, 0, 6) / 6}.items():
+        feature_map = TINY_MODEL.clone(activation=name).apply(variables, jnp.zeros((1, 16, 16, 1)))[1][0]
+        np.testing.assert_allclose(feature_map[0, 0, 0], expected, atol=1e-6)
 
 
 def test_training_keeps_97_percent_of_the_running_statistics():

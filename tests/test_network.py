@@ -13,7 +13,7 @@ from safetensors import safe_open
 from export import FORMATS, export_network
 from gravlens_jax import __version__
 from gravlens_jax.checkpoint import save_variables
-from gravlens_jax.config import CLASSES, InputConfig
+from gravlens_jax.config import CLASSES, PRESETS
 from gravlens_jax.folders import list_folder, load_labelled
 from gravlens_jax.inference import predict, predict_logits
 from gravlens_jax.metrics import fit_population
@@ -69,6 +69,9 @@ def test_files_that_are_not_networks_are_refused_but_unknown_fields_and_a_missin
     loaded = load_network(file)
     assert loaded.model == TINY_MODEL and loaded.temperature == 1
     assert_equal(loaded.variables, make_network().variables)
+    about["model"] = {"depth": 8, "width": 4, "projection": False, "dtype": "float32"}  # as 0.7 wrote it
+    write_network(file, make_network(), about)
+    assert load_network(file).model == TINY_MODEL.clone(activation="relu")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -156,7 +159,7 @@ def test_a_file_that_cannot_be_written_is_refused_before(file, monkeypatch):
 def test_published_networks_give_their_pytorch_logits_on_real_images(shared, real, name, depth, correct):
     order = [("no", "vort", "sphere").index(c) for c in CLASSES]
     variables = to_variables(load_state_dict(shared / "reference" / f"{name}.npz"), depth, order)
-    model = ResNet(depth=depth, input=InputConfig(crop=150, pool=1, stretch="linear", mean=0.0, std=1.0))
+    model = ResNet(depth=depth, activation="relu", input=PRESETS["published"].input)
     with np.load(shared / "reference" / "logits.npz", allow_pickle=False) as reference:
         rows = {file: row for row, file in enumerate(reference["files"].tolist())}
         expected = reference[name][[rows[f"dataset/val/{file}"] for file in real.info["files"]]][:, order]

@@ -40,11 +40,11 @@ class Block(torch.nn.Module):
         self.conv2, self.norm2 = Conv(filters, filters), torch.nn.BatchNorm2d(filters)
 
     def forward(self, x):
-        y = functional.relu(self.norm1(self.conv1(x)), inplace=True)
+        y = functional.hardswish(self.norm1(self.conv1(x)), inplace=True)
         y = self.norm2(self.conv2(y))
         if self.stride == 2:
             x = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra, self.extra))
-        return functional.relu(x + y, inplace=True)
+        return functional.hardswish(x + y, inplace=True)
 
 
 class ResNet(torch.nn.Module):
@@ -59,7 +59,7 @@ class ResNet(torch.nn.Module):
         self.head, self.auxiliary = torch.nn.Linear(64, 3), torch.nn.Conv2d(64, 2, 1)
 
     def forward(self, x):
-        features = self.blocks(functional.relu(self.norm(self.conv(x))))
+        features = self.blocks(functional.hardswish(self.norm(self.conv(x))))
         return self.head(features.mean((2, 3)).float()), features
 
 

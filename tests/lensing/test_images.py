@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gravlens_jax import PRIORS, ResNet, predict_logits
-from gravlens_jax.config import CLASSES, InputConfig
+from gravlens_jax.config import CLASSES, PRESETS
 from gravlens_jax.lensing import images
 from gravlens_jax.lensing.images import labels_of, render_images, simulate_parameters, without_nan
 from gravlens_jax.lensing.render import Grid, deflection_map
@@ -86,7 +86,7 @@ def test_lenses_without_substructure_are_those_of_9995_public_images(smooth_coun
 def test_network_trained_on_public_images_recognizes_simulated_ones(shared, counts):
     order = [("no", "vort", "sphere").index(name) for name in CLASSES]
     variables = to_variables(load_state_dict(shared / "reference" / "Train_3_best.npz"), 32, order)
-    model = ResNet(depth=32, input=InputConfig(crop=150, pool=1, stretch="linear", mean=0.0, std=1.0))
+    model = ResNet(depth=32, activation="relu", input=PRESETS["published"].input)
     predicted = predict_logits(model, variables, counts[:100], 50).argmax(1)
     assert 0.83 <= np.mean(predicted == labels_of(100)) <= 0.96  # it is right on 89.6 % of public images
 
