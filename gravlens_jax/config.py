@@ -171,7 +171,7 @@ class Config:
 
 
 PRESETS = {
-    # 12 minutes on two CPU cores, simulation included; right on 96.7 % of simulated test images.
+    # 13 minutes on two CPU cores, simulation included; right on 97.2 % of simulated test images.
     "default": Config(),
     # Of the pretrained network: 300,000 images, eight times each. 4 h 17 min, 14 GB of images; right on 98.8 %.
     "best": Config(
