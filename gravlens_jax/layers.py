@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 GROUP_ELEMENTS = 160_000  # of the output gradient in one matrix product; its operands fill the second-level cache
+LAYOUT = ("NHWC", "HWIO", "NHWC")  # of images, kernels and results of convolutions
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -29,8 +30,7 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
     `x` is float (n, height, width, channels), `kernel` float (3, 3, channels, filters).
     """
-    layout = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), [(1, 1)] * 2, dimension_numbers=layout)
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), [(1, 1)] * 2, dimension_numbers=LAYOUT)
 
 
 convolve_for_training = jax.custom_vjp(convolve, nondiff_argnums=(2,))  # the same, without forward-mode derivatives
@@ -69,8 +69,7 @@ def _strided_input_gradient(shape, kernel, grad):
     both = jnp.zeros((2, 2, 2, 2, *kernel.shape[2:]), kernel.dtype)  # then the same of columns
     both = both.at[:, :, 0, 0].set(rows[:, :, 1]).at[:, :, 0, 1].set(rows[:, :, 2]).at[:, :, 1, 1].set(rows[:, :, 0])
     both = both.transpose(0, 2, 5, 1, 3, 4).reshape(2, 2, kernel.shape[3], 4 * channels)
-    layout = ("NHWC", "HWIO", "NHWC")
-    blocks = jax.lax.conv_general_dilated(grad, both, (1, 1), ((0, 1), (0, 1)), dimension_numbers=layout)
+    blocks = jax.lax.conv_general_dilated(grad, both, (1, 1), ((0, 1), (0, 1)), dimension_numbers=LAYOUT)
     n, q, r, _ = grad.shape
     blocks = blocks.reshape(n, q, r, 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
     return blocks.reshape(n, 2 * q, 2 * r, channels)[:, :height, :width]
@@ -79,8 +78,7 @@ def _strided_input_gradient(shape, kernel, grad):
 def _gradient_by_convolution(x, grad):
     """Returns the gradient of a kernel with stride 1: `x` convolved with `grad`, the sum over images as channels."""
     x, grad = x.transpose(3, 1, 2, 0), grad.transpose(1, 2, 0, 3)
-    layout = ("NHWC", "HWIO", "NHWC")
-    kernel = jax.lax.conv_general_dilated(x, grad, (1, 1), [(1, 1)] * 2, dimension_numbers=layout)
+    kernel = jax.lax.conv_general_dilated(x, grad, (1, 1), [(1, 1)] * 2, dimension_numbers=LAYOUT)
     return kernel.transpose(1, 2, 0, 3)
 
 

@@ -38,7 +38,7 @@ class ResNet(nn.Module):
         conv = partial(Conv, dtype=self.dtype, train=train)
         # PyTorch's 0.1 is a momentum of 0.9: the noise of so few batches costs 2 % of the cross-entropy.
         norm = partial(BatchNorm, use_running_average=not train, momentum=0.97, epsilon=1e-5, dtype=self.dtype)
-        activate = getattr(nn, self.activation)
+        activate = {"relu": nn.relu, "hard_swish": nn.hard_swish}[self.activation]
         x = activate(norm(name="norm0")(conv(self.width, name="conv0")(x)))
         feature_maps = [x]
         for stage in range(3):

@@ -2,7 +2,6 @@
 
 import signal
 import socket
-from functools import partial
 
 import jax
 import numpy as np
@@ -50,7 +49,8 @@ def test_result_does_not_depend_on_the_number_of_processes_and_one_of_them_print
     assert_same_run(run_dir, folder / "runs/1")
     assert (run_dir / "report/metrics.json").exists()
     a, b = (load_network(path).variables for path in (run_dir, folder / "runs/1"))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), a, b)
+    # The whitening has entries of 760.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=max(1e-3, 1e-5 * np.abs(y).max())), a, b)
 
 
 def test_processes_started_together_share_the_images_that_one_of_them_simulates(tmp_path):
