@@ -123,11 +123,13 @@ def _restore(manager: ocp.CheckpointManager, step: int, abstract: dict[str, Any]
     folder = Path(manager.directory) / str(step)
     with _catch_damage(folder):
         verify_digests(folder)
-        # Compared here, since Orbax casts another dtype silently and reports another shape in a page of text.
         found, expected = (_describe(tree) for tree in (dict(manager.item_metadata(step)), abstract))
-        for name in expected.keys() | {name for name in found if name.partition("/")[0] in abstract}:
-            if found.get(name) != expected.get(name):
-                raise ValueError(f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}")
+    # Compared here, since Orbax casts another dtype silently and reports another shape in a page of text.
+    for name in sorted(expected.keys() | {name for name in found if name.partition("/")[0] in abstract}):
+        differs = f"{folder}: {name} is {found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"
+        advice = "it is not of the network and optimizer in config.json, or of another version; start a new run"
+        check(found.get(name) == expected.get(name), f"{differs}: {advice}")
+    with _catch_damage(folder):
         args = {name: ocp.args.StandardRestore(item) for name, item in abstract.items()}
         return dict(manager.restore(step, args=ocp.args.Composite(**args)))
 
@@ -143,8 +145,9 @@ def _describe(tree: Any) -> dict[str, tuple]:
 def _catch_damage(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         others = [other.name for other in folder.parent.iterdir() if other.name.isdecimal() and other != folder]
         advice = f"Remove it to continue from step {' or '.join(others)}" if others else "There is no other one"
-        message = f"{folder} is damaged, or not of the network in config.json: {' '.join(str(error).split())[:300]}"
-        raise InputError(f"{message}. {advice}") from error
+        raise InputError(f"{folder} is damaged: {' '.join(str(error).split())[:300]}. {advice}") from error
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error}; fix the permissions or the disk, and try again") from error

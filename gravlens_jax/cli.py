@@ -23,7 +23,7 @@ from gravlens_jax.errors import InputError, check
 from gravlens_jax.folders import Planes
 from gravlens_jax.progress import Stopped
 
-HELP = "directory made by train.py or import_torch.py, .npz made by export.py, or the word pretrained"
+HELP = "directory made by train.py or import_torch.py, .npz made by export.py or finetune.py, or the word pretrained"
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=HELP)]
 PlaneOptions = Annotated[Planes, tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff]
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -71,7 +71,10 @@ def run(main: Callable[[], Any]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is printed as \\xe9, for example
             stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # by default, temporary files would stay
+    for number in (signal.SIGTERM, signal.SIGHUP):  # by default, temporary files would stay
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup makes SIGHUP
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGUSR1, lambda *_: None)  # between training steps: see `progress.recorded_signals`
     os.environ.pop("MPLBACKEND", None)  # figures need none, and a notebook's may not be installed here
     silence_orbax()
     try:
@@ -103,7 +106,8 @@ def _explain(error: Exception) -> tuple[str, int] | None:
         advice = 'unset it to use any device, or install its driver and "gravlens_jax[cuda12]", [cuda13] or [tpu]'
         return f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: this device cannot be used ({reason}); {advice}", 2
     if re.search(OUT_OF_MEMORY, text, re.IGNORECASE):
-        advice = "give a smaller --batch-size, leave --device-data out, or set XLA_PYTHON_CLIENT_PREALLOCATE=false"
+        advice = "train with a smaller --batch-size or without --device-data, set XLA_PYTHON_CLIENT_PREALLOCATE=false"
+        advice += " if other programs use the device, or JAX_PLATFORMS=cpu"
         return f"the device has too little memory ({text[:200]}); {advice}", 2
     if _several_processes() and re.search(LOST_CONNECTION, text, re.IGNORECASE):
         message = "another process of this run has ended or cannot be reached; saved checkpoints are intact"

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,9 +112,14 @@ def find_priors(dataset: npz.Dataset) -> Priors | None:
     with suppress(KeyError, TypeError, ValueError):  # parameters that were edited
         if shows_its_lenses(dataset, priors):
             return priors
-    notice = "the images are not those of their lens parameters: no deflection maps of their substructure"
-    print(notice, file=sys.stderr)
+    _notice(f"{getattr(dataset.images, 'path', 'images in memory')}")
     return None
+
+
+@cache
+def _notice(where: str) -> None:  # once for each file
+    notice = "the images are not those of their lens parameters: no deflection maps of their substructure"
+    print(f"{where}: {notice}", file=sys.stderr)
 
 
 def shows_its_lenses(dataset: npz.Dataset, priors: Priors) -> bool:
@@ -157,8 +162,7 @@ def fingerprint(dataset: npz.Dataset) -> str:
         digest.update(json.dumps(dataset.info, sort_keys=True).encode())
     else:
         digest.update(dataset.labels.tobytes())
-        for row in np.linspace(0, n - 1, min(n, 64)).astype(int):
-            digest.update(npz.read_rows(dataset.images, np.array([row])).tobytes())
+        digest.update(npz.read_rows(dataset.images, np.linspace(0, n - 1, min(n, 64)).astype(int)).tobytes())
     classes = ", ".join(dataset.classes)
     return f"{n} x {height} x {width} {dataset.images.dtype.str}, classes {classes}, sha256 {digest.hexdigest()}"
 

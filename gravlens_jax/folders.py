@@ -165,7 +165,7 @@ def list_classes(path: Path) -> tuple[str, ...]:
 def list_folder(folder: Path, names: Sequence[str]) -> tuple[list[Path], np.ndarray]:
     """Returns the image files of `folder/<name>/`, numbers in numerical order, and the label of each, int32 (files,).
 
-    Other visible files there, and other folders, are named on stderr.
+    The paths of other visible files there, and of other folders, are printed to stderr.
     """
     files, labels, unread = [], [], [folder / name for name in list_classes(folder) if name not in names]
     check(bool(names), f"{folder}: no folders there; expected one folder of images for each class")
@@ -184,7 +184,7 @@ def list_folder(folder: Path, names: Sequence[str]) -> tuple[list[Path], np.ndar
 
 
 def show_unread(files: Iterable[Path]) -> None:
-    """Names files that are not read on stderr."""
+    """Prints the paths of files that are not read to stderr."""
     if text := ", ".join(map(str, files)):
         print(f"not read: {text}", file=sys.stderr)
 
@@ -206,6 +206,7 @@ def load_labelled(
             origins += [f"{file.parent.name}/{file.name}" + f"[{i}]" * (len(stack) > 1) for i in range(len(stack))]
         labels = np.repeat(file_labels, [len(stack) for stack in stacks])
         return Dataset(np.concatenate(stacks), labels, tuple(classes), {"files": origins})
+    check(planes == ONE_PLANE, f"{path}: --band, --stack and --hdu are for .npy and FITS files; leave them out")
     dataset = load_npz(path, label_names)
     has = f"{path} has the classes {', '.join(dataset.classes)}; expected {', '.join(names)}"
     hint = "give --classes a name for each of the file's classes (name=name in the file where they differ)"

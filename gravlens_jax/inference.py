@@ -67,8 +67,8 @@ def predict(
     """Returns the probability of each class, float32 (n, len(model.classes)); arguments as in `predict_logits`.
 
     With `return_outlier` also the outlier scores, float32 (n,): the distance from the network's training population
-    (`metrics.outlier_scores`), above 1 for 1 % of images like those; the class of an image far above 1 means nothing.
-    NaN if the network has no population: see `load_network`.
+    (`metrics.outlier_scores`), above 1 for 1 % of images like those; the class of an image far above 1 is unreliable.
+    NaN if the network has no population: an unfinished run, or weights of PyTorch.
     """
     logits, means = outputs(model, variables, images, batch_size, tta)[:2]
     probabilities = np.asarray(jax.nn.softmax(logits))
@@ -120,14 +120,14 @@ def predict_deflection(
 ) -> np.ndarray:
     """Returns maps of the deflection of light by dark substructure, float32 (n, cells, cells, 2), x and y in arcsec.
 
-    The substructure's own deflection *less that of the same mass in the smooth halo*, so 0 for a lens without, in cells
-    of a quarter of the network's resolution (`deflection_grid`), softened by 3/8 of a cell. +x is right, +y up, row 0
-    at +y. A linear function of the last feature map, which training taught to predict it. It is an expectation: it
-    shrinks toward 0 where the image says little, and is an extrapolation in cells without light.
+    The substructure's own deflection *minus that of the same mass in the smooth halo*, so 0 for a lens without. Cells
+    have a quarter of the network's resolution (`deflection_grid`); maps are softened by 3/8 of a cell. +x is right, +y
+    up, row 0 at +y. A linear function of the last feature map, which training taught to predict it. It is an
+    expectation: it shrinks toward 0 where the image says little, and is an extrapolation in cells without light.
 
-    Angles are right for the pixel scale of the training images, and grow with that of others. Masses: the theta_E^2 of
-    the preset `ct1` follows the public images (luminosity distances), and is 1.56 to 1.80 times smaller than that of
-    the textbook for the same mass.
+    Angles are those of the training images' pixel scale: multiply them by the ratio for another one. Masses: theta_E^2
+    in the preset `ct1` follows the public images (luminosity distances), and is 1.56 to 1.80 times smaller than the
+    textbook's for the same mass.
 
     Arguments and errors as in `predict_logits`; InputError also for a network without deflections. With `tta` mirrored
     images have mirrored maps.

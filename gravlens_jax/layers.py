@@ -108,7 +108,7 @@ def _rows_gradient(x, grad, stride, first):
 
 
 class Conv(nn.Module):
-    """`convolve` with a 3x3 kernel that is initialized for a network with ReLUs; named as in `flax.linen`."""
+    """`convolve` with a 3x3 kernel and He initialization (fan-out); named as in `flax.linen`."""
 
     filters: int
     stride: int = 1

@@ -8,7 +8,7 @@ import numpy as np
 
 NO_DEFLECTION = 1e-6  # arcsec; rounding gives a lens without substructure less
 VISIBLE = 0.05  # mean pixel, of images in [0, 1], from which on the light of a cell shows its deflection
-ADVICE = "saved checkpoints are intact; start again with a lower learning rate"
+ADVICE = "start again with a lower learning rate (checkpoints that were saved before are intact)"
 
 
 def mean_metrics(sums: dict[str, Any]) -> tuple[float, float]:

@@ -64,6 +64,7 @@ def load_network(run: str | Path, checkpoint: Checkpoint = "best") -> Network:
     """
     path = find_network(run)
     if path.suffix == ".npz" and not path.is_dir():
+        check(checkpoint == "best", f"{path} holds one network; leave --checkpoint {checkpoint} out")
         network = _load_file(path)
     else:
         values = run_files.read_config(path)
@@ -72,7 +73,8 @@ def load_network(run: str | Path, checkpoint: Checkpoint = "best") -> Network:
         temperature = run_files.read_temperature(path, step)
         variables = calibrated(variables, temperature, _read_added(path, step, model))
         network = Network(model, variables, about.image_shape, temperature)
-    _check_finite(network, path, "used")
+    finite = metrics.find_not_finite(network.variables) is None
+    check(finite, f"{path}: the network has parameters that are not finite; train again with a lower learning rate")
     return network
 
 
@@ -117,10 +119,10 @@ def calibrated(variables: Any, temperature: float, added: dict[str, np.ndarray])
     return {**variables, "params": {**variables["params"], "head": head}, **unflatten_dict(added, sep="/")}
 
 
-def describe(network: Network, run: Path | None = None) -> dict[str, Any]:
-    """Returns the description that an exported network needs, ready for JSON; with config and history of its run."""
+def describe(network: Network, run: str | Path | None = None) -> dict[str, Any]:
+    """Returns the description that an exported network needs, ready for JSON; with the `read_record` of its `run`."""
     model, names = network.model, ModelConfig.__dataclass_fields__
-    about = {
+    return {
         "model": {name: getattr(model, name) for name in names} | {"dtype": jnp.dtype(model.dtype).name},
         "input": dataclasses.asdict(model.input.resolve()),
         "classes": model.classes,
@@ -128,35 +130,44 @@ def describe(network: Network, run: Path | None = None) -> dict[str, Any]:
         "temperature": network.temperature,
         "pixel_scale": model.pixel_scale,
         "version": __version__,
-    }
-    if run is not None and (run / "config.json").exists():
-        about |= {"config": run_files.read_config(run)["config"], "history": run_files.read_history(run)}
-    return about
+    } | (read_record(run) if run else {})
 
 
-def named_arrays(network: Network, out: Path) -> dict[str, np.ndarray]:
-    """Returns the variables, float32, by names such as params/head/bias; InputError about `out` if not finite."""
-    _check_finite(network, out, "exported")
+def read_record(run: str | Path) -> dict[str, Any]:
+    """Returns what is recorded of the training of a network, given as in `load_network`: its config and history.
+
+    Of a fine-tuned network it is the dict `finetuned`; {} if an exported network has no record. Only the last part of
+    paths is kept.
+    """
+    path = find_network(run)
+    if path.suffix == ".npz" and not path.is_dir():
+        about, _ = read_file(path)
+        return {name: about[name] for name in ("config", "history", "finetuned") if name in about}
+    return {"config": _shorten(run_files.read_config(path)["config"]), "history": run_files.read_history(path)}
+
+
+def _shorten(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the config of a run without the folders of its author."""
+    short = {name: Path(x).name for name, x in config.items() if name in ("run_dir", "data", "folder") and x}
+    return config | short | {name: _shorten(x) for name, x in config.items() if isinstance(x, dict)}
+
+
+def named_arrays(network: Network) -> dict[str, np.ndarray]:
+    """Returns the variables, float32, by names such as params/head/bias."""
     named = flatten_dict(network.variables, sep="/")
     return {name: np.array(x, np.float32, order="C") for name, x in named.items()}
 
 
 def write_network(out: Path, network: Network, about: dict[str, Any]) -> None:
     """Writes a network to an .npz, atomically: `named_arrays`, and `about`, from `describe`, as JSON text."""
-    files.write_arrays(out, {"about": np.array(json.dumps(about))} | named_arrays(network, out))
-
-
-def _check_finite(network: Network, where: Path, use: str) -> None:
-    finite = metrics.find_not_finite(network.variables) is None
-    reason = f"the network has parameters that are not finite, it cannot be {use}"
-    check(finite, f"{where}: {reason}; train again with a lower learning rate")
+    files.write_arrays(out, {"about": np.array(json.dumps(about))} | named_arrays(network))
 
 
 def _read_added(run_dir: Path, step: int, model: ResNet) -> dict[str, np.ndarray]:
     path = run_dir / "population.npz"
     arrays = load_arrays(path, "arrays", "f") if path.exists() else {}
     of_step = {name.partition("/")[2]: x for name, x in arrays.items() if name.startswith(f"{step}/")}
-    # Those of 0.7 had no group.
+    # Those of version 0.7 have no group.
     added = {name if "/" in name else f"population/{name}": x for name, x in of_step.items()}
     shapes = {name: x.shape for name, x in added.items()}
     check(shapes == _added_shapes(model, added), f"{path} does not fit the network; remove it")
@@ -186,7 +197,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def _read_about(values: dict[str, Any], where: str) -> tuple[ResNet, _About]:
     needed = _About._field_defaults | {name: values[name] for name in _About._fields if name in values}
-    if isinstance(needed.get("model"), dict) and "projection" in needed["model"]:  # of 0.7
+    if isinstance(needed.get("model"), dict) and "projection" in needed["model"]:  # of version 0.7
         needed["model"] = {"activation": "relu"} | needed["model"]
         check(not needed["model"].pop("projection"), f"{where}: networks with projections need version 0.7")
     about = from_dict(_About, needed, where)
@@ -199,7 +210,8 @@ def _load_file(path: Path) -> Network:
     expected = {name: x.shape for name, x in flatten_dict(variable_shapes(model), sep="/").items()}
     expected |= _added_shapes(model, arrays)
     shapes = {name: array.shape for name, array in arrays.items() if array.dtype.kind == "f"}
-    check(shapes == expected and len(arrays) == len(shapes), f"{path}: its arrays do not fit its model")
+    fits = shapes == expected and len(arrays) == len(shapes)
+    check(fits, f"{path}: its arrays do not fit its model; export it again")
     with np.errstate(over="ignore"):  # of float64; `load_network` finds the infinity
         variables = {name: jnp.asarray(array.astype(np.float32)) for name, array in arrays.items()}
     return Network(model, unflatten_dict(variables, sep="/"), about.image_shape, about.temperature)

@@ -45,7 +45,10 @@ class Header(NamedTuple):  # of an .npy; its shape agrees with the number of byt
 
 @dataclass(frozen=True)
 class MappedImages:
-    """Images in a file, not read yet: `read_rows`, or an index, maps the file and reads some of them."""
+    """Images in a file, not read yet: `read_rows`, or an index, maps the file and reads some of them.
+
+    Pixels of 8 or 16 bits are as stored; images of more bits are scaled to [0, 1], float32, see `scale`.
+    """
 
     path: Path
     offset: int  # bytes before the first image
@@ -66,7 +69,7 @@ class MappedImages:
 class Dataset(NamedTuple):
     """Labelled images."""
 
-    images: np.ndarray | MappedImages  # (n, height, width), uint8 to float64
+    images: np.ndarray | MappedImages  # (n, height, width), uint8 to float64; see `read_rows`
     labels: np.ndarray  # int32 (n,)
     classes: tuple[str, ...]
     info: dict
@@ -100,9 +103,9 @@ def write_npz(
     (n,), index `classes` (None: for prediction only); `info` is a JSON object; `arrays`, name -> array, are added.
     """
     path = Path(path).absolute()
-    small = {"classes": np.array(classes, str), "info": np.array(json.dumps(info))} | (arrays or {})
+    small = {"info": np.array(json.dumps(info))} | (arrays or {})
     if labels is not None:
-        small["labels"] = np.asarray(labels, np.int32)
+        small |= {"labels": np.asarray(labels, np.int32), "classes": np.array(classes, str)}
     with replacing(path) as temporary:
         needed, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
         check(needed <= free, f"{path} needs {needed:,} bytes, {free:,} are free; free space or choose another folder")
@@ -240,6 +243,7 @@ def read_image_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Header
     with archive.open(info) as member:
         header = read_header(member, info.file_size, "uif", where)
     shape = header.shape
+    check(not header.fortran_order, f"{where} is in Fortran order; save it again with numpy.ascontiguousarray")
     right = 2 <= len(shape) <= 4 and (len(shape) < 4 or 1 in (shape[1], shape[3]))
     expected = "(height, width) or (n, height, width), perhaps with an axis of length 1 for the channel"
     check(right, f"{where}: images have shape {shape}, expected {expected}")
@@ -258,7 +262,6 @@ def map_images(file: IO[bytes], dtype: np.dtype, offset: int, shape: tuple[int, 
 def _locate_images(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> MappedImages:
     """Finds the images of an archive; their data must lie between the start of the file and its directory."""
     where, header = f"{archive.filename}: {info.filename}", read_image_header(archive, info)
-    check(not header.fortran_order, f"{where} is in Fortran order, expected C order")
     file: Any = archive.fp
     file.seek(info.header_offset)
     name_bytes, extra_bytes = struct.unpack("<26xHH", file.read(30))

@@ -73,14 +73,16 @@ def rotate_and_shift(images: jax.Array, key: jax.Array, max_rotation: float, max
     return jax.vmap(one)(images, angles, shifts)
 
 
-def augment(images: jax.Array, key: jax.Array, config: AugmentConfig) -> jax.Array:
-    """Applies the random changes that `config` enables; float (n, height, width, 1) in and out."""
+def augment(images: jax.Array, key: jax.Array, config: AugmentConfig, crop: int) -> jax.Array:
+    """Applies the random changes that `config` enables to images, float (n, height, width, 1), and crops them.
+
+    Flips are about the centre of the crop, which is half a pixel from that of the images if only one size is odd.
+    """
     flip_key, affine_key = jax.random.split(key)
-    if config.flip:
-        images = flip(images, flip_key)
     if config.max_rotation or config.max_shift:
         images = rotate_and_shift(images, affine_key, config.max_rotation, config.max_shift)
-    return images
+    images = _crop(images, crop)
+    return flip(images, flip_key) if config.flip else images
 
 
 def augment_vectors(vectors: jax.Array, key: jax.Array, config: AugmentConfig) -> jax.Array:

@@ -40,6 +40,10 @@ def recorded_signals() -> Iterator[Callable[[], int]]:
             save.set()
         else:
             stop.append(STOP + number)
+            restore(*(other for other in previous if other != signal.SIGUSR1))
+
+    def restore(*numbers: int) -> None:
+        for number in numbers:
             signal.signal(number, previous[number] or signal.SIG_DFL)  # None: a handler that was not set from Python
 
     def request() -> int:
@@ -54,8 +58,7 @@ def recorded_signals() -> Iterator[Callable[[], int]]:
     try:
         yield request
     finally:
-        for recorded, handler in previous.items():
-            signal.signal(recorded, handler or signal.SIG_DFL)
+        restore(*previous)
 
 
 def progress_bar(visible: bool = True) -> Progress:

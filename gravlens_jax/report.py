@@ -12,7 +12,7 @@ from gravlens_jax import files, inference, metrics
 from gravlens_jax.config import Checkpoint
 from gravlens_jax.datasets import map_renderer
 from gravlens_jax.network import Network
-from gravlens_jax.npz import Dataset, read_rows
+from gravlens_jax.npz import Dataset, read_rows, scale
 from gravlens_jax.preprocess import check_image_shape
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito: safe for colour-blind eyes
@@ -110,8 +110,8 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def _show_image(axes: Any, image: np.ndarray, title: str, correct: bool, **options: Any) -> None:
-    """Draws the square root of the pixels above the image's minimum; the title is red unless `correct`."""
-    axes.imshow(np.sqrt(image - image.min()), cmap="inferno", **options)
+    """Draws the square root of the image scaled to [0, 1]; the title is red unless `correct`."""
+    axes.imshow(np.sqrt(scale(image)), cmap="inferno", **options)
     axes.set_title(title, fontsize=8, color="black" if correct else WRONG)
 
 

@@ -51,7 +51,7 @@ def create_run(run_dir: Path, info: RunInfo) -> None:
 
 
 def update_run(run_dir: Path, info: RunInfo) -> None:
-    """Writes config.json of a run that is resumed, if the place of its data or the number of epochs has changed."""
+    """Writes config.json of a run that is resumed, if the path of its data or the number of epochs has changed."""
     saved = read_run(run_dir)
     info = info._replace(config=replace(info.config, run_dir=saved.config.run_dir))
     if info != saved:

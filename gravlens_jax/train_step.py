@@ -76,7 +76,7 @@ def train_step(
     Nothing else of `config` is used: network and optimizer are `model` and `tx`.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    images, labels = augment(to_unit(batch["images"]), key, config.augment), batch["labels"]
+    images, labels = augment(to_unit(batch["images"]), key, config.augment, model.input.crop), batch["labels"]
     x = prepare(images, model.input)
 
     def loss_fn(trained):

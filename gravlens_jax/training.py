@@ -36,7 +36,7 @@ def fit(
     """Trains, saves and evaluates a run; returns the metrics of its best checkpoint on the test split.
 
     The directory must be new or, with `resume`, hold a run of the same config, which continues from its last save: only
-    the place of the data and, if the learning rate is constant, the number of epochs may have changed.
+    the path of the data and, if the learning rate is constant, the number of epochs may have changed.
     `save_minutes` is the time between saves within an epoch, 0 for none; the end of an epoch is always saved.
     `on_epoch` is called with each line of metrics.jsonl when its epoch is saved, or at the start if it was before.
 

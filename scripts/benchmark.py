@@ -3,7 +3,6 @@
 Each prints a Markdown table, and adds a line of JSON for each row to a file.
 """
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,9 +11,8 @@ import tyro
 from bench.costs import Device, Dtype, Steps
 from bench.harness import check_least, report
 from gravlens_jax import cli
-from gravlens_jax.config import ModelConfig
+from gravlens_jax.config import Config, ModelConfig
 from gravlens_jax.errors import check, check_installed
-from gravlens_jax.files import check_folder
 
 JSON = Path("benchmark.jsonl")
 
@@ -25,11 +23,11 @@ def simulate(
     peers: tuple[Literal["lenstronomy", "herculens"], ...] = (),
     json_file: Path = JSON,
 ) -> None:
-    """Measures images per second of `sphere` lenses with 25 subhalos, on one core and on all, beside other codes.
+    """Measures images per second of `sphere` lenses with 25 subhalos, compared with other codes.
 
-    Every measurement is a process of its own on the cores it may use, and the codes alternate; figures are medians.
-    Compilation is not counted. Batches have 32 lenses. Other codes get the same lenses, grid,
-    sub-pixels and PSF, in float32 without noise; lenstronomy renders one lens at a time, on each of the cores.
+    The codes alternate; results are medians. Compilation is not counted. Batches have 32 lenses. Other codes get the
+    same lenses, grid, sub-pixels and PSF, in float32 without noise; lenstronomy renders one lens at a time, on one
+    core. `taskset -c 0 python scripts/benchmark.py simulate` (Linux) measures all on one core.
 
     Args:
         seconds: length of one measurement.
@@ -41,11 +39,10 @@ def simulate(
     check(seconds > 0, f"seconds={seconds}: expected a positive number")
     for peer in peers:
         check_installed(peer, f"--peers {peer}", '"gravlens_jax[peers]"')
-    check(hasattr(os, "sched_setaffinity"), "this benchmark pins processes to cores, which only Linux allows")
     from bench.simulation import CODES, COLUMNS, simulation_rates
 
     codes = [code for code in CODES if code.split(",")[0] in ("gravlens_jax", *peers)]
-    report("simulate", simulation_rates(seconds, repeats, codes, sorted(os.sched_getaffinity(0))), COLUMNS, json_file)
+    report("simulate", simulation_rates(seconds, repeats, codes), COLUMNS, json_file)
 
 
 def train(options: Annotated[Steps, tyro.conf.arg(name="")], json_file: Path = JSON) -> None:
@@ -64,7 +61,6 @@ def _sweep(command: str, options: Steps, json_file: Path) -> None:
 
     from bench.sweep import COLUMNS, sweep
 
-    check_folder(json_file)
     if max(options.devices) > 1:
         jax.config.update("jax_num_cpu_devices", max(options.devices))
     report(command, sweep(command == "train", options), COLUMNS, json_file)
@@ -77,7 +73,7 @@ def compile_ahead(
     effort: Literal["O0", "O1", "O2", "O3"] = "O1",
     json_file: Path = JSON,
 ) -> None:
-    """Compiles the training step, the step that simulates its batch, and inference, for TPUs, of which none is needed.
+    """Compiles the training step, the step that simulates its batch, and inference, for TPUs; no TPU is needed.
 
     Reports compile time, and FLOPs, temporary memory and collectives of each chip.
 
@@ -93,13 +89,20 @@ def compile_ahead(
     check_installed("libtpu", "compile", '"jax[tpu]"')
     import jax
 
-    from bench.steps import TOPOLOGY_COLUMNS, compile_for_tpus
+    from bench.steps import TOPOLOGY_COLUMNS, compile_run, topology_mesh
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_optimization_level", effort)
-    rows = compile_for_tpus(topology, batch_per_chip, ModelConfig(dtype=dtype))
     settings = {"effort": effort, "dtype": dtype}
-    report("compile", (row | settings for row in rows), TOPOLOGY_COLUMNS, json_file)
+    meshes = {name: topology_mesh(name) for name in topology}
+    rows = (
+        {"topology": name, "chips": mesh.size} | row | settings
+        for name, mesh in meshes.items()
+        for row in compile_run(
+            Config(batch_size=batch_per_chip * mesh.size, model=ModelConfig(dtype=dtype)), mesh, "tpu"
+        )
+    )
+    report("compile", rows, TOPOLOGY_COLUMNS, json_file)
 
 
 def device(options: Annotated[Device, tyro.conf.arg(name="")], json_file: Path = JSON) -> None:
@@ -111,7 +114,6 @@ def device(options: Annotated[Device, tyro.conf.arg(name="")], json_file: Path =
     cli.set_environment()
     from bench.device import COLUMNS, measure_device, time_limit
 
-    check_folder(json_file)
     with time_limit(options.budget_minutes):
         report("device", measure_device(options), COLUMNS, json_file)
 

@@ -57,7 +57,7 @@ def export_network(run: str | Path, out: Path, checkpoint: Checkpoint = "best") 
     from gravlens_jax.network import describe, load_network, named_arrays, write_network
 
     network = load_network(run, checkpoint)
-    about = describe(network, Path(run))
+    about = describe(network, run)
     if out.suffix == ".npz":
         write_network(out, network, about)
         return about
@@ -66,7 +66,7 @@ def export_network(run: str | Path, out: Path, checkpoint: Checkpoint = "best") 
     else:
         from safetensors.numpy import save
 
-        data = save(named_arrays(network, out), {"about": json.dumps(about)})
+        data = save(named_arrays(network), {"about": json.dumps(about)})
     write_atomically(out, data)
     return about
 

@@ -92,11 +92,12 @@ def _compile(network: "Network", model: Any, config: OptimConfig, steps: int, se
 
     tx, jit = make_optimizer(config, steps), partial(jax.jit, out_shardings=replicated(mesh))
     state = jit(partial(init_state, model=model, tx=tx, config=config))(seed)
+    # The running statistics forget those of the old images, also in few steps.
+    step = partial(train_step, model=model.clone(momentum=max(0, min(0.97, 1 - 5 / steps))), tx=tx)
     # Copies, because the first step donates the state.
     old = jax.device_put(jax.tree.map(jnp.copy, network.variables), replicated(mesh))
     state = state._replace(params={**old["params"], "head": state.params["head"]}, batch_stats=old["batch_stats"])
-    step = partial(train_step, model=model, tx=tx, config=Config(seed=seed))
-    return state, jit(step, donate_argnums=0), jit(zero_sums)
+    return state, jit(partial(step, config=Config(seed=seed)), donate_argnums=0), jit(zero_sums)
 
 
 def main(
@@ -119,7 +120,8 @@ def main(
       python scripts/finetune.py pretrained small_images mine.npz --input.crop 64 --input.pool 1
 
     Args:
-        data: .npz, or a folder with one folder of images for each class.
+        data: .npz, or a folder with one folder of images for each class. All are used for training: keep others for
+            evaluate.py. Probabilities are not calibrated.
         out: .npz to write, which evaluate.py, predict.py and export.py accept in place of a run.
         classes: names, separated by commas, in the order of the network's outputs; by default those of DATA. Give
             name=name in DATA where they are to differ.
@@ -135,6 +137,8 @@ def main(
 
     check(out.suffix == ".npz", f"{out}: expected a name that ends in .npz; export.py writes other formats")
     check_folder(out)
+    cli.use_compile_cache()
+    network = load_network(run)
     found = list_classes(data)
     names = cli.parse_classes(classes) if classes else dict(zip(found, found, strict=True))
     chosen = tuple(names.values())
@@ -146,9 +150,8 @@ def main(
     )
     options: dict[str, Any] = {"crop": crop, "pool": pool, "epochs": epochs, "learning_rate": learning_rate}
     options |= {"batch_size": batch_size, "seed": seed}
-    cli.use_compile_cache()
-    network = finetune(load_network(run), dataset, **options)
-    write_network(out, network, describe(network) | {"finetuned": {"run": str(run), "data": str(data), **options}})
+    network = finetune(network, dataset, **options)
+    write_network(out, network, describe(network) | {"finetuned": {"run": run.name, "data": data.name, **options}})
     print(f"{out}: classes {', '.join(network.model.classes)}")
 
 

@@ -41,9 +41,11 @@ def to_variables(state_dict: dict[str, np.ndarray], depth: int, order: list[int]
     """
     left = {name: array for name, array in state_dict.items() if not name.endswith("num_batches_tracked")}
 
-    def take(name: str) -> np.ndarray:
+    def take(name: str, axes: int = 1) -> np.ndarray:
         check(name in left, f"the state dict has no {name!r}: its network is not of depth {depth}; try another --depth")
-        return np.asarray(left.pop(name), np.float32)
+        array = np.asarray(left.pop(name), np.float32)
+        check(array.ndim == axes, f"{name} has shape {array.shape}, expected {axes} axes")
+        return array
 
     layers = {"conv0": "conv0", "norm0": "bn0"}
     for stage, block, i in product((1, 2, 3), range((depth - 2) // 6), (1, 2)):
@@ -52,11 +54,11 @@ def to_variables(state_dict: dict[str, np.ndarray], depth: int, order: list[int]
     params, batch_stats = {}, {}
     for flax, torch in layers.items():
         if "conv" in flax:
-            params[flax] = {"kernel": take(f"{torch}.weight").transpose(2, 3, 1, 0)}
+            params[flax] = {"kernel": take(f"{torch}.weight", 4).transpose(2, 3, 1, 0)}
         else:
             params[flax] = {"scale": take(f"{torch}.weight"), "bias": take(f"{torch}.bias")}
             batch_stats[flax] = {"mean": take(f"{torch}.running_mean"), "var": take(f"{torch}.running_var")}
-    weight, bias = take("linear.weight"), take("linear.bias")
+    weight, bias = take("linear.weight", 2), take("linear.bias")
     check(len(bias) == len(order), f"the head has {len(bias)} classes, --classes names {len(order)}")
     params["head"] = {"kernel": weight[order].T, "bias": bias[order]}
     check(not left, f"{next(iter(left), '')!r} is left over: the network is not of depth {depth}; try another --depth")
@@ -80,7 +82,10 @@ def main(
         depth: 6n + 2 layers; GravLensNet's published run has 32, its first one 20.
         classes: names of its outputs, in their order; the run has them in alphabetical order.
     """
+    from jax.tree_util import keystr, tree_leaves, tree_leaves_with_path
+
     from gravlens_jax.checkpoint import save_variables
+    from gravlens_jax.model import make_model, variable_shapes
     from gravlens_jax.run_files import RunInfo, create_run
 
     names = tuple(cli.parse_classes(classes))
@@ -88,6 +93,12 @@ def main(
     published = PRESETS["published"].input
     config = Config(run_dir=str(run), input=published, model=ModelConfig(depth=depth, activation="relu"))
     variables = to_variables(load_state_dict(weights), depth, [names.index(name) for name in ordered])
+    model = make_model(config.model, published, ordered)
+    for (path, array), expected in zip(
+        tree_leaves_with_path(variables), tree_leaves(variable_shapes(model)), strict=True
+    ):
+        wrong = f"{weights}: {keystr(path)} would have shape {array.shape}, expected {expected.shape}"
+        check(array.shape == expected.shape, f"{wrong} of GravLensNet with depth {depth}")
     create_run(run, RunInfo(config, ordered, (published.crop, published.crop)))
     save_variables(run, variables)
     print(f"{run}: depth {depth}, classes {', '.join(ordered)}")

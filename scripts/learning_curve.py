@@ -1,4 +1,4 @@
-"""Draws the learning curves of runs beside GravLensNet's published run."""
+"""Draws the learning curves of runs compared with GravLensNet's published run."""
 
 from itertools import cycle
 from pathlib import Path
@@ -24,20 +24,15 @@ def load_history(run: str | Path) -> list[dict[str, Any]]:
 
     `run` is as in `load_network`.
     """
-    from gravlens_jax.network import find_network, read_file
-    from gravlens_jax.run_files import read_config, read_history
+    from gravlens_jax.network import read_record
 
-    path = find_network(run)
-    if path.suffix == ".npz" and not path.is_dir():
-        about, _ = read_file(path)
-    else:
-        about = {"config": read_config(path)["config"], "history": read_history(path)}
+    record = read_record(run)
     try:
-        size = about["config"]["batch_size"]
-        check(bool(about["history"]), f"{path}: has no epoch of training yet")
-        return [line | {"image_steps": line["step"] * size} for line in about["history"]]
+        size = record["config"]["batch_size"]
+        check(bool(record["history"]), f"{run}: has no epoch of training yet")
+        return [line | {"image_steps": line["step"] * size} for line in record["history"]]
     except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: has no record of its training ({error!r})") from error
+        raise InputError(f"{run}: has no record of its training ({error!r}); give a run directory") from error
 
 
 def fit_power_law(image_steps: list[float], errors: list[float]) -> tuple[float, float]:
@@ -47,7 +42,7 @@ def fit_power_law(image_steps: list[float], errors: list[float]) -> tuple[float,
 
 
 def draw_learning_curves(path: Path, histories: dict[str, list[dict]]) -> None:
-    """Validation error over image-steps, beside GravLensNet's, and a power law through the last epochs of the runs.
+    """Draws validation error over image-steps, also GravLensNet's, and a power law through the last epochs of the runs.
 
     Args:
       path: where to write the PNG.
@@ -85,16 +80,17 @@ def main(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")],
     figure: Path = Path("learning_curve.png"),
 ) -> None:
-    """Draws the validation error over image-steps, beside GravLensNet's, and how it falls from run to run.
+    """Draws the validation error over image-steps, compared with GravLensNet's, and how it falls from run to run.
 
     example:
       python scripts/learning_curve.py pretrained runs/default --figure learning_curve.png
 
     Args:
-        runs: directories made by train.py, .npz made by export.py, or the word pretrained.
+        runs: directories made by train.py, .npz made by export.py or finetune.py, or the word pretrained.
         figure: PNG to write.
     """
     check(bool(runs), "no RUN given")
+    check(figure.suffix == ".png", f"{figure}: expected a name that ends in .png")
     check_folder(figure)
     draw_learning_curves(figure, {str(run): load_history(run) for run in runs})
     print(figure)

@@ -1,4 +1,4 @@
-"""Measures what a network can see: recall and errors of its maps against the significance of the substructure."""
+"""Measures recall and errors of the maps against the significance of the substructure."""
 
 import json
 from functools import partial
@@ -12,13 +12,13 @@ import tyro
 from gravlens_jax import cli
 from gravlens_jax.errors import check
 from gravlens_jax.files import write_atomically
-from gravlens_jax.metrics import VISIBLE, convergence
+from gravlens_jax.metrics import NO_DEFLECTION, VISIBLE, convergence
 
 if TYPE_CHECKING:
     from gravlens_jax.network import Network
     from gravlens_jax.npz import Dataset
 
-SIGMAS = (0, 8, 12, 18, 27, 40, 60, 90, np.inf)  # edges of bins of the significance
+SIGMAS = (0, 8, 12, 18, 27, 40, 60, 90, 1e6)  # edges of bins of the significance
 LIGHTS = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1)  # of the mean pixel in a cell
 LENGTHS = (0, 0.001, 0.003, 0.01, 0.02, 0.04, 0.08, 1)  # of a predicted deflection, arcsec
 BLOCK = 50  # lenses whose significance is computed together
@@ -71,8 +71,11 @@ def measure(network: "Network", dataset: "Dataset") -> dict[str, Any]:
     from gravlens_jax.inference import outputs
 
     (model, variables), labels = network, dataset.labels
+    differs = f"the images have the classes {', '.join(dataset.classes)}, the network has {', '.join(model.classes)}"
+    check(dataset.classes == model.classes, f"{differs}; expected the same in the same order")
     render = map_renderer(dataset, model.input, model.pixel_scale)
-    check(render is not None, "the images are not simulated ones with their lens parameters")
+    needed = "with their lens parameters, by this version, at the pixel scale of the network's training images"
+    check(render is not None, f"expected simulated images {needed}; make some by scripts/simulate.py")
     assert render is not None
     logits, _, maps, light = outputs(model, variables, dataset.images, maps=True)
     true = render(np.arange(dataset.size))
@@ -84,7 +87,8 @@ def measure(network: "Network", dataset: "Dataset") -> dict[str, Any]:
         of_class = labels == label
         if sigmas[of_class].any():
             values["recall"][name] = bin_means(sigmas[of_class], right[of_class], SIGMAS)
-            values["map_error"][name] = bin_means(sigmas[of_class], error[of_class] / size[of_class], SIGMAS)
+            some = of_class & (size > NO_DEFLECTION)  # not a `sphere` lens whose number of subhalos is 0
+            values["map_error"][name] = bin_means(sigmas[some], error[some] / size[some], SIGMAS)
     dark = sigmas > 0
     squares = ((maps - true)[dark] ** 2).mean(-1).ravel()
     values["cell_error"] = [
@@ -114,7 +118,7 @@ def draw(path: Path, values: dict[str, Any]) -> None:
         axes.grid(alpha=0.3)
         return edges
 
-    for number, (name, title) in enumerate((("recall", "recall"), ("map_error", "error of the map / its size"))):
+    for number, (name, title) in enumerate((("recall", "recall"), ("map_error", "relative error of the map"))):
         for k, (label, bins) in enumerate(values[name].items()):
             low, high = plot(panels[number], bins, (4, 150), color=COLOURS[k], label=label).T
             share = np.array([b["n"] for b in bins]) / sum(b["n"] for b in bins)
@@ -136,8 +140,8 @@ def main(
 ) -> None:
     """Writes OUT/limits.json and OUT/limits.png: recall and errors of maps against significance and light.
 
-    The significance is by how many standard deviations of the photon noise a lens's substructure stands out after every
-    smooth parameter was fitted: what could be seen at best.
+    The significance of a lens is that of the detection of its substructure, in standard deviations of the photon noise,
+    after every smooth parameter was fitted: an upper limit.
 
     examples:
       python scripts/limits.py pretrained data/mine/test.npz limits

@@ -187,7 +187,7 @@ def split_indices(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.nd
 def find_folders(source: Path, classes: Classes, val_fraction: float | None) -> dict[str, Path]:
     """Returns the folders of train, val and test, as far as they exist, or `source` itself as train; see `pack`.
 
-    Other visible folders beside them are named on stderr.
+    The paths of other visible folders are printed to stderr.
     """
     check(source.is_dir(), f"{source}: no such folder")
     folders: dict[str, Path] = {}
@@ -240,11 +240,12 @@ def pack(
     folders = find_folders(source, classes, val_fraction)
     if "test" in folders:
         check(test_fraction is None, f"{folders['test']} exists and is the test split; leave --test-fraction out")
-    elif test_fraction is None:
+    elif test_fraction is None and ("val" in folders or val_fraction):
         test_fraction = 0.5
     names, steps = list(folders), []
     for name, part, fraction in (("train", "val", val_fraction), ("val", "test", test_fraction)):
-        if name in names and fraction:
+        check(name in names or not fraction, f"--{part}-fraction {fraction}: {source} has no {name}/ to take it from")
+        if fraction:
             steps.append((name, part, fraction))
             names.append(part)
     for name in names:
@@ -310,6 +311,7 @@ def convert(path: Path, out: Path, classes: Classes | None = None) -> None:
       out: the copy.
       classes: names of labels 0, 1, ... if the file does not name them itself; or name -> name in the file, to rename.
     """
+    check(out.suffix == ".npz", f"{out}: expected the name of a file that ends in .npz, such as packed/train.npz")
     check(not out.exists(), f"{out} exists; give the name of a new file")
     with npz.open_archive(path) as (archive, members):
         images, labels = find_names(path, members, need_labels=bool(classes))
@@ -325,7 +327,6 @@ def convert(path: Path, out: Path, classes: Classes | None = None) -> None:
         unnamed = f"{path} does not name its classes; give --classes with the names of labels 0, 1, ... in this order"
         check(bool(names) or labels not in arrays, unnamed)
         header = npz.read_image_header(archive, members[images])
-        check(not header.fortran_order, f"{path}: {images} is in Fortran order, expected C order")
         known = npz.check_labels(arrays[labels], header.shape[0], names, path) if labels in arrays else None
         with archive.open(members[images]) as member:
             member.read(header.offset)

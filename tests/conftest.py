@@ -63,14 +63,18 @@ def run_here(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
         monkeypatch.setenv("GLIBC_TUNABLES", cli.HUGE_PAGES)
         monkeypatch.setattr(cli, "silence_orbax", lambda: None)
-        handler, code = signal.getsignal(signal.SIGTERM), 0
+        handlers, code = (
+            {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)},
+            0,
+        )
         capsys.readouterr()
         try:
             runpy.run_path(str(path), run_name="__main__")
         except SystemExit as stop:
             code = stop.code
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         out, err = capsys.readouterr()
         assert code == status, (code, out, err)
         return out if status == 0 else err

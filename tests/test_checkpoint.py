@@ -1,6 +1,7 @@
 import itertools
 import re
 import shutil
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def test_only_the_best_and_the_latest_are_kept(tmp_path, losses, kept):
         assert_equal(variables, make_variables(step))
 
 
-def test_damaged_file_is_refused_and_the_other_checkpoint_loads(tmp_path):
+def test_damaged_file_is_refused_and_the_other_checkpoint_loads(tmp_path, monkeypatch):
     make_run(tmp_path, [0.3, 0.4])
     folder = tmp_path / "checkpoints/2"
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.stat().st_size and f.name != "digests.json")
@@ -63,6 +64,9 @@ def test_damaged_file_is_refused_and_the_other_checkpoint_loads(tmp_path):
         if "metrics" not in str(file) and file.name != "digests.json":  # Orbax reads the metrics of every checkpoint
             checkpoint.load_variables(tmp_path, TINY_MODEL, "best")
         file.write_bytes(whole)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "verify_digests", Mock(side_effect=PermissionError(13, "Permission denied")))
+        refuse("cannot be read: .*Permission denied; fix", checkpoint.load_variables, tmp_path, TINY_MODEL, "final")
     shutil.rmtree(folder)
     assert checkpoint.load_variables(tmp_path, TINY_MODEL, "final")[1] == 1
 
@@ -109,11 +113,16 @@ def test_checkpoint_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatc
 def test_variables_and_optimizer_state_of_another_network_are_refused(tmp_path, change):
     make_run(tmp_path, [0.5])
     for other in (TINY_MODEL.clone(depth=14), TINY_MODEL.clone(width=8)):
-        refuse("is damaged, or not of the network in config", checkpoint.load_variables, tmp_path, other)
+        refuse(
+            "variables/.* expected .* not of the network and optimizer in config.json",
+            checkpoint.load_variables,
+            tmp_path,
+            other,
+        )
     state = make_state(1)
     (*others, (path, leaf)), structure = jax.tree.flatten_with_path(state.opt_state)
     changed = jax.tree.unflatten(structure, [*(x for _, x in others), change(leaf)])
     name = "training/opt_state/" + jax.tree_util.keystr(path, simple=True, separator="/")
-    message = rf"network in config\.json: {re.escape(name)} is \(.*, expected \("
+    message = rf"checkpoints/1: {re.escape(name)} is \(.*, expected \(.* start a new run$"
     with checkpoint.open_checkpoints(tmp_path) as manager:
         refuse(message, checkpoint.restore_latest, manager, state._replace(opt_state=changed))

@@ -178,8 +178,19 @@ def test_errors_print_one_message_and_set_the_status(error, status, message, pro
     text = capsys.readouterr().err
     assert stop.value.code == status and text.startswith(message) and text.count("\n") == 1
     if "memory" in message:
-        assert {"--batch-size,", "--device-data", "XLA_PYTHON_CLIENT_PREALLOCATE=false\n"} <= set(text.split(" "))
+        assert {"--batch-size", "--device-data,", "XLA_PYTHON_CLIENT_PREALLOCATE=false"} <= set(text.split(" "))
         assert "--resume" not in text
+
+
+def test_signals_outside_of_training(monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN if number == signal.SIGTERM else None)
+    handlers: dict = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    cli.run(lambda: None)
+    assert handlers.keys() == {signal.SIGHUP, signal.SIGUSR1}  # SIGTERM was ignored
+    assert handlers[signal.SIGUSR1](signal.SIGUSR1, None) is None
+    with pytest.raises(SystemExit, match="129"):  # temporary files are removed
+        handlers[signal.SIGHUP](signal.SIGHUP, None)
 
 
 def test_unknown_error_keeps_its_traceback_and_a_lost_connection_is_one_message_of_several_processes(processes, capsys):

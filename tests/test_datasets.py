@@ -95,7 +95,7 @@ def test_edited_images_have_no_deflections_and_a_notice_says_so(simulated, tmp_p
     edit(simulated, tmp_path, images=change(open_npz(simulated / "train.npz").images[:]))
     assert not open_files(tmp_path).has_deflections
     notice = "the images are not those of their lens parameters: no deflection maps of their substructure\n"
-    assert capsys.readouterr().err == notice
+    assert capsys.readouterr().err == f"{tmp_path / 'train.npz'}: {notice}"
 
 
 @pytest.mark.parametrize("change", [{"version": 0}, {"version": None}, {"priors": 3}, {"priors": {"shear_max": 0.3}}])

@@ -10,6 +10,7 @@ from gravlens_jax.datasets import simulate_dataset
 from gravlens_jax.inference import predict, predict_deflection
 from gravlens_jax.network import describe, load_network, write_network
 from gravlens_jax.npz import Dataset, open_npz
+from gravlens_jax.preprocess import prepare, to_unit
 from helpers import TINY_PRIORS, make_bars, make_folders, make_mapping_network, make_network, refuse, save_npz
 
 INPUT = InputConfig(16, 1, "linear", 0.3, 0.2)
@@ -39,6 +40,15 @@ def test_the_head_of_the_maps_is_dropped_or_fitted_again_to_images_with_lens_par
     dataset = open_npz(simulate_dataset(tmp_path, sizes, priors=TINY_PRIORS) / "val.npz")
     new = finetune(mapping, dataset, epochs=1, show=str)
     assert new.model.pixel_scale == TINY_PRIORS.pixel_scale and predict_deflection(*new, dataset.images).any()
+
+
+def test_normalization_statistics_are_those_of_the_new_images_after_a_few_steps():
+    network = make_network(input=INPUT)  # whose own are still means of 0 and variances of 1
+    new = finetune(network, bars(40), epochs=2, batch_size=20, learning_rate=1e-9, show=str)
+    x = prepare(to_unit(bars(40).images), INPUT)
+    _, expected = new.model.clone(momentum=0).apply(new.variables, x, train=True, mutable=["batch_stats"])
+    for found, wanted in zip(*(v["batch_stats"]["norm0"].values() for v in (new.variables, expected)), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=0.1)
 
 
 def test_unsuitable_data_and_options_are_refused():

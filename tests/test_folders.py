@@ -177,6 +177,7 @@ def test_labels_follow_the_wanted_classes_whose_names_are_never_guessed(tmp_path
     dataset = load_labelled(path, {"x": "b", "y": "c", "z": "a"})
     assert dataset.labels.tolist() == [2, 0, 1] and dataset.classes == ("x", "y", "z")
     assert list_classes(path) == ("a", "b", "c")
+    refuse("--stack and --hdu are for .npy and FITS files", load_labelled, path, SAME_NAMES, (), STACK)
     message = "has the classes a, b, c; expected a, b: give --classes a name for"
     refuse(message, load_labelled, path, {"a": "a", "b": "b"})
 

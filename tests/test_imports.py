@@ -50,11 +50,6 @@ def test_module_imports_only_modules_before_it(module):
     assert not {name.partition(".")[0] for name in names} & {"scripts", "bench", "tests"}
 
 
-def test_test_modules_import_no_other_test_module():
-    for path in (ROOT / "tests").rglob("*.py"):
-        assert not [name for name in imported(path) if name.startswith(("test_", "tests."))], path
-
-
 def test_modules_without_jax():
     code = """
 import importlib, sys

@@ -96,7 +96,9 @@ def test_training_metrics_are_means_over_the_epoch_and_numbers_that_are_not_fini
     sums = {"loss": 6.0, "correct": 3, "count": 12}
     values = metrics.training_metrics(5, sums, started=time.perf_counter() - 2, count=4)
     assert values == {"train_loss": 0.5, "train_accuracy": 0.25, "images_per_second": pytest.approx(4, rel=0.1)}
-    with pytest.raises(FloatingPointError, match="training loss is nan at step 5; saved checkpoints are intact"):
+    with pytest.raises(
+        FloatingPointError, match="training loss is nan at step 5; start again with a lower learning rate"
+    ):
         metrics.training_metrics(5, sums | {"loss": np.nan}, started=0.0, count=0)
     variables = {"params": {"head": {"bias": np.ones(3)}}, "batch_stats": {"norm0": {"mean": np.ones(2)}}}
     assert metrics.find_not_finite(variables) is None

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gravlens_jax.config import InputConfig, ModelConfig
-from gravlens_jax.model import ResNet, ResNet20, make_model, variable_shapes
+from gravlens_jax.model import ResNet20, variable_shapes
 from helpers import TINY_MODEL, make_variables
 
 
@@ -15,12 +14,6 @@ def test_parameter_counts_of_the_published_networks(depth, parameters):
     shapes = variable_shapes(ResNet20(depth=depth))
     assert shapes.keys() == {"params", "batch_stats"}
     assert sum(x.size for x in jax.tree.leaves(shapes["params"])) == parameters
-
-
-def test_config_describes_every_attribute_of_the_network():
-    config, input_config = ModelConfig(14, 8, "relu", "bfloat16"), InputConfig(crop=50)
-    expected = {"depth": 14, "width": 8, "classes": ("a", "b"), "activation": "relu", "dtype": jnp.dtype("bfloat16")}
-    assert make_model(config, input_config, ("a", "b")) == ResNet(**expected, input=input_config.resolve())
 
 
 @pytest.mark.parametrize("size, width", [((16, 16), 6), ((17, 13), 3), ((50, 50), 1)])

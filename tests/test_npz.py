@@ -133,7 +133,10 @@ def test_labels_are_not_read_if_only_images_are_needed(tmp_path, save, bad):
         ({"labels": LABELS[:, None]}, "3 images but labels of shape"),
         ({"images": IMAGES.astype(np.longdouble)}, "expected at most 64 bits a pixel"),
         ({"classes": np.array([0xD800] * 3, "<u4").view("<U1")}, "surrogate|code point not in range"),
-        ({"images": np.asfortranarray(np.eye(4)[:3])}, "is in Fortran order, expected C order"),
+        (
+            {"images": np.asfortranarray(np.eye(4)[:3])},
+            "is in Fortran order; save it again with numpy.ascontiguousarray",
+        ),
         ({"info": np.array("[" * 10**5)}, "info is not readable JSON"),
         ({"parameters/shear": np.ones(2)}, r"3 images but shear of shape \(2,\)"),
     ],
@@ -141,7 +144,7 @@ def test_labels_are_not_read_if_only_images_are_needed(tmp_path, save, bad):
 def test_wrong_contents_are_refused(tmp_path, monkeypatch, replaced, message):
     monkeypatch.setattr(npz, "MEMORY_BYTES", 2**21)
     refuse_file("open_npz", write_members(tmp_path / "a.npz", **replaced), message)
-    if replaced.keys() <= ARRAYS.keys() and "Fortran" not in message:  # load_npz reads neither info nor parameters
+    if replaced.keys() <= ARRAYS.keys():  # load_npz reads neither info nor parameters
         refuse_file("load_npz", write_members(tmp_path / "a.npz", "load_npz", **replaced), message)
 
 

@@ -1,5 +1,4 @@
 import pickle
-import struct
 
 import numpy as np
 import pytest
@@ -82,6 +81,7 @@ def test_splits_that_exist_are_used_as_they_are_and_other_folders_are_named(tmp_
     [
         (2, 2, {"val_fraction": 0.5}, "dataset/val exists and is the validation split; leave --val-fraction out"),
         (2, 0, {"val_fraction": 1.0}, r"val_fraction=1\.0: expected a number in \(0, 1\)"),
+        (2, 0, {"test_fraction": 0.3}, "--test-fraction 0.3: .*dataset has no val/ to take it from"),
         (2, 2, {"test_fraction": 0.1}, "--test-fraction 0.1 leaves no images for test; choose another"),
         (0, 0, {}, r"dataset: has neither train/ nor val/ nor test/; .* or \S+/no/1.npy and --val-fraction 0.2"),
     ],
@@ -167,22 +167,12 @@ def save_pickle(path, data):
         file.write(data)
 
 
-def python2(image, mass):
-    """Returns the pickle of [image, mass] that NumPy wrote in Python 2."""
-    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01(%bt"
-    array += b"cnumpy\ndtype\nU\x02%b"
-    array += b"K\x00K\x01\x87R(K\x03U\x01%bNNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89%btb"
-    pixels = b"T" + struct.pack("<i", image.nbytes) + image.tobytes()
-    inner = array % (b"K%cK%c" % image.shape, b"f8", b"<", pixels)
-    return b"\x80\x02" + array % (b"K\x02", b"O8", b"|", b"](" + inner + b"G" + struct.pack(">d", mass) + b"e") + b"."
-
-
 MASS = 3.5e-23
 FORMS = {"channel": IMAGE[None], "Fortran": np.asfortranarray(IMAGE), "large": np.kron(IMAGE, np.ones((30, 30)))}
 FORMS |= {dtype: IMAGE.astype(dtype) for dtype in ("<f8", ">f4", "u2")}
 PICKLES = {name: pickled(image, MASS) for name, image in FORMS.items()}
 PICKLES |= {f"protocol {protocol}": pickled(IMAGE, np.float64(MASS), protocol) for protocol in (2, 4)}
-PICKLES |= {"NumPy 1": PICKLES["protocol 2"].replace(b"numpy._core", b"numpy.core"), "Python 2": python2(IMAGE, MASS)}
+PICKLES["NumPy 1"] = PICKLES["protocol 2"].replace(b"numpy._core", b"numpy.core")
 
 
 @pytest.mark.parametrize("name", PICKLES)

@@ -47,12 +47,13 @@ def test_vectors_are_mirrored_with_the_images():
     x, y = pixel_grid(5, 1.0)
     potential, gradient = x * y + x + 2 * y, jnp.stack([y + 1, x + 2], axis=-1)
     key, config = jax.random.key(0), AugmentConfig()
-    images = augment(jnp.repeat(potential[None, :, :, None], 100, 0), key, config)[..., 0]
+    surrounded = jnp.pad(potential, (0, 1), constant_values=9)  # the crop is not central
+    images = augment(jnp.repeat(surrounded[None, :, :, None], 100, 0), key, config, 5)[..., 0]
     vectors = augment_vectors(jnp.repeat(gradient[None], 100, 0), key, config)
     assert len(np.unique(np.asarray(images).reshape(100, -1), axis=0)) == 4
     np.testing.assert_allclose(vectors[:, :, 1:, 0], np.diff(images, axis=2), atol=1e-6)  # slope along x
     np.testing.assert_allclose(vectors[:, 1:, :, 1], -np.diff(images, axis=1), atol=1e-6)  # rows run towards -y
-    np.testing.assert_array_equal(augment(images[..., None], key, AugmentConfig(flip=False))[..., 0], images)
+    np.testing.assert_array_equal(augment(images[..., None], key, AugmentConfig(flip=False), 5)[..., 0], images)
     np.testing.assert_array_equal(augment_vectors(vectors, key, AugmentConfig(flip=False)), vectors)
 
 

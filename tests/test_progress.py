@@ -27,12 +27,12 @@ def test_sigusr1_asks_for_a_save_any_number_of_times():
         assert received() == STOP + signal.SIGTERM
 
 
-def test_ignored_signal_stays_ignored_and_second_ctrl_c_acts_at_once():
+def test_ignored_signal_stays_ignored_and_ctrl_c_after_another_signal_acts_at_once():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     with pytest.raises(KeyboardInterrupt), recorded_signals() as received:
         signal.raise_signal(signal.SIGHUP)
         assert received() == 0
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
     assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
 

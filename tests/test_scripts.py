@@ -35,7 +35,8 @@ def printed(tmp_path_factory):
     """Command -> output, of --help of all scripts and of packing; all in one process, which prints ASCII."""
     folder = tmp_path_factory.mktemp("images")
     make_folders(folder / "images")
-    commands = ["pack.py images packed", *(f"{script} --help" for script in (*SCRIPTS, MAIN))]
+    scripts = *SCRIPTS, MAIN, *(f"benchmark.py {name}" for name in ("device", "train", "infer", "simulate", "compile"))
+    commands = ["pack.py images packed", *(f"{script} --help" for script in scripts)]
     options = {"PYTHONIOENCODING": "ascii", "COLUMNS": "80"}
     parts = run_code(WITHOUT_JAX, folder, ROOT / "scripts", *commands, **options).split("=====")[1:]
     return dict(part.split("\n", 1) for part in parts)
@@ -50,7 +51,8 @@ def test_help_and_packing_import_no_jax_and_documented_commands_have_only_option
         used.setdefault(script, set()).update(re.findall(r"--[\w-]+(?:\.[\w-]+)*", rest))
     assert len(used["train.py"]) > 5
     for script, options in used.items():
-        known = re.findall(r"^ +(--[\w.-]+)", printed.get(f"{script} --help", ""), re.MULTILINE)
+        helps = "\n".join(text for command, text in printed.items() if command.startswith(script))
+        known = re.findall(r"^ +(--[\w.-]+)", helps, re.MULTILINE)
         assert options <= {*known}, script
 
 
@@ -111,7 +113,12 @@ def test_limits_are_measured_on_simulated_images_with_their_lens_parameters(fold
         ("import_torch.py nowhere.npz runs/d", "nowhere.npz: no such file"),
         ("export.py runs/a a.pth", "expected a name that ends in .npz, .safetensors, .stablehlo"),
         ("learning_curve.py pretrained --figure none/a.png", "there is no folder none"),
-        ("benchmark.py train --batch-size 0", "batch_size=(0,): expected at least 1"),
+        ("learning_curve.py pretrained --figure a.pdf", "a.pdf: expected a name that ends in .png"),
+        (
+            "evaluate.py pretrained data --checkpoint final",
+            "pretrained.npz holds one network; leave --checkpoint final",
+        ),
+        ("benchmark.py simulate --json-file none/a.jsonl", "there is no folder none"),
     ],
 )
 def test_user_errors_print_one_message_and_exit_with_status_2(folder, command, message, run_here):
@@ -120,24 +127,15 @@ def test_user_errors_print_one_message_and_exit_with_status_2(folder, command, m
     assert not [name for name in ("runs/c", "runs/d", "out", "sim2") if (folder / name).exists()]
 
 
-def test_exported_network_evaluates_as_its_run(folder, run_here):
-    data = next((folder / "data").iterdir()) / "test.npz"
-    run_here(folder, "export.py", "runs/a", "a.npz")
-    run_here(folder, "evaluate.py", "a.npz", data)
-    again, report = (json.loads((folder / d / "metrics.json").read_text()) for d in ("a-report", "runs/a/report"))
-    for name in ("loss", "ece", "ece_uncalibrated"):  # this process has two devices, that of the run had one
-        assert again.pop(name) == pytest.approx(report.pop(name), rel=1e-6)
-    found, expected = (values.pop("deflection")["vort"]["error_mas"] for values in (again, report))
-    assert again == report and found == pytest.approx(expected, rel=1e-4)
-
-
-def test_run_of_a_newer_version_predicts_and_is_exported_but_not_resumed(folder, run_here):
+def test_run_of_a_newer_version_predicts_and_is_exported_and_evaluated_but_not_resumed(folder, run_here):
     shutil.copytree(folder / "runs/a", folder / "runs/newer")
     path, data = folder / "runs/newer/config.json", next((folder / "data").iterdir()) / "test.npz"
     path.write_text(path.read_text().replace('"config": {', '"more": 1, "config": {"colour": "red",'))
     assert run_here(folder, "predict.py", "runs/newer", data) == run_here(folder, "predict.py", "runs/a", data)
-    run_here(folder, "evaluate.py", "runs/newer", data)
     run_here(folder, "export.py", "runs/newer", "newer.npz")
+    run_here(folder, "evaluate.py", "newer.npz", data)
+    again, report = (json.loads((folder / d / "metrics.json").read_text()) for d in ("newer-report", "runs/a/report"))
+    assert again["confusion"] == report["confusion"] and again["loss"] == pytest.approx(report["loss"], rel=1e-6)
     run_here(folder, "learning_curve.py", "runs/newer", "newer.npz", "pretrained", "--figure", "curve.png")
     assert (folder / "curve.png").read_bytes()[:8] == PNG
     assert "field 'more' is unknown" in run_here(folder, "train.py", "--run-dir", "runs/newer", "--resume", status=2)

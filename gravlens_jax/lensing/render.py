@@ -126,8 +126,9 @@ def deflect_substructure(
 def deflection_map(lens_params: LensParams, priors: Priors, grid: Grid) -> jax.Array:
     """Returns the deflection minus that of a smooth lens of equal mass, on a coarse grid: float32 (cells, cells, 2).
 
-    The smooth lens has the same redshifts and the whole `priors.mass` in its main halo, so the map is 0 for a lens
-    without substructure. Arcsec; the last axis is x and y. Point masses are softened by 3/8 of a cell.
+    The smooth lens has the same redshifts and `priors.mass` in its main halo, so the map is 0 for a lens without
+    substructure. (The preset "deeplensesim_i" adds the substructure to that mass: its maps are those of the
+    substructure alone.) Arcsec; the last axis is x and y. Point masses are softened by 3/8 of a cell.
     """
     p = lens_params
     x, y = profiles.pixel_grid(grid.cells, grid.width, dtype=jnp.float32)
@@ -139,9 +140,9 @@ def deflection_map(lens_params: LensParams, priors: Priors, grid: Grid) -> jax.A
 
 
 def render_lens(lens_params: Mapping[str, Any], priors: Priors) -> jax.Array:
-    """Returns the expected photon counts per pixel, float32 (num_pixels, num_pixels), sky included.
+    """Returns the expected photon counts per pixel of one lens, float32 (num_pixels, num_pixels), sky included.
 
-    Of one lens; on a CPU `render_lenses`, or `images.render_images` outside of jit, is faster than `jax.vmap` of this.
+    For many lenses on a CPU, `render_lenses` in jit or `images.render_images` is faster than `jax.vmap` of this.
 
     Of `priors` only the camera and the source's fixed profile are used, and its `lens_axis_ratio` if the lens has none.
     `lens_params` are a result of `sample_lens`, or numbers and tuples under the same names; halo_mass is not used.
@@ -173,7 +174,7 @@ def _as_arrays(lens_params: Mapping[str, Any]) -> LensParams:
     needed = {name for group in (SMOOTH, *groups) for name in group}
     check(needed <= p.keys(), f"lens_params lack {', '.join(sorted(needed - p.keys()))}")
     unknown = ", ".join(sorted(p.keys() - needed - set(OPTIONAL)))
-    check(not unknown, f"lens_params have unknown names {unknown}; expected {', '.join(sorted(needed))}")
+    check(not unknown, f"lens_params have unknown names {unknown}; expected {', '.join(sorted(needed | {*OPTIONAL}))}")
     n = len(p["subhalo_masses"]) if SUBHALOS in groups and p["subhalo_masses"].ndim == 1 else 0
     shapes = {"subhalo_masses": (n,), "subhalo_centres": (n, 2)} | dict.fromkeys(PAIRS, (2,))
     for name, value in p.items():
@@ -185,7 +186,7 @@ def _as_arrays(lens_params: Mapping[str, Any]) -> LensParams:
 def render_lenses(lens_params: LensParams, priors: Priors) -> jax.Array:
     """Returns `render_lens` of n lenses of one class, float32 (n, num_pixels, num_pixels), equal to rounding.
 
-    The same as `jax.vmap` of `render_lens`, but on a CPU up to three times as fast. Each array of `lens_params` has a
+    The same as `jax.vmap` of `render_lens`, but on a CPU at least twice as fast. Each array of `lens_params` has a
     leading axis of length n. It uses one core of a CPU; `images.render_images` uses all.
     """
     render = partial(render_lens, priors=priors)
@@ -205,10 +206,10 @@ def _deflect_halo(x: jax.Array, y: jax.Array, theta_E: jax.Array, p: LensParams,
 
 
 def significance(lens_params: LensParams, priors: Priors) -> jax.Array:
-    """Returns by how many standard deviations of the photon noise the substructure stands out, float32 ().
+    """Returns the detection significance of the substructure, in standard deviations of the photon noise, float32 ().
 
     After a refit of every smooth parameter: theta_E, shear, the source's position, axis ratio and angle, and its radius
-    if the priors leave it free. The imprint of the substructure, less that of the same mass in the halo, is divided by
+    if the priors leave it free. The imprint of the substructure, minus that of the same mass in the halo, is divided by
     the noise of each pixel; what remains after a least-squares fit of its derivatives in the smooth parameters is the
     significance. It is 0 for a lens without substructure. For vmap over lenses of one class.
     """

@@ -24,7 +24,6 @@ from gravlens_jax.inference import logits
 from gravlens_jax.lensing.images import labels_of, simulate_images
 from gravlens_jax.lensing.priors import PRIORS
 from gravlens_jax.npz import open_npz, read_rows, write_npz
-from gravlens_jax.progress import Stopped
 from gravlens_jax.sharding import data_mesh
 from gravlens_jax.stream import StreamData
 from gravlens_jax.training import fit
@@ -166,10 +165,8 @@ def run(recipe: Config, source: Source) -> Iterator[Row]:
         try:
             with redirect_stdout(sys.stderr):  # which is not the place of the table
                 fit(config, on_epoch=add)
-        except Stopped:
+        finally:  # also of a run that was stopped or has failed
             yield from rows
-            raise
-    yield from rows
 
 
 def compare_logits() -> Iterator[Row]:

@@ -2,23 +2,20 @@
 
 import json
 import time
-from collections.abc import Callable, Hashable, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable
 from math import inf
-from multiprocessing import get_context
 from pathlib import Path
 from string import Formatter
-from typing import Any, TypeVar
+from typing import Any
 
 from bench.facts import describe, machine_facts, utc_time
 from gravlens_jax.errors import check
+from gravlens_jax.files import check_folder
 
 SCHEMA = 1
 
 Row = dict[str, Any]  # a line of a table, and an object in JSON
 Run = Callable[..., list[float]]  # (warmup, calls) -> seconds of each of `calls` calls
-Key = TypeVar("Key", bound=Hashable)
 
 
 def check_least(least: int, **values: int | tuple[int, ...]) -> None:
@@ -45,25 +42,13 @@ def time_calls(function: Callable[[], Any], warmup: int, calls: int, most_second
     return sorted(seconds)
 
 
-def alternate(cases: Iterable[Key], measure: Callable[[Key], Any], repeats: int) -> dict[Key, list[Any]]:
+def alternate(cases: Iterable[Any], measure: Callable[[Any], Any], repeats: int) -> dict[Any, list[Any]]:
     """Returns the results of `measure` for each case; the cases take turns, so that all see the same machine."""
-    results: dict[Key, list[Any]] = {case: [] for case in cases}
+    results: dict[Any, list[Any]] = {case: [] for case in cases}
     for _ in range(repeats):
         for case, some in results.items():
             some.append(measure(case))
     return results
-
-
-def worker() -> ProcessPoolExecutor:
-    """Returns a new process, which starts with its first call."""
-    return ProcessPoolExecutor(1, get_context("spawn"))
-
-
-def call_apart(function: Callable[..., Any], *calls: tuple[Any, ...]) -> list[Any]:
-    """Returns the results of `function` for each of `calls`, its arguments: all at once, each in a new process."""
-    with ExitStack() as stack:
-        futures = [stack.enter_context(worker()).submit(function, *arguments) for arguments in calls]
-        return [future.result() for future in futures]
 
 
 def report(benchmark: str, rows: Iterable[Row], columns: str, json_file: Path) -> None:
@@ -79,6 +64,7 @@ def report(benchmark: str, rows: Iterable[Row], columns: str, json_file: Path) -
         column is as wide as its title, to the left if this ends with a space. "-" stands for a value that a row lacks.
       json_file: where the lines are added.
     """
+    check_folder(json_file)
     count, facts = 0, dict[str, Any]()
     fields = [(title, name or "", spec or "") for title, name, spec, _ in Formatter().parse(columns)]
     print("|", " | ".join(title for title, _, _ in fields), "|")

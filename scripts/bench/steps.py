@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bench.costs import Case
 from bench.harness import Row, Run, time_calls
-from gravlens_jax.config import CLASSES, SPLITS, Config, ModelConfig
+from gravlens_jax.config import CLASSES, SPLITS, Config
 from gravlens_jax.datasets import map_grid
 from gravlens_jax.errors import InputError
 from gravlens_jax.inference import _outputs, logits
@@ -131,15 +131,6 @@ def topology_mesh(name: str) -> Mesh:
     except jax.errors.JaxRuntimeError as error:
         raise InputError(f"--topology {name}: {str(error).splitlines()[0]}; expected one such as v5e:2x2") from None
     return Mesh(np.array(topology.devices), ("data",))
-
-
-def compile_for_tpus(names: tuple[str, ...], batch_per_chip: int, model: ModelConfig) -> Iterator[Row]:
-    """Yields topology, chips and the results of `compile_run` for the default recipe with the network `model`."""
-    for name in names:
-        mesh = topology_mesh(name)
-        config = Config(batch_size=batch_per_chip * mesh.size, model=model)
-        for row in compile_run(config, mesh, "tpu"):
-            yield {"topology": name, "chips": mesh.size} | row
 
 
 def compile_run(config: Config, mesh: Mesh, platform: str) -> Iterator[Row]:

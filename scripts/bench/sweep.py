@@ -1,4 +1,4 @@
-"""Training steps and inference over many combinations of options, also beside PyTorch."""
+"""Training steps and inference over many combinations of options, also compared with PyTorch."""
 
 import itertools
 import math
@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from bench.costs import Case, Peak, Steps, peak_of, quartiles, roofline, step_flops
-from bench.harness import Row, Run, alternate, worker
+from bench.harness import Row, Run, alternate
 from bench.steps import compile_step
 from gravlens_jax.errors import check_installed
 from gravlens_jax.sharding import check_batch_size, data_mesh
@@ -40,17 +41,10 @@ def measure_step(
     peer: ProcessPoolExecutor | None = None,
     profile: Path | None = None,
 ) -> Row:
-    """Returns the figures of a step.
+    """Returns the results of a step, of `repeats` measurements that alternate with those of the `peer`, if given.
 
-    Args:
-      case: the step.
-      peak: of its devices.
-      warmup: calls before each measurement.
-      steps: calls of each measurement.
-      repeats: measurements, alternating with the peer's.
-      most_seconds: of a measurement, with fewer calls if need be.
-      peer: a process in which PyTorch runs the same.
-      profile: folder for a trace of a few steps.
+    A measurement is `steps` calls after `warmup` others, or fewer within `most_seconds`; `peak` is that of the devices;
+    `peer` a process in which PyTorch runs the same; `profile` a folder for a trace of a few steps.
 
     Returns:
       the fields of `Case`; the facts of `compile_step`; `quartiles`; tflops; gb_per_second, of memory traffic;
@@ -89,7 +83,7 @@ def sweep(train: bool, options: Steps) -> Iterator[Row]:
     a = options
     if a.peer:
         check_installed(a.peer, "--peer", '"gravlens_jax[peers]"')
-    with worker() if a.peer else nullcontext() as peer:
+    with ProcessPoolExecutor(1, get_context("spawn")) if a.peer else nullcontext() as peer:
         for size, batch_size, dtype, devices in itertools.product(a.image_size, a.batch_size, a.dtype, a.devices):
             check_batch_size(batch_size, data_mesh(devices))
             case = Case(train, batch_size, size, dtype, devices)

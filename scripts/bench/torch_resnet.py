@@ -92,7 +92,9 @@ def _flip(x: Any, maps: Any) -> tuple[Any, Any]:
 def _pool(x: Any, crop: int, window: int, edge: int = 0) -> Any:
     """Returns means of square windows of the central `crop` pixels of images, with `edge` pixels of 0 around these."""
     first = (x.shape[-1] - crop) // 2
-    return functional.avg_pool2d(x[..., first : first + crop, first : first + crop], window, padding=edge)
+    return functional.avg_pool2d(
+        x[..., first : first + crop, first : first + crop], window, padding=edge, ceil_mode=True
+    )
 
 
 def _forward(network: Any, x: Any, config: InputConfig) -> Any:

@@ -174,7 +174,7 @@ def test_lens_may_be_written_with_numbers_and_be_elliptical_and_displaced():
 
 def test_parameters_that_do_not_belong_together_and_unknown_substructure_are_refused():
     for message, change in {
-        "unknown names shear_gamma; expected shear, shear_angle, source": {"shear_gamma": 0.1},
+        "unknown names shear_gamma; expected halo_mass, lens_angle, .* theta_E, z_lens": {"shear_gamma": 0.1},
         "lack vortex_angle, vortex_centre, vortex_length": {"vortex_mass": 1e10},
         r"source has shape \(1,\), expected \(2,\)": {"source": (0.1,)},
         r"subhalo_centres has shape \(2, 2\), exp": {"subhalo_masses": [1e9] * 3, "subhalo_centres": [(0, 0)] * 2},
