@@ -18,9 +18,7 @@ REQUIRED_SPLITS = ("train", "val", "test")
 SPLITS = (*REQUIRED_SPLITS, "easy")  # each is a file <split>.npz; the index of a split is part of its images' seed
 STREAM = "simulate:"
 Checkpoint = Literal["best", "final"]  # the epoch of lowest validation loss, or the last one
-# mean and standard deviation, after each stretch, of the central pixels of simulated images
-STRETCHED = {"linear": (0.15, 0.17), "sqrt": (0.34, 0.19), "log": (-2.3, 1.0)}
-PriorPreset = Literal["ct1", "model_a", "paper", "deeplensesim_i"]
+PriorPreset = Literal["ct1", "model_a", "deeplensesim_i"]
 PRIOR_PRESETS: tuple[PriorPreset, ...] = typing.get_args(PriorPreset)
 NOT_NEGATIVE, POSITIVE, SEEDS = (0, math.inf), (1, math.inf), (0, 2**31 - 1)  # ranges for `check_ranges`
 
@@ -57,14 +55,11 @@ class InputConfig:
 
     crop: int = 84  # central pixels kept, height and width
     pool: int = 2  # side of the pixel blocks that are averaged
-    stretch: Literal["linear", "sqrt", "log"] = "log"  # sqrt makes the photon noise uniform; log is log(pixel + 0.01)
-    mean: float | None = None  # subtracted after the stretch; default: the mean of simulated images
-    std: float | None = None  # divides the result; default: the standard deviation of simulated images
+    stretch: Literal["linear", "log"] = "log"  # log is log(pixel + 0.01) + 2.3: of simulated images mean 0, deviation 1
 
     def __post_init__(self):
         check_ranges(self, crop=(1, 2**14), pool=POSITIVE)
         check(self.crop % self.pool == 0, f"crop={self.crop} is not a multiple of pool={self.pool}")
-        check(self.std is None or self.std > 0, f"std={self.std}: expected a positive number")
 
     @property
     def cell(self) -> int:
@@ -75,11 +70,6 @@ class InputConfig:
     def cells(self) -> int:
         """Height and width of the network's last feature map."""
         return -(-self.crop // self.cell)
-
-    def resolve(self) -> "InputConfig":
-        """Returns the config with a number for `mean` and `std`."""
-        mean, std = STRETCHED[self.stretch]
-        return replace(self, mean=mean if self.mean is None else self.mean, std=std if self.std is None else self.std)
 
 
 @dataclass(frozen=True)
@@ -166,10 +156,10 @@ class Config:
         return bool(self.deflection_weight) and not self.augment.max_rotation and not self.augment.max_shift
 
     def resolve(self) -> "Config":
-        """Returns the config that a run saves: with absolute paths, and numbers for its input."""
+        """Returns the config that a run saves: with absolute paths."""
         data = self.data if self.data is None or self.stream else str(Path(self.data).absolute())
         simulation = replace(self.simulation, folder=str(Path(self.simulation.folder).absolute()))
-        return replace(self, data=data, simulation=simulation, input=self.input.resolve())
+        return replace(self, data=data, simulation=simulation)
 
 
 PRESETS = {
@@ -200,7 +190,7 @@ PRESETS = {
         batch_size=200,
         deflection_weight=0.0,
         simulation=SimulationConfig(train=30_000, easy=0, val=3_750, test=3_750),
-        input=InputConfig(crop=150, pool=1, stretch="linear", mean=0.0, std=1.0),
+        input=InputConfig(crop=150, pool=1, stretch="linear"),
         augment=AugmentConfig(flip=False, max_rotation=90.0, max_shift=0.1),
         model=ModelConfig(activation="relu"),
         optim=OptimConfig("adam", learning_rate=1e-4, weight_decay=1e-4, warmup_steps=0, decay="constant"),

@@ -71,7 +71,7 @@ def make_model(
 ) -> ResNet:
     """Returns the network that a run's config describes."""
     fields = asdict(config) | {"dtype": jnp.dtype(config.dtype)}
-    return ResNet(**fields, classes=classes, input=input_config.resolve(), pixel_scale=pixel_scale)
+    return ResNet(**fields, classes=classes, input=input_config, pixel_scale=pixel_scale)
 
 
 def variable_shapes(model: ResNet) -> Any:

@@ -124,7 +124,7 @@ def describe(network: Network, run: str | Path | None = None) -> dict[str, Any]:
     model, names = network.model, ModelConfig.__dataclass_fields__
     return {
         "model": {name: getattr(model, name) for name in names} | {"dtype": jnp.dtype(model.dtype).name},
-        "input": dataclasses.asdict(model.input.resolve()),
+        "input": dataclasses.asdict(model.input),
         "classes": model.classes,
         "image_shape": network.image_shape,
         "temperature": network.temperature,
@@ -197,9 +197,12 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def _read_about(values: dict[str, Any], where: str) -> tuple[ResNet, _About]:
     needed = _About._field_defaults | {name: values[name] for name in _About._fields if name in values}
-    if isinstance(needed.get("model"), dict) and "projection" in needed["model"]:  # of version 0.7
-        needed["model"] = {"activation": "relu"} | needed["model"]
-        check(not needed["model"].pop("projection"), f"{where}: networks with projections need version 0.7")
+    old: Any = [needed.get(name) for name in ("model", "input")]
+    if all(isinstance(x, dict) for x in old) and "projection" in old[0]:  # of version 0.7
+        needed |= {"model": {"activation": "relu"} | old[0], "input": dict(old[1])}
+        removed = needed["model"].pop("projection"), *(needed["input"].pop(name, None) for name in ("mean", "std"))
+        same = removed == (False, -2.3 if old[1].get("stretch") == "log" else 0.0, 1.0)
+        check(same, f"{where}: projection, mean and std are {removed}, options that are no more; use version 0.7")
     about = from_dict(_About, needed, where)
     return make_model(about.model, about.input, about.classes, about.pixel_scale), about
 

@@ -13,7 +13,7 @@ from gravlens_jax.npz import Dataset, open_npz
 from gravlens_jax.preprocess import prepare, to_unit
 from helpers import TINY_PRIORS, make_bars, make_folders, make_mapping_network, make_network, refuse, save_npz
 
-INPUT = InputConfig(16, 1, "linear", 0.3, 0.2)
+INPUT = InputConfig(16, 1, "linear")
 
 
 def bars(n):

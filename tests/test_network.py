@@ -74,8 +74,10 @@ def test_files_that_are_not_networks_are_refused_but_unknown_fields_and_a_missin
     assert loaded.model == TINY_MODEL and loaded.temperature == 1
     assert_equal(loaded.variables, make_network().variables)
     about["model"] = {"depth": 8, "width": 4, "projection": False, "dtype": "float32"}  # as 0.7 wrote it
-    write_network(file, make_network(), about)
+    write_network(file, make_network(), about | {"input": about["input"] | {"mean": -2.3, "std": 1.0}})
     assert load_network(file).model == TINY_MODEL.clone(activation="relu")
+    write_network(file, make_network(), about | {"input": about["input"] | {"mean": 0.0, "std": 1.0}})
+    refuse(r"projection, mean and std are \(False, 0.0, 1.0\), .* use version 0.7", load_network, file)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

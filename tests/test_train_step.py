@@ -15,7 +15,7 @@ from gravlens_jax.preprocess import prepare, to_unit
 from gravlens_jax.train_step import DEFLECTION_UNIT, end_epoch, eval_step, init_state, train_step, train_steps
 from helpers import make_bars
 
-MODEL = ResNet(depth=8, width=4, input=InputConfig(16, 1, "linear", 0.3, 0.2))
+MODEL = ResNet(depth=8, width=4, input=InputConfig(16, 1, "linear"))
 OPTIM = OptimConfig(learning_rate=1e-2, warmup_steps=0, decay="constant")
 OPTIONS = {"model": MODEL, "tx": make_optimizer(OPTIM, 100), "config": Config()}
 STEP = jax.jit(partial(train_step, **OPTIONS))
@@ -51,7 +51,7 @@ def test_auxiliary_head_learns_deflections_and_changes_the_network():
     batch, maps = make_batch(), np.zeros((8, 4, 4, 2), np.float32)
     maps[batch["labels"] == 1, ..., 0] = DEFLECTION_UNIT
     state = first = make_auxiliary_state(0)
-    for _ in range(40):
+    for _ in range(120):
         state, _ = STEP_WITHOUT_FLIPS(state, batch | {"deflections": maps})
     assert STEP_WITHOUT_FLIPS._cache_size() == 1
 

@@ -131,13 +131,6 @@ PRIORS: dict[PriorPreset, Priors] = {
     "ct1": CT1,
     # The same at fixed redshifts, as in the papers' Model A.
     "model_a": replace(CT1, **_bounds(z_lens=0.5, z_source=1.0)),
-    # arXiv 2008.12731, Table I as printed: an ablation, in which subhalos are all but invisible.
-    "paper": replace(
-        CT1,
-        subhalo_slope=-1.9,
-        **_bounds(shear_angle=(0.0, 2 * pi), source_angle=(0.0, 2 * pi)),
-        **_bounds(source_radius=(0.25, 1.0), vortex_length=(0.5, 2.0)),
-    ),
     # DeepLenseSim's Model I [C]. Its exposure time, log-uniform from 1e3 to 10^3.5, is here its geometric mean, and its
     # Gaussian background of rms 0.01 is here the Poisson noise of a sky of the same variance.
     "deeplensesim_i": Priors(

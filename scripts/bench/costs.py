@@ -71,7 +71,7 @@ class Case(NamedTuple):
     def config(self) -> Config:
         """The run of which it is a step: the default recipe."""
         return Config(
-            input=InputConfig(crop=self.image_size, pool=1).resolve(),
+            input=InputConfig(crop=self.image_size, pool=1),
             model=ModelConfig(depth=self.depth, dtype=self.dtype),
         )
 

@@ -99,7 +99,7 @@ def _pool(x: Any, crop: int, window: int, edge: int = 0) -> Any:
 
 def _forward(network: Any, x: Any, config: InputConfig) -> Any:
     """Returns logits and features of images in [0, 1], prepared as `preprocess.prepare` does, with the logarithm."""
-    x = ((_pool(x, config.crop, config.pool) + 0.01).log() - config.mean) / config.std
+    x = (_pool(x, config.crop, config.pool) + 0.01).log() + 2.3
     return network(x.contiguous(memory_format=torch.channels_last))
 
 
