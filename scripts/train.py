@@ -45,7 +45,7 @@ class Arguments:
     coordinator: str | None = None  # for several processes: HOST:PORT of process 0, or auto (JAX detects the cluster)
     num_processes: int | None = None  # of the run
     process_id: int | None = None  # of this process: 0, 1, ...
-    compile_cache: bool = True  # keep compiled programs (but oneDNN's) in ~/.cache/gravlens_jax, for a faster start
+    compile_cache: bool = True  # cache compiled programs (not those with oneDNN) in ~/.cache/gravlens_jax
 
 
 def parse_arguments(arguments: list[str]) -> Arguments:
