@@ -71,10 +71,9 @@ def run(main: Callable[[], Any]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is printed as \\xe9, for example
             stream.reconfigure(errors="backslashreplace")
-    for number in (signal.SIGTERM, signal.SIGHUP):  # by default, temporary files would stay
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup makes SIGHUP
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
-    signal.signal(signal.SIGUSR1, lambda *_: None)  # between training steps: see `progress.recorded_signals`
+            signal.signal(number, _handle)
     os.environ.pop("MPLBACKEND", None)  # figures need none, and a notebook's may not be installed here
     silence_orbax()
     try:
@@ -93,6 +92,12 @@ def run(main: Callable[[], Any]) -> None:
     except OSError as error:
         _discard_output()  # the output itself may be what fills a disk
         _stop(f"error: {error}; free disk space, fix the permissions or choose another place", 2)
+
+
+def _handle(number: int, _: Any) -> None:
+    """Removes temporary files and exits, except at SIGUSR1: between training steps see `progress.recorded_signals`."""
+    if number != signal.SIGUSR1:
+        sys.exit(128 + number)
 
 
 def _explain(error: Exception) -> tuple[str, int] | None:

@@ -29,7 +29,7 @@ def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
         check(not isinstance(value, float) or math.isfinite(value), f"{name}={value}: expected a finite number")
         if name in ranges and value is not None:
             low, high = ranges[name]
-            expected = f"at least {low}" if high == math.inf else f"{low} to {high}"
+            expected = f"at least {low:g}" if high == math.inf else f"{low:.10g} to {high:.10g}"
             check(low <= value <= high, f"{name}={value}: expected {expected}")
 
 

@@ -112,7 +112,7 @@ def find_priors(dataset: npz.Dataset) -> Priors | None:
     with suppress(KeyError, TypeError, ValueError):  # parameters that were edited
         if shows_its_lenses(dataset, priors):
             return priors
-    _notice(f"{getattr(dataset.images, 'path', 'images in memory')}")
+    _notice(str(getattr(dataset.images, "path", "images in memory")))
     return None
 
 

@@ -20,7 +20,7 @@ from gravlens_jax.inference import fit_deflection, outputs
 from gravlens_jax.model import ResNet, make_model, variable_shapes
 from gravlens_jax.npz import Dataset, load_arrays
 
-EXPECTED = "a network written by scripts/export.py"
+EXPECTED = "a network written by scripts/export.py or scripts/finetune.py"
 PRETRAINED = Path(__file__).with_name("pretrained.npz")
 
 
@@ -59,8 +59,8 @@ def load_network(run: str | Path, checkpoint: Checkpoint = "best") -> Network:
     """Returns a trained network, ready for `predict`; the probabilities of a finished run are calibrated.
 
     `run` is the directory of a run, of which `checkpoint` is "best" (lowest validation loss) or "final" (last epoch);
-    or an .npz written by scripts/export.py; or "pretrained" for the package's network. InputError if it is none of
-    these, is damaged, has no checkpoint yet, or has parameters that are not finite.
+    or an .npz written by export.py or finetune.py; or "pretrained" for the package's network. InputError if it is none
+    of these, is damaged, has no checkpoint yet, or has parameters that are not finite.
     """
     path = find_network(run)
     if path.suffix == ".npz" and not path.is_dir():
@@ -142,13 +142,15 @@ def read_record(run: str | Path) -> dict[str, Any]:
     path = find_network(run)
     if path.suffix == ".npz" and not path.is_dir():
         about, _ = read_file(path)
-        return {name: about[name] for name in ("config", "history", "finetuned") if name in about}
+        return {name: about[name] for name in ("config", "history", "finetuned") if name in about}  # shortened before
     return {"config": _shorten(run_files.read_config(path)["config"]), "history": run_files.read_history(path)}
 
 
 def _shorten(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the config of a run without the folders of its author."""
-    short = {name: Path(x).name for name, x in config.items() if name in ("run_dir", "data", "folder") and x}
+    short = {
+        name: Path(x).name for name, x in config.items() if name in ("run_dir", "data", "folder") and isinstance(x, str)
+    }
     return config | short | {name: _shorten(x) for name, x in config.items() if isinstance(x, dict)}
 
 

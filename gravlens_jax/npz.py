@@ -32,6 +32,7 @@ MEMORY_BYTES = 2**26  # limit for arrays that are larger than their file
 KINDS = {"f": "floating-point numbers", "ui": "integers", "uif": "real numbers", "U": "text"}
 PARAMETERS = "parameters/"  # begins the names of arrays of lens parameters
 DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, OSError, RuntimeError, ValueError, OverflowError, EOFError)
+FORTRAN = "is in Fortran order; save it again with numpy.ascontiguousarray"
 
 Members = dict[str, zipfile.ZipInfo]  # of an .npz, by their names without .npy
 
@@ -243,7 +244,6 @@ def read_image_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Header
     with archive.open(info) as member:
         header = read_header(member, info.file_size, "uif", where)
     shape = header.shape
-    check(not header.fortran_order, f"{where} is in Fortran order; save it again with numpy.ascontiguousarray")
     right = 2 <= len(shape) <= 4 and (len(shape) < 4 or 1 in (shape[1], shape[3]))
     expected = "(height, width) or (n, height, width), perhaps with an axis of length 1 for the channel"
     check(right, f"{where}: images have shape {shape}, expected {expected}")
@@ -262,6 +262,7 @@ def map_images(file: IO[bytes], dtype: np.dtype, offset: int, shape: tuple[int, 
 def _locate_images(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> MappedImages:
     """Finds the images of an archive; their data must lie between the start of the file and its directory."""
     where, header = f"{archive.filename}: {info.filename}", read_image_header(archive, info)
+    check(not header.fortran_order, f"{where} {FORTRAN}")
     file: Any = archive.fp
     file.seek(info.header_offset)
     name_bytes, extra_bytes = struct.unpack("<26xHH", file.read(30))

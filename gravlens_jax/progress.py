@@ -27,10 +27,10 @@ class Stopped(KeyboardInterrupt):
 def recorded_signals() -> Iterator[Callable[[], int]]:
     """Records SIGINT (Ctrl-C), SIGTERM (preemption), SIGHUP (lost terminal) and SIGUSR1 instead of acting on them.
 
-    SIGUSR1 asks for a save, the others for a save and a stop; a second one of those acts at once. A signal that was
-    ignored before (by nohup, for example) stays ignored. Outside the main thread, where Python allows no handlers, no
-    signal is recorded. Yields a function that returns the request since its last call: 0 for none, SAVE, or (also
-    later) STOP + the number of the signal.
+    SIGUSR1 asks for a save, the others for a save and a stop; after one of those, the same one and Ctrl-C act at once.
+    A signal that was ignored before (by nohup, for example) stays ignored. Outside the main thread, where Python allows
+    no handlers, no signal is recorded. Yields a function that returns the request since its last call: 0 for none,
+    SAVE, or (also later) STOP + the number of the signal.
     """
     save, stop = threading.Event(), []
     previous: dict[int, Any] = {}
@@ -40,7 +40,7 @@ def recorded_signals() -> Iterator[Callable[[], int]]:
             save.set()
         else:
             stop.append(STOP + number)
-            restore(*(other for other in previous if other != signal.SIGUSR1))
+            restore(*({number, signal.SIGINT} & previous.keys()))
 
     def restore(*numbers: int) -> None:
         for number in numbers:

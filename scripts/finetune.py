@@ -93,11 +93,12 @@ def _compile(network: "Network", model: Any, config: OptimConfig, steps: int, se
     tx, jit = make_optimizer(config, steps), partial(jax.jit, out_shardings=replicated(mesh))
     state = jit(partial(init_state, model=model, tx=tx, config=config))(seed)
     # The running statistics forget those of the old images, also in few steps.
-    step = partial(train_step, model=model.clone(momentum=max(0, min(0.97, 1 - 5 / steps))), tx=tx)
+    model = model.clone(momentum=max(0, min(0.97, 1 - 5 / steps)))
+    step = partial(train_step, model=model, tx=tx, config=Config(seed=seed))
     # Copies, because the first step donates the state.
     old = jax.device_put(jax.tree.map(jnp.copy, network.variables), replicated(mesh))
     state = state._replace(params={**old["params"], "head": state.params["head"]}, batch_stats=old["batch_stats"])
-    return state, jit(partial(step, config=Config(seed=seed)), donate_argnums=0), jit(zero_sums)
+    return state, jit(step, donate_argnums=0), jit(zero_sums)
 
 
 def main(

@@ -59,6 +59,7 @@ def to_variables(state_dict: dict[str, np.ndarray], depth: int, order: list[int]
             params[flax] = {"scale": take(f"{torch}.weight"), "bias": take(f"{torch}.bias")}
             batch_stats[flax] = {"mean": take(f"{torch}.running_mean"), "var": take(f"{torch}.running_var")}
     weight, bias = take("linear.weight", 2), take("linear.bias")
+    check(len(weight) == len(bias), f"linear.weight has {len(weight)} rows, linear.bias {len(bias)}; expected as many")
     check(len(bias) == len(order), f"the head has {len(bias)} classes, --classes names {len(order)}")
     params["head"] = {"kernel": weight[order].T, "bias": bias[order]}
     check(not left, f"{next(iter(left), '')!r} is left over: the network is not of depth {depth}; try another --depth")

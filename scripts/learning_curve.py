@@ -86,7 +86,7 @@ def main(
       python scripts/learning_curve.py pretrained runs/default --figure learning_curve.png
 
     Args:
-        runs: directories made by train.py, .npz made by export.py or finetune.py, or the word pretrained.
+        runs: directories made by train.py, .npz made by export.py, or the word pretrained.
         figure: PNG to write.
     """
     check(bool(runs), "no RUN given")

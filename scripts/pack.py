@@ -37,12 +37,12 @@ from gravlens_jax.folders import (
 from gravlens_jax.npz import read_rows, scale, write_npz
 from gravlens_jax.progress import show_progress
 
-# All that NumPy writes for [image, mass], and Python for bytes in protocol 2; NumPy 1 names numpy._core numpy.core.
+# All that NumPy writes for [image, mass], and Python 3 for bytes in protocol 2; NumPy 1 names numpy._core numpy.core.
 FUNCTIONS = {"dtype": "numpy", "ndarray": "numpy", "encode": "_codecs"}
 FUNCTIONS |= {"_reconstruct": "numpy._core.multiarray", "scalar": "numpy._core.multiarray"}
 OPCODES = re.compile(
     "PROTO|FRAME|STOP|(STACK_)?GLOBAL|REDUCE|BUILD|MARK|NONE|NEWTRUE|NEWFALSE|BININT[12]?|BINFLOAT|BINGET|BINPUT|"
-    "MEMOIZE|(SHORT_)?BIN(STRING|BYTES|UNICODE)|EMPTY_LIST|APPENDS?|(EMPTY_)?TUPLE|TUPLE[123]"
+    "MEMOIZE|(SHORT_)?BIN(BYTES|UNICODE)|EMPTY_LIST|APPENDS?|(EMPTY_)?TUPLE|TUPLE[123]"
 )
 DEFAULT_CLASSES = {name: name for name in CLASSES}
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # in any case
@@ -93,7 +93,7 @@ def read_pair(data: bytes) -> tuple[np.ndarray, float]:
     check("STOP" in opcodes, f"more than {MAX_OPCODES} opcodes")
     for opcode in opcodes:
         check(OPCODES.fullmatch(opcode) is not None, f"opcode {opcode}")
-    pair = CallReader(io.BytesIO(data), encoding="latin1").load()  # Python 2 wrote bytes as text
+    pair = CallReader(io.BytesIO(data)).load()
     _, shape, dtype, _, (image, mass) = _state(pair, "_reconstruct")
     check(shape == (2,) and dtype.arguments[0] in ("O", "O4", "O8"), "not two objects")
     _, shape, dtype, fortran_order, pixels = _state(image, "_reconstruct")
@@ -120,7 +120,7 @@ def _dtype(call: Call) -> np.dtype:
 
 
 def _bytes(value: Any) -> bytes:
-    """Returns bytes that are pickled as such, by Python 2, or by Python 3 for Python 2, as a call of encode."""
+    """Returns bytes that are pickled as such, or in protocol 2 as a call of encode."""
     if isinstance(value, Call) and value.function == "encode":
         value, _ = value.arguments
     return value.encode("latin1") if isinstance(value, str) else value
@@ -244,7 +244,9 @@ def pack(
         test_fraction = 0.5
     names, steps = list(folders), []
     for name, part, fraction in (("train", "val", val_fraction), ("val", "test", test_fraction)):
-        check(name in names or not fraction, f"--{part}-fraction {fraction}: {source} has no {name}/ to take it from")
+        advice = "give --val-fraction too, or leave it out" if part == "test" else "leave it out"
+        lacks = f"--{part}-fraction {fraction}: {source} has no {name}/ to take it from; {advice}"
+        check(name in names or not fraction, lacks)
         if fraction:
             steps.append((name, part, fraction))
             names.append(part)
@@ -327,6 +329,7 @@ def convert(path: Path, out: Path, classes: Classes | None = None) -> None:
         unnamed = f"{path} does not name its classes; give --classes with the names of labels 0, 1, ... in this order"
         check(bool(names) or labels not in arrays, unnamed)
         header = npz.read_image_header(archive, members[images])
+        check(not header.fortran_order, f"{path}: {images} {npz.FORTRAN}")
         known = npz.check_labels(arrays[labels], header.shape[0], names, path) if labels in arrays else None
         with archive.open(members[images]) as member:
             member.read(header.offset)

@@ -166,7 +166,7 @@ def main(
 ) -> None:
     """Prints one CSV line for each image: file, class, probability of each class, outlier score, peak convergence.
 
-    The class of an image unlike those of training, with an outlier score far above 1, means nothing; about 1 % of
+    The class of an image unlike those of training, with an outlier score far above 1, is unreliable; about 1 % of
     ordinary images are above 1. The convergence is that of the dark substructure, where it is largest: see --maps.
     Files that cannot be used are an error, after all others are done.
 

@@ -63,10 +63,8 @@ def run_here(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
         monkeypatch.setenv("GLIBC_TUNABLES", cli.HUGE_PAGES)
         monkeypatch.setattr(cli, "silence_orbax", lambda: None)
-        handlers, code = (
-            {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)},
-            0,
-        )
+        numbers, code = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1), 0
+        handlers = {number: signal.getsignal(number) for number in numbers}
         capsys.readouterr()
         try:
             runpy.run_path(str(path), run_name="__main__")

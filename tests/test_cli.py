@@ -182,7 +182,7 @@ def test_errors_print_one_message_and_set_the_status(error, status, message, pro
         assert "--resume" not in text
 
 
-def test_signals_outside_of_training(monkeypatch):
+def test_signals_outside_of_training(quiet, monkeypatch):
     monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN if number == signal.SIGTERM else None)
     handlers: dict = {}
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)

@@ -144,7 +144,7 @@ def test_labels_are_not_read_if_only_images_are_needed(tmp_path, save, bad):
 def test_wrong_contents_are_refused(tmp_path, monkeypatch, replaced, message):
     monkeypatch.setattr(npz, "MEMORY_BYTES", 2**21)
     refuse_file("open_npz", write_members(tmp_path / "a.npz", **replaced), message)
-    if replaced.keys() <= ARRAYS.keys():  # load_npz reads neither info nor parameters
+    if replaced.keys() <= ARRAYS.keys() and "Fortran" not in message:  # load_npz reads neither info nor parameters
         refuse_file("load_npz", write_members(tmp_path / "a.npz", "load_npz", **replaced), message)
 
 

@@ -142,7 +142,7 @@ def deflection_map(lens_params: LensParams, priors: Priors, grid: Grid) -> jax.A
 def render_lens(lens_params: Mapping[str, Any], priors: Priors) -> jax.Array:
     """Returns the expected photon counts per pixel of one lens, float32 (num_pixels, num_pixels), sky included.
 
-    For many lenses on a CPU, `render_lenses` in jit or `images.render_images` is faster than `jax.vmap` of this.
+    For many `sphere` lenses on a CPU, `render_lenses` or `images.render_images` is faster than `jax.vmap` of this.
 
     Of `priors` only the camera and the source's fixed profile are used, and its `lens_axis_ratio` if the lens has none.
     `lens_params` are a result of `sample_lens`, or numbers and tuples under the same names; halo_mass is not used.
@@ -186,8 +186,8 @@ def _as_arrays(lens_params: Mapping[str, Any]) -> LensParams:
 def render_lenses(lens_params: LensParams, priors: Priors) -> jax.Array:
     """Returns `render_lens` of n lenses of one class, float32 (n, num_pixels, num_pixels), equal to rounding.
 
-    The same as `jax.vmap` of `render_lens`, but on a CPU at least twice as fast. Each array of `lens_params` has a
-    leading axis of length n. It uses one core of a CPU; `images.render_images` uses all.
+    The same as `jax.vmap` of `render_lens`, but twice as fast for `sphere` lenses on a CPU, of which it uses one core;
+    `images.render_images` uses all. Each array of `lens_params` has a leading axis of length n.
     """
     render = partial(render_lens, priors=priors)
     if "vortex_mass" in lens_params:  # XLA's loops on CPUs compute an arctangent without vector instructions
