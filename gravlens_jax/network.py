@@ -73,8 +73,7 @@ def load_network(run: str | Path, checkpoint: Checkpoint = "best") -> Network:
         temperature = run_files.read_temperature(path, step)
         variables = calibrated(variables, temperature, _read_added(path, step, model))
         network = Network(model, variables, about.image_shape, temperature)
-    finite = metrics.find_not_finite(network.variables) is None
-    check(finite, f"{path}: the network has parameters that are not finite; train again with a lower learning rate")
+    _check_finite(network, path)
     return network
 
 
@@ -162,7 +161,13 @@ def named_arrays(network: Network) -> dict[str, np.ndarray]:
 
 def write_network(out: Path, network: Network, about: dict[str, Any]) -> None:
     """Writes a network to an .npz, atomically: `named_arrays`, and `about`, from `describe`, as JSON text."""
+    _check_finite(network, out)
     files.write_arrays(out, {"about": np.array(json.dumps(about))} | named_arrays(network))
+
+
+def _check_finite(network: Network, where: Path) -> None:
+    finite = metrics.find_not_finite(network.variables) is None
+    check(finite, f"{where}: the network has parameters that are not finite; train again with a lower learning rate")
 
 
 def _read_added(run_dir: Path, step: int, model: ResNet) -> dict[str, np.ndarray]:

@@ -81,10 +81,12 @@ def test_files_that_are_not_networks_are_refused_but_unknown_fields_and_a_missin
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_parameters_that_are_not_finite_are_not_loaded(file, value):
+def test_parameters_that_are_not_finite_are_neither_written_nor_loaded(file, value):
     variables = make_network().variables
     head = variables["params"]["head"] | {"bias": np.array([0, value, 0], np.float32)}
     bad = replace(make_network(), variables=variables | {"params": variables["params"] | {"head": head}})
+    refuse(r"parameters that are not finite; train again with a lower learning", write_network, file, bad, {})
+    assert_equal(load_network(file).variables, variables)
     create_run(file.with_name("run"), TINY_INFO)
     save_variables(file.with_name("run"), bad.variables)
     arrays = dict(np.load(file)) | {"params/head/bias": np.array([0, min(value, 1e300), 0])}  # float64
