@@ -165,13 +165,13 @@ class Config:
 PRESETS = {
     # 13 minutes on two CPU cores, simulation included; accuracy 97.2 % on simulated test images.
     "default": Config(),
-    # Of the pretrained network, which had ReLU: 300,000 images, eight times each. 4 h 17 min, 14 GB; accuracy 98.8 %.
+    # The pretrained network's: 4 hours on two CPU cores, 15 GB; accuracy 98.9 % on simulated test images.
     "best": Config(
         run_dir="runs/best",
-        epochs=8,
-        simulation=SimulationConfig(train=300_000, easy=6_000, val=3_750, test=7_500),
+        epochs=10,
+        simulation=SimulationConfig(train=320_000, easy=6_000, val=3_750, test=7_500, seed=2),
         # At high learning rates the validation loss only seems to stop falling.
-        optim=OptimConfig(plateau_patience=12),
+        optim=OptimConfig(plateau_patience=20),
     ),
     # Half a minute, for a first try; too short to learn anything.
     "smoke": Config(

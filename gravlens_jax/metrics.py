@@ -130,8 +130,7 @@ def outlier_scores(population: dict[str, np.ndarray] | None, means: np.ndarray) 
     if population is None:
         return np.full(len(means), np.nan, np.float32)
     distances = _distances(population, means)
-    radii = np.asarray(population.get("radii", np.ones(distances.shape[1])), np.float64)  # 0.7 had none
-    return (distances.min(1) / radii[distances.argmin(1)]).astype(np.float32)
+    return (distances.min(1) / np.asarray(population["radii"])[distances.argmin(1)]).astype(np.float32)
 
 
 def _distances(population: dict[str, np.ndarray], means: np.ndarray) -> np.ndarray:

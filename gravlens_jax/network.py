@@ -70,8 +70,10 @@ def load_network(run: str | Path, checkpoint: Checkpoint = "best") -> Network:
         values = run_files.read_config(path)
         model, about = _read_about(values["config"] | values, f"{path}/config.json")
         variables, step = load_variables(path, model, checkpoint)
-        temperature = run_files.read_temperature(path, step)
-        variables = calibrated(variables, temperature, _read_added(path, step, model))
+        temperature, added = run_files.read_calibration(path, step)
+        fits = _shapes(added) == _added_shapes(model, added)
+        check(fits, f"{path}: its calibration.npz does not fit the network; remove that file")
+        variables = calibrated(variables, temperature, added)
         network = Network(model, variables, about.image_shape, temperature)
     _check_finite(network, path)
     return network
@@ -170,15 +172,8 @@ def _check_finite(network: Network, where: Path) -> None:
     check(finite, f"{where}: the network has parameters that are not finite; train again with a lower learning rate")
 
 
-def _read_added(run_dir: Path, step: int, model: ResNet) -> dict[str, np.ndarray]:
-    path = run_dir / "population.npz"
-    arrays = load_arrays(path, "arrays", "f") if path.exists() else {}
-    of_step = {name.partition("/")[2]: x for name, x in arrays.items() if name.startswith(f"{step}/")}
-    # Those of version 0.7 have no group.
-    added = {name if "/" in name else f"population/{name}": x for name, x in of_step.items()}
-    shapes = {name: x.shape for name, x in added.items()}
-    check(shapes == _added_shapes(model, added), f"{path} does not fit the network; remove it")
-    return added
+def _shapes(arrays: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    return {name: x.shape for name, x in arrays.items()}
 
 
 def _added_shapes(model: ResNet, added: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
@@ -187,7 +182,6 @@ def _added_shapes(model: ResNet, added: dict[str, np.ndarray]) -> dict[str, tupl
     shapes: dict[str, tuple[int, ...]] = {}
     if "population/whitening" in added:
         shapes |= {"population/whitening": (channels, channels), "population/centres": (classes, channels)}
-    if "population/radii" in added:  # 0.7 had none
         shapes |= {"population/radii": (classes,)}
     if "deflection/kernel" in added:
         shapes |= {"deflection/kernel": (4 * model.width, 2), "deflection/bias": (2,)}
@@ -203,24 +197,16 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def _read_about(values: dict[str, Any], where: str) -> tuple[ResNet, _About]:
-    needed = _About._field_defaults | {name: values[name] for name in _About._fields if name in values}
-    old: Any = [needed.get(name) for name in ("model", "input")]
-    if all(isinstance(x, dict) for x in old) and "projection" in old[0]:  # of version 0.7
-        needed |= {"model": {"activation": "relu"} | old[0], "input": dict(old[1])}
-        removed = needed["model"].pop("projection"), *(needed["input"].pop(name, None) for name in ("mean", "std"))
-        same = removed == (False, -2.3 if old[1].get("stretch") == "log" else 0.0, 1.0)
-        check(same, f"{where}: projection, mean and std are {removed}, options that are no more; use version 0.7")
-    about = from_dict(_About, needed, where)
+    known = {name: values[name] for name in _About._fields if name in values}
+    about = from_dict(_About, _About._field_defaults | known, where)
     return make_model(about.model, about.input, about.classes, about.pixel_scale), about
 
 
 def _load_file(path: Path) -> Network:
     values, arrays = read_file(path)
     model, about = _read_about(values, f"{path}: about")
-    expected = {name: x.shape for name, x in flatten_dict(variable_shapes(model), sep="/").items()}
-    expected |= _added_shapes(model, arrays)
-    shapes = {name: array.shape for name, array in arrays.items() if array.dtype.kind == "f"}
-    fits = shapes == expected and len(arrays) == len(shapes)
+    expected = _shapes(flatten_dict(variable_shapes(model), sep="/")) | _added_shapes(model, arrays)
+    fits = _shapes(arrays) == expected and all(x.dtype.kind == "f" for x in arrays.values())
     check(fits, f"{path}: its arrays do not fit its model; export it again")
     with np.errstate(over="ignore"):  # of float64; `load_network` finds the infinity
         variables = {name: jnp.asarray(array.astype(np.float32)) for name, array in arrays.items()}

@@ -3,8 +3,7 @@
 runs/<name>/config.json              the configuration; written before the first step
 runs/<name>/metrics.jsonl            one line per epoch
 runs/<name>/checkpoints/             see `checkpoint`
-runs/<name>/calibration.json         step -> temperature of the logits, for the checkpoints of a finished run
-runs/<name>/population.npz           <step>/<array>, the same for the arrays of `network.calibrate`
+runs/<name>/calibration.npz          <step>/temperature and <step>/<array> of `network.calibrate`, if it is finished
 runs/<name>/report/                  figures, metrics and predictions on the test split
 """
 
@@ -19,6 +18,7 @@ from flax.traverse_util import flatten_dict
 from gravlens_jax.config import Config, from_dict
 from gravlens_jax.errors import InputError, check, parse_json
 from gravlens_jax.files import write_arrays, write_atomically
+from gravlens_jax.npz import load_arrays
 
 MAY_DIFFER = ("run_dir", "device_data", "data", "simulation.folder", "epochs")  # between a run and its continuation
 
@@ -125,19 +125,17 @@ def write_history(run_dir: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def write_calibration(run_dir: Path, calibrations: dict[int, tuple[float, dict[str, np.ndarray]]]) -> None:
-    """Writes calibration.json and population.npz: temperature and arrays for the checkpoint of each step."""
-    temperatures = {step: temperature for step, (temperature, _) in calibrations.items()}
-    arrays = {f"{step}/{name}": x for step, (_, added) in calibrations.items() for name, x in added.items()}
-    write_atomically(run_dir / "calibration.json", json.dumps(temperatures) + "\n")
-    write_arrays(run_dir / "population.npz", arrays)
+    """Writes calibration.npz: temperature and arrays for the checkpoint of each step."""
+    of_step = {step: {"temperature": np.array(t)} | added for step, (t, added) in calibrations.items()}
+    write_arrays(run_dir / "calibration.npz", {f"{k}/{n}": x for k, added in of_step.items() for n, x in added.items()})
 
 
-def read_temperature(run_dir: Path, step: int) -> float:
-    """Returns the temperature for the checkpoint of `step`; 1.0 if none was fitted."""
-    path = run_dir / "calibration.json"
-    if not path.exists():
-        return 1.0
-    temperature = parse_json(path.read_bytes(), str(path)).get(str(step), 1.0)
-    if not isinstance(temperature, float) or not 0 < temperature < 1e3:
-        raise InputError(f"{path} is damaged: expected a temperature for each step; remove it")
-    return temperature
+def read_calibration(run_dir: Path, step: int) -> tuple[float, dict[str, np.ndarray]]:
+    """Returns temperature and arrays for the checkpoint of `step`; 1.0 and {} if none were fitted."""
+    path = run_dir / "calibration.npz"
+    arrays = load_arrays(path, "the calibration of a run", "f") if path.exists() else {}
+    added = {name.partition("/")[2]: x for name, x in arrays.items() if name.startswith(f"{step}/")}
+    temperature = added.pop("temperature", np.ones(()))
+    valid = temperature.shape == () and 0 < float(temperature) < 1e3
+    check(valid, f"{path} is damaged: expected a temperature for each step; remove it")
+    return float(temperature), added

@@ -17,6 +17,7 @@ GRAVLENSNET = (
     *(0.336, 0.339, 0.526, 0.610, 0.510, 0.793, 0.728, 0.713, 0.760, 0.814),
     *(0.773, 0.790, 0.822, 0.882, 0.843, 0.879, 0.877, 0.876, 0.888, 0.791),
 )
+FIT_0_7 = (0.0164, 0.47)  # `fit_power_law` of the runs of version 0.7.0
 
 
 def load_history(run: str | Path) -> list[dict[str, Any]]:
@@ -59,15 +60,15 @@ def draw_learning_curves(path: Path, histories: dict[str, list[dict]]) -> None:
         axes.plot(seen, errors, "-", color=colour, lw=1)
         axes.plot(seen[-1], errors[-1], "o", color=colour, ms=5, label=f"{name}: {errors[-1]:.2%}")
         ends.append((seen[-1], max(errors[-1], 1e-4)))
+    fits = {"version 0.7.0": FIT_0_7}
     if len({steps for steps, _ in ends}) >= 3:
-        a, b = fit_power_law(*map(list, zip(*ends, strict=True)))
-        x = np.geomspace(min(ends)[0], 4 * max(ends)[0])
-        label = f"last epochs: {a:.2%} (image-steps / 1 million)$^{{-{b:.2f}}}$"
-        axes.plot(x, a * (x / 1e6) ** -b, ":", color="0.3", label=label)
-    epochs = np.arange(1, len(GRAVLENSNET) + 1)
-    axes.plot(
-        30_000 * epochs, 1 - np.array(GRAVLENSNET), "s--", color="0.6", ms=3, lw=1, label="GravLensNet, public images"
-    )
+        fits["last epochs"] = fit_power_law(*map(list, zip(*ends, strict=True)))
+    x = np.geomspace(min(ends)[0], 4 * max(ends)[0])
+    for style, (name, (a, b)) in zip(("-.", ":"), fits.items(), strict=False):
+        label = f"{name}: {a:.2%} (image-steps / 1 million)$^{{-{b:.2f}}}$"
+        axes.plot(x, a * (x / 1e6) ** -b, style, color="0.3", lw=1, label=label)
+    published = 30_000 * np.arange(1, len(GRAVLENSNET) + 1), 1 - np.array(GRAVLENSNET)
+    axes.plot(*published, "s--", color="0.6", ms=3, lw=1, label="GravLensNet, public images")
     axes.set(xlabel="image-steps", ylabel="validation error", xscale="log", yscale="log")
     axes.yaxis.set_major_formatter("{x:.1%}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.1%}" if f"{value:e}"[0] in "235" else "")

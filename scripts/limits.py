@@ -87,9 +87,8 @@ def measure(network: "Network", dataset: "Dataset") -> dict[str, Any]:
         of_class = labels == label
         if sigmas[of_class].any():
             values["recall"][name] = bin_means(sigmas[of_class], right[of_class], SIGMAS)
-            some = of_class & (
-                np.abs(true * weight).max((1, 2, 3)) > NO_DEFLECTION
-            )  # not a `sphere` lens whose number of subhalos is 0
+            # Not a `sphere` lens whose number of subhalos is 0.
+            some = of_class & (np.abs(true * weight).max((1, 2, 3)) > NO_DEFLECTION)
             values["map_error"][name] = bin_means(sigmas[some], error[some] / size[some], SIGMAS)
     dark = sigmas > 0
     squares = ((maps - true)[dark] ** 2).mean(-1).ravel()

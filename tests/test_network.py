@@ -73,11 +73,8 @@ def test_files_that_are_not_networks_are_refused_but_unknown_fields_and_a_missin
     loaded = load_network(file)
     assert loaded.model == TINY_MODEL and loaded.temperature == 1
     assert_equal(loaded.variables, make_network().variables)
-    about["model"] = {"depth": 8, "width": 4, "projection": False, "dtype": "float32"}  # as 0.7 wrote it
-    write_network(file, make_network(), about | {"input": about["input"] | {"mean": -2.3, "std": 1.0}})
-    assert load_network(file).model == TINY_MODEL.clone(activation="relu")
-    write_network(file, make_network(), about | {"input": about["input"] | {"mean": 0.0, "std": 1.0}})
-    refuse(r"projection, mean and std are \(False, 0.0, 1.0\), .* use version 0.7", load_network, file)
+    write_network(file, make_network(), about | {"input": about["input"] | {"mean": 0.0}})  # as 0.7 wrote it
+    refuse(r"about.input: field 'mean' is unknown; it was written by another version", load_network, file)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -111,7 +108,7 @@ def test_the_pretrained_network_has_the_documented_size_and_record():
     network, history = load_network("pretrained"), load_history("pretrained")
     assert sum(x.size for x in jax.tree.leaves(network.variables["params"])) == 268_979
     assert PRETRAINED.stat().st_size < 2**21
-    assert network.model.classes == CLASSES and network.temperature == pytest.approx(0.986, abs=1e-3)
+    assert network.model.classes == CLASSES and network.temperature == pytest.approx(0.946, abs=1e-3)
     assert history[-1]["image_steps"] > 100_000 and history[-1]["val_accuracy"] > 0.9
 
 

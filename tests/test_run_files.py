@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from gravlens_jax import run_files
@@ -56,10 +57,12 @@ def test_history_ends_at_the_saved_step_also_without_its_damaged_line(tmp_path, 
     assert run_files.read_history(tmp_path, 6) == [{"step": 3}]
 
 
-def test_temperatures_belong_to_steps_and_damaged_ones_are_refused(tmp_path):
-    assert run_files.read_temperature(tmp_path, 2) == 1.0
-    run_files.write_calibration(tmp_path, {2: (2.5, {})})
-    assert [run_files.read_temperature(tmp_path, step) for step in (2, 3)] == [2.5, 1.0]
-    for damage in ('{"2": 0.0}', "[1]", '{"2": "x"}', "{"):
-        (tmp_path / "calibration.json").write_text(damage)
-        refuse(r"calibration\.json", run_files.read_temperature, tmp_path, 2)
+def test_calibrations_belong_to_steps_and_damaged_ones_are_refused(tmp_path):
+    assert run_files.read_calibration(tmp_path, 2) == (1.0, {})
+    run_files.write_calibration(tmp_path, {2: (2.5, {"a/b": np.ones(2)}), 23: (3.0, {})})
+    temperature, added = run_files.read_calibration(tmp_path, 2)
+    assert temperature == 2.5 and added.keys() == {"a/b"} and added["a/b"].tolist() == [1, 1]
+    assert [run_files.read_calibration(tmp_path, step) for step in (3, 23)] == [(1.0, {}), (3.0, {})]
+    for damage in (np.zeros(()), np.array(np.nan), np.ones(1), np.array("x")):
+        np.savez(tmp_path / "calibration.npz", **{"2/temperature": damage})
+        refuse(r"calibration\.npz", run_files.read_calibration, tmp_path, 2)
