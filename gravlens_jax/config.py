@@ -163,7 +163,7 @@ class Config:
 
 
 PRESETS = {
-    # 13 minutes on two CPU cores, simulation included; accuracy 97.2 % on simulated test images.
+    # 11 to 13 minutes on two CPU cores, simulation included; accuracy 97.2 % on simulated test images.
     "default": Config(),
     # The pretrained network's: 4 hours on two CPU cores, 15 GB; accuracy 98.9 % on simulated test images.
     "best": Config(

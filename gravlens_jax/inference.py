@@ -142,7 +142,7 @@ def has_deflection(model: ResNet, variables: Any) -> bool:
 
 def check_deflection(model: ResNet, variables: Any) -> None:
     """Raises InputError unless a network predicts deflections."""
-    without = "the network predicts no deflections: its training images had no lens parameters, or it is an older one"
+    without = "the network predicts no deflections: its training images had no lens parameters, or it is unfinished"
     check(has_deflection(model, variables), without)
 
 

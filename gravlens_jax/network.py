@@ -72,7 +72,7 @@ def load_network(run: str | Path, checkpoint: Checkpoint = "best") -> Network:
         variables, step = load_variables(path, model, checkpoint)
         temperature, added = run_files.read_calibration(path, step)
         fits = _shapes(added) == _added_shapes(model, added)
-        check(fits, f"{path}: its calibration.npz does not fit the network; remove that file")
+        check(fits, f"{path}/calibration.npz does not fit the network; make it again by train.py --resume")
         variables = calibrated(variables, temperature, added)
         network = Network(model, variables, about.image_shape, temperature)
     _check_finite(network, path)
@@ -204,7 +204,7 @@ def _read_about(values: dict[str, Any], where: str) -> tuple[ResNet, _About]:
 
 def _load_file(path: Path) -> Network:
     values, arrays = read_file(path)
-    model, about = _read_about(values, f"{path}: about")
+    model, about = _read_about(values, f"{path} (of version {values.get('version', 'unknown')}): about")
     expected = _shapes(flatten_dict(variable_shapes(model), sep="/")) | _added_shapes(model, arrays)
     fits = _shapes(arrays) == expected and all(x.dtype.kind == "f" for x in arrays.values())
     check(fits, f"{path}: its arrays do not fit its model; export it again")

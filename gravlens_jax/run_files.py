@@ -3,7 +3,7 @@
 runs/<name>/config.json              the configuration; written before the first step
 runs/<name>/metrics.jsonl            one line per epoch
 runs/<name>/checkpoints/             see `checkpoint`
-runs/<name>/calibration.npz          <step>/temperature and <step>/<array> of `network.calibrate`, if it is finished
+runs/<name>/calibration.npz          of a finished run: <step>/temperature, and <step>/<array> of `network.calibrate`
 runs/<name>/report/                  figures, metrics and predictions on the test split
 """
 
@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict
 from gravlens_jax.config import Config, from_dict
 from gravlens_jax.errors import InputError, check, parse_json
 from gravlens_jax.files import write_arrays, write_atomically
+from gravlens_jax.metrics import find_not_finite
 from gravlens_jax.npz import load_arrays
 
 MAY_DIFFER = ("run_dir", "device_data", "data", "simulation.folder", "epochs")  # between a run and its continuation
@@ -126,8 +127,11 @@ def write_history(run_dir: Path, lines: list[dict[str, Any]]) -> None:
 
 def write_calibration(run_dir: Path, calibrations: dict[int, tuple[float, dict[str, np.ndarray]]]) -> None:
     """Writes calibration.npz: temperature and arrays for the checkpoint of each step."""
-    of_step = {step: {"temperature": np.array(t)} | added for step, (t, added) in calibrations.items()}
-    write_arrays(run_dir / "calibration.npz", {f"{k}/{n}": x for k, added in of_step.items() for n, x in added.items()})
+    arrays: dict[str, np.ndarray] = {}
+    for step, (temperature, added) in calibrations.items():
+        arrays |= {f"{step}/{name}": array for name, array in added.items()}
+        arrays[f"{step}/temperature"] = np.array(temperature)
+    write_arrays(run_dir / "calibration.npz", arrays)
 
 
 def read_calibration(run_dir: Path, step: int) -> tuple[float, dict[str, np.ndarray]]:
@@ -135,7 +139,7 @@ def read_calibration(run_dir: Path, step: int) -> tuple[float, dict[str, np.ndar
     path = run_dir / "calibration.npz"
     arrays = load_arrays(path, "the calibration of a run", "f") if path.exists() else {}
     added = {name.partition("/")[2]: x for name, x in arrays.items() if name.startswith(f"{step}/")}
-    temperature = added.pop("temperature", np.ones(()))
-    valid = temperature.shape == () and 0 < float(temperature) < 1e3
-    check(valid, f"{path} is damaged: expected a temperature for each step; remove it")
+    temperature = added.pop("temperature", np.array(0.0 if added else 1.0))
+    valid = temperature.shape == () and 0 < float(temperature) < 1e3 and find_not_finite(added) is None
+    check(valid, f"{path} is damaged: expected a temperature and finite arrays; make it again by train.py --resume")
     return float(temperature), added

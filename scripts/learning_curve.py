@@ -43,7 +43,7 @@ def fit_power_law(image_steps: list[float], errors: list[float]) -> tuple[float,
 
 
 def draw_learning_curves(path: Path, histories: dict[str, list[dict]]) -> None:
-    """Draws validation error over image-steps, also GravLensNet's, and a power law through the last epochs of the runs.
+    """Draws validation error over image-steps, GravLensNet's too, and power laws: of version 0.7.0 and of last epochs.
 
     Args:
       path: where to write the PNG.
@@ -60,7 +60,7 @@ def draw_learning_curves(path: Path, histories: dict[str, list[dict]]) -> None:
         axes.plot(seen, errors, "-", color=colour, lw=1)
         axes.plot(seen[-1], errors[-1], "o", color=colour, ms=5, label=f"{name}: {errors[-1]:.2%}")
         ends.append((seen[-1], max(errors[-1], 1e-4)))
-    fits = {"version 0.7.0": FIT_0_7}
+    fits = {"version 0.7.0 (ReLU)": FIT_0_7}
     if len({steps for steps, _ in ends}) >= 3:
         fits["last epochs"] = fit_power_law(*map(list, zip(*ends, strict=True)))
     x = np.geomspace(min(ends)[0], 4 * max(ends)[0])
@@ -81,7 +81,7 @@ def main(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")],
     figure: Path = Path("learning_curve.png"),
 ) -> None:
-    """Draws the validation error over image-steps, compared with GravLensNet's, and how it falls from run to run.
+    """Draws the validation error over image-steps, compared with GravLensNet's and the power law of version 0.7.0.
 
     example:
       python scripts/learning_curve.py pretrained runs/default --figure learning_curve.png

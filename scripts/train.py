@@ -31,7 +31,7 @@ class Arguments:
 
     examples:
       python scripts/train.py
-      python scripts/train.py --data packed --run-dir runs/public --epochs 20
+      python scripts/train.py --data packed --run-dir runs/public --epochs 10
       python scripts/train.py --run-dir runs/public --resume
       python scripts/train.py --run-dir runs/public --resume --data moved
       python scripts/train.py --run-dir runs/flat --resume --epochs 40  # more, if it began with --optim.decay constant

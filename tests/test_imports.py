@@ -16,12 +16,12 @@ ORDER = (  # a module imports only modules before it; those in one string do not
 )
 CORE = ("model", "optim", "train_step", "loader", "checkpoint", "training")
 LIMITS = [  # sizes as they are: lower them when something is removed
-    ("gravlens_jax/**/*.py", "lines", 4_695),
+    ("gravlens_jax/**/*.py", "lines", 4_699),
     ("gravlens_jax/**/[a-z]*.py", "files", 28),  # not __init__.py and __main__.py
     (" ".join(f"gravlens_jax/{name}.py" for name in CORE), "lines", 744),
     ("scripts/**/*.py", "lines", 2_788),
     ("scripts/bench/*.py", "lines", 1_180),
-    ("tests/**/*.py", "lines", 4_644),
+    ("tests/**/*.py", "lines", 4_647),
     ("README.md", "lines", 130),
     ("README.md", "words", 1_500),
 ]

@@ -130,12 +130,12 @@ def test_the_pretrained_network_classifies_simulated_lenses_and_maps_their_subst
     labels, found = np.arange(len(lenses)) % 3, []
     for tta in (False, True):
         logits, _, predicted, light = outputs(model, variables, lenses, tta=tta, maps=True)
-        assert (logits.argmax(1) == labels).sum() >= 56  # 98.8 % of 20,000
+        assert (logits.argmax(1) == labels).sum() >= 56  # 98.9 % of 20,000
         np.testing.assert_allclose(light, cell_means(to_unit(lenses), model.input)[..., 0], atol=1e-6)
         found.append(evaluate_maps(predicted, true, light, labels, CLASSES, 0.4))
     single, averaged = found
     assert single["no"]["r2"] is None and single["no"]["error_mas"] < 2
-    assert single["sphere"]["r2"] > 0.75 and single["vort"]["r2"] > 0.94  # of many: .87 and .97
+    assert single["sphere"]["r2"] > 0.75 and single["vort"]["r2"] > 0.94  # of many: .88 and .97
     assert averaged["sphere"]["r2"] > single["sphere"]["r2"] and averaged["vort"]["r2"] > single["vort"]["r2"]
     assert single["vort"]["peak_near"] > 0.7 and single["sphere"]["peak_found"] > 0.35
 

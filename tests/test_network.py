@@ -54,6 +54,8 @@ def test_a_calibrated_run_and_its_exported_file_give_the_same_network(tmp_path):
     config = read_record(tmp_path / "run")["config"]  # without the folders of its author
     assert (config["run_dir"], config["simulation"]["folder"]) == ("default", "data")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.npz", "net.npz", "run"]
+    write_calibration(tmp_path / "run", {1: (2.0, {"population/radii": np.ones(3)})})
+    refuse(r"calibration\.npz does not fit the network; make it again by", load_network, tmp_path / "run")
 
 
 def test_files_that_are_not_networks_are_refused_but_unknown_fields_and_a_missing_temperature_do_not_matter(file):
@@ -73,8 +75,8 @@ def test_files_that_are_not_networks_are_refused_but_unknown_fields_and_a_missin
     loaded = load_network(file)
     assert loaded.model == TINY_MODEL and loaded.temperature == 1
     assert_equal(loaded.variables, make_network().variables)
-    write_network(file, make_network(), about | {"input": about["input"] | {"mean": 0.0}})  # as 0.7 wrote it
-    refuse(r"about.input: field 'mean' is unknown; it was written by another version", load_network, file)
+    write_network(file, make_network(), about | {"input": about["input"] | {"mean": 0.0}})  # as up to 0.7
+    refuse(r"npz \(of version unknown\): about.input: field 'mean' is unknown; it was written by", load_network, file)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -63,6 +63,7 @@ def test_calibrations_belong_to_steps_and_damaged_ones_are_refused(tmp_path):
     temperature, added = run_files.read_calibration(tmp_path, 2)
     assert temperature == 2.5 and added.keys() == {"a/b"} and added["a/b"].tolist() == [1, 1]
     assert [run_files.read_calibration(tmp_path, step) for step in (3, 23)] == [(1.0, {}), (3.0, {})]
-    for damage in (np.zeros(()), np.array(np.nan), np.ones(1), np.array("x")):
-        np.savez(tmp_path / "calibration.npz", **{"2/temperature": damage})
+    damages = ({"temperature": x} for x in (np.zeros(()), np.array(np.nan), np.ones(1), np.array("x")))
+    for damage in (*damages, {"a": np.ones(2)}, {"temperature": np.ones(()), "a": np.array([1, np.inf])}):
+        np.savez(tmp_path / "calibration.npz", **{f"2/{name}": x for name, x in damage.items()})
         refuse(r"calibration\.npz", run_files.read_calibration, tmp_path, 2)
